@@ -1,0 +1,148 @@
+"""Plane-Slice-Aware Transformer: 3D features + (plane, position) -> one token per slice.
+
+QTrans and PSPE of Med3DInsight (arXiv:2403.05141), with three differences that docs/method.md
+explains: the memory carries a 3D position code, positions are continuous fractions, and all slices
+of a volume share one memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+FREQUENCIES = 6  # octaves of the position code: the finest has a period of 1/16 of the extent
+
+
+def axis_code(position: Tensor) -> Tensor:
+    """Sine and cosine of a position at octave frequencies.
+
+    Args:
+        position: any shape, fraction of the extent, in [0, 1].
+
+    Returns:
+        position.shape + (2 * FREQUENCIES,)
+    """
+    angle = position[..., None] * (math.pi * 2.0 ** torch.arange(FREQUENCIES).to(position))
+    return torch.cat((angle.sin(), angle.cos()), -1)
+
+
+def voxel_code(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Position code of every voxel of a grid: its x, y and z codes side by side.
+
+    Returns:
+        (x * y * z, 6 * FREQUENCIES), in the order of ``flatten``.
+    """
+    centres = [(torch.arange(n).to(like) + 0.5) / n for n in shape]
+    return (
+        axis_code(torch.stack(torch.meshgrid(*centres, indexing="ij"), -1)).flatten(3).flatten(0, 2)
+    )
+
+
+def slice_code(plane: Tensor, position: Tensor) -> Tensor:
+    """Position code of plane slices: the code of the cut axis, zeros for the two free axes.
+
+    Args:
+        plane: (b, s) long, 0 sagittal (cuts x), 1 coronal (y), 2 axial (z).
+        position: (b, s) fraction of the extent, in [0, 1].
+
+    Returns:
+        (b, s, 6 * FREQUENCIES): its dot product with ``voxel_code`` peaks on the slice.
+    """
+    cut = nn.functional.one_hot(plane, 3).to(position)
+    return (cut[..., None] * axis_code(position)[..., None, :]).flatten(-2)
+
+
+class Block(nn.Module):
+    """One decoder layer (pre-norm): queries of a slice attend to each other, then to the volume."""
+
+    def __init__(self, hidden: int, heads: int, ffn: int, dropout: float) -> None:
+        super().__init__()
+        self.self_norm, self.cross_norm, self.ffn_norm = (nn.LayerNorm(hidden) for _ in range(3))
+        self.self_attention = nn.MultiheadAttention(hidden, heads, dropout, batch_first=True)
+        self.cross_attention = nn.MultiheadAttention(hidden, heads, dropout, batch_first=True)
+        self.ffn = nn.Sequential(
+            nn.Linear(hidden, ffn), nn.GELU(), nn.Dropout(dropout), nn.Linear(ffn, hidden)
+        )
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Refined queries.
+
+        Args:
+            query: (b, s, q, hidden).
+            keys: (b, m, hidden) memory with its position code.
+            values: (b, m, hidden) memory.
+        """
+        b, s, q, _ = query.shape
+        own = rearrange(self.self_norm(query), "b s q c -> (b s) q c")
+        own = self.self_attention(own, own, own, need_weights=False)[0]
+        query = query + rearrange(own, "(b s) q c -> b s q c", b=b)
+        # One sequence of s * q queries: the memory is projected to keys and values once a volume.
+        seen = rearrange(self.cross_norm(query), "b s q c -> b (s q) c")
+        seen = self.cross_attention(seen, keys, values, need_weights=False)[0]
+        query = query + rearrange(seen, "b (s q) c -> b s q c", q=q)
+        return query + self.ffn(self.ffn_norm(query))
+
+
+class PSAT(nn.Module):
+    """One token for each asked (plane, position) of a volume, read from its 3D features.
+
+    Args:
+        in_channels: channels of the features.
+        out_channels: length of a slice token.
+        hidden: width of the transformer, divisible by ``heads``.
+        layers: number of decoder layers (paper: 6).
+        heads: attention heads (paper: 8).
+        queries: learned queries a slice (paper: 300).
+        ffn: width of the feed-forward layers (paper: 1024).
+        dropout: dropout in attention and feed-forward (paper: 0.1).
+        readout: "mean" of a slice's queries, or "first" of them (paper).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 256,
+        hidden: int = 256,
+        layers: int = 2,
+        heads: int = 8,
+        queries: int = 4,
+        ffn: int = 512,
+        dropout: float = 0.0,
+        readout: str = "mean",
+    ) -> None:
+        super().__init__()
+        if readout not in ("mean", "first"):
+            raise ValueError(f"readout must be 'mean' or 'first', got {readout!r}; correct the key")
+        if hidden % heads:
+            raise ValueError(
+                f"hidden must be divisible by heads, got {hidden} and {heads}; change one of them"
+            )
+        self.readout = readout
+        self.out_channels = out_channels
+        self.to_memory = nn.Sequential(nn.LayerNorm(in_channels), nn.Linear(in_channels, hidden))
+        self.where = nn.Linear(6 * FREQUENCIES, hidden, bias=False)  # one code for keys and queries
+        self.plane = nn.Embedding(3, hidden)
+        self.queries = nn.Parameter(torch.randn(queries, hidden))
+        self.blocks = nn.ModuleList(Block(hidden, heads, ffn, dropout) for _ in range(layers))
+        self.to_token = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, out_channels))
+
+    def forward(self, features: Tensor, plane: Tensor, position: Tensor) -> Tensor:
+        """One (b, s, out_channels) token per plane slice.
+
+        Args:
+            features: (b, c, x, y, z) from any 3D encoder.
+            plane: (b, s) long: 0 sagittal (cuts x), 1 coronal (y), 2 axial (z).
+            position: (b, s) float: slice centre as a fraction of the extent, in [0, 1].
+        """
+        values = self.to_memory(rearrange(features, "b c x y z -> b (x y z) c"))
+        keys = values + self.where(voxel_code(features.shape[2:], values))
+        asked = self.where(slice_code(plane, position.to(values.dtype))) + self.plane(plane)
+        query = asked[:, :, None] + self.queries
+        for block in self.blocks:
+            query = block(query, keys, values)
+        token = query[:, :, 0] if self.readout == "first" else query.mean(2)
+        return self.to_token(token)

@@ -1,0 +1,242 @@
+"""Any 3D network as a student: its deepest features feed PSAT, its output reconstructs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .psat import PSAT
+
+
+class StudentOutput(NamedTuple):
+    """What a student says of a volume.
+
+    tokens: one (b, s, d) tensor for each target space, not normalised.
+    reconstruction: (b, 1, x, y, z), or None where the network's output is no volume.
+    mask: (b, 1, x, y, z) bool, True where the input was hidden; None if nothing was.
+    """
+
+    tokens: dict[str, Tensor]
+    reconstruction: Tensor | None
+    mask: Tensor | None
+
+
+class Features(NamedTuple):
+    """Where a network's features are: module path, channels, and grid (x, y, z)."""
+
+    layer: str
+    channels: int
+    grid: tuple[int, ...]
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode afterwards."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def token_grid(tokens: int, size: Sequence[int]) -> tuple[int, ...] | None:
+    """Grid of a flat token sequence: the input shrunk by one factor along every axis, if any."""
+    factor = (math.prod(size) / tokens) ** (1 / 3)
+    grid = tuple(round(n / factor) for n in size)
+    even = all(g > 0 and n % g == 0 for g, n in zip(grid, size, strict=True))
+    return grid if even and math.prod(grid) == tokens else None
+
+
+def as_grid(output: Any, size: Sequence[int]) -> Tensor | None:
+    """A module's output as features (b, c, x, y, z); None if it is no feature map of this input.
+
+    Args:
+        output: (b, c, x, y, z) as it is, or ViT tokens (b, n, c), with or without a class token.
+        size: (x, y, z) of the network's input.
+    """
+    if not isinstance(output, Tensor):
+        return None
+    if output.ndim == 5:
+        return output if all(g <= n for g, n in zip(output.shape[2:], size, strict=True)) else None
+    if output.ndim == 3 and output.shape[1] > 2:
+        for extra in (0, 1):
+            grid = token_grid(output.shape[1] - extra, size)
+            if grid is not None:
+                tokens = output[:, extra:]
+                return rearrange(tokens, "b (x y z) c -> b c x y z", x=grid[0], y=grid[1])
+    return None
+
+
+def find_features(network: nn.Module, size: Sequence[int], layer: str = "auto") -> Features:
+    """The deepest spatial features of a network, by one dry run on zeros.
+
+    Deepest is the coarsest grid of more than one voxel; of several modules on that grid, the last
+    to run outside the decoder. ``layer`` names a module instead.
+
+    Args:
+        network: maps (b, 1, x, y, z) to anything.
+        size: (x, y, z) of its input, in voxels.
+        layer: "auto", or a path as in ``network.named_modules()``.
+
+    Raises:
+        ValueError: the network cannot take the input, ``layer`` is not in it or gives no features.
+    """
+    modules = {name: module for name, module in network.named_modules() if name}
+    if layer != "auto" and layer not in modules:
+        raise ValueError(
+            f"feature_layer must name a module of {type(network).__name__}, got {layer!r}; "
+            f"its top level has {', '.join(n for n in modules if '.' not in n) or 'no modules'}"
+        )
+    seen: list[Features] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            features = as_grid(output, size)
+            if (
+                features is not None
+                and features.shape[0] == 1
+                and math.prod(features.shape[2:]) > 1
+            ):
+                seen.append(Features(name, features.shape[1], tuple(features.shape[2:])))
+
+        return hook
+
+    watched = modules if layer == "auto" else {layer: modules[layer]}
+    hooks = [module.register_forward_hook(look(name)) for name, module in watched.items()]
+    parameter = next(network.parameters(), torch.empty(0))
+    try:
+        with _evaluating(network):
+            network(torch.zeros(1, 1, *size, device=parameter.device))
+    except Exception as error:
+        raise ValueError(
+            f"network_def must take (b, 1, {', '.join(map(str, size))}), but "
+            f"{type(network).__name__} failed with: {error}; set its input channels to 1 and "
+            "patch_size to a size that it takes"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        raise ValueError(
+            f"feature_layer must give features (b, c, x, y, z) or tokens (b, n, c), but "
+            f"{layer if layer != 'auto' else 'no module'} of {type(network).__name__} does; "
+            "name a module that returns them as feature_layer"
+        )
+    coarsest = min(math.prod(features.grid) for features in seen)
+    deepest = [i for i, features in enumerate(seen) if math.prod(features.grid) == coarsest]
+    encoder = [i for i in deepest if not _grows(seen[i:])]
+    return seen[(encoder or deepest)[-1]]
+
+
+def _grows(run: Sequence[Features]) -> bool:
+    """Whether the top-level module of the first features goes on to a finer grid: a decoder."""
+    top = run[0].layer.split(".")[0]
+    same = (f for f in run if f.layer.split(".")[0] == top)
+    return any(math.prod(f.grid) > math.prod(run[0].grid) for f in same)
+
+
+def block_mask(volume: Tensor, ratio: float, block: int) -> Tensor:
+    """Random blocks of voxels, the same number in each volume.
+
+    Args:
+        volume: (b, 1, x, y, z).
+        ratio: share of the blocks, in [0, 1).
+        block: side of a block in voxels; blocks at the far border may be smaller.
+
+    Returns:
+        (b, 1, x, y, z) bool, True = hidden.
+    """
+    b, _, *size = volume.shape
+    grid = [-(-n // block) for n in size]
+    score = torch.rand(b, math.prod(grid), device=volume.device)
+    hidden = score.argsort(1).argsort(1) < round(ratio * score.shape[1])
+    mask = hidden.view(b, 1, *grid)
+    for axis in (2, 3, 4):
+        mask = mask.repeat_interleave(block, axis).narrow(axis, 0, size[axis - 2])
+    return mask
+
+
+class Student(nn.Module):
+    """A 3D network, the PSAT that asks it about slices, and one head for each target space.
+
+    ``network`` is left as it is, so that its state dict is that of the same ``network_def`` in
+    fine-tuning. It is called once a volume, however many slices are asked for.
+
+    Args:
+        network: any module that maps (b, 1, x, y, z) to something.
+        psat: called with ``in_channels=`` the channels of the features, gives the PSAT.
+        spaces: name and length of each target space, {"image": d, "text": d} or {"joint": d}.
+        patch_size: (x, y, z) of the input that the features are looked up with, in voxels.
+        feature_layer: "auto" for the deepest features, or a module path in ``network``.
+        mask_ratio: share of input blocks that are hidden in training, in [0, 1).
+        mask_block: side of a hidden block, in voxels.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        psat: Callable[..., PSAT],
+        spaces: Mapping[str, int],
+        patch_size: Sequence[int],
+        feature_layer: str = "auto",
+        mask_ratio: float = 0.3,
+        mask_block: int = 8,
+    ) -> None:
+        super().__init__()
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}; 0 hides nothing")
+        self.features = find_features(network, patch_size, feature_layer)
+        self.network = network
+        self.psat = psat(in_channels=self.features.channels)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(self.psat.out_channels, length) for name, length in spaces.items()}
+        )
+        self.mask_ratio = mask_ratio
+        self.mask_block = mask_block
+
+    def encode(self, volume: Tensor) -> tuple[Tensor, Any]:
+        """Features (b, c, x', y', z') and the network's own output for volumes (b, 1, x, y, z)."""
+        caught: list[Any] = []
+        layer = self.network.get_submodule(self.features.layer)
+        hook = layer.register_forward_hook(lambda _, __, output: caught.append(output))
+        try:
+            output = self.network(volume)
+        finally:
+            hook.remove()
+        features = as_grid(caught[-1], volume.shape[2:])
+        if features is None:
+            raise ValueError(
+                f"volume must have a size that {self.features.layer} turns into features, got "
+                f"{tuple(volume.shape)}; use patch_size"
+            )
+        return features, output
+
+    def forward(self, volume: Tensor, plane: Tensor, position: Tensor) -> StudentOutput:
+        """Tokens of the asked slices and, if the network's output is a volume, a reconstruction.
+
+        Args:
+            volume: (b, 1, x, y, z), intensities about [0, 1].
+            plane: (b, s) long, 0 sagittal, 1 coronal, 2 axial.
+            position: (b, s) fraction of the extent, in [0, 1].
+        """
+        mask = None
+        shown = volume
+        if self.training and self.mask_ratio > 0:
+            mask = block_mask(volume, self.mask_ratio, self.mask_block)
+            shown = volume.masked_fill(mask, 0)
+        features, output = self.encode(shown)
+        token = self.psat(features, plane, position)
+        tokens = {name: head(token) for name, head in self.heads.items()}
+        if isinstance(output, (tuple, list)):
+            output = output[0]
+        whole = isinstance(output, Tensor) and output.shape == volume.shape
+        return StudentOutput(tokens, output if whole else None, mask)

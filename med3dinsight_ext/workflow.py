@@ -1,0 +1,363 @@
+"""What MONAI's engines lack for a run that may be killed, resumed, or started with a typo."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, DiskSaver
+from ignite.utils import manual_seed
+from monai.bundle import ConfigParser
+from torch import nn
+from tqdm import tqdm
+
+from .store import write_atomic
+
+logger = logging.getLogger(__name__)
+RUN_ARGUMENTS = (  # of ``monai.bundle run`` itself
+    "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
+    "args_file", "workflow_name", "workflow_type",
+)  # fmt: skip
+
+
+def check_overrides(arguments: Sequence[str] | None = None) -> None:
+    """Stop if an override on the command line names a key that the configs do not have.
+
+    MONAI adds an unknown key silently, so that ``--learning_rat 0.1`` trains at the default rate.
+
+    Args:
+        arguments: of ``python -m monai.bundle run``; default: this process's.
+
+    Raises:
+        SystemExit: names the key and the nearest one; not an error type, so that MONAI does not
+            wrap it in "Failed to evaluate".
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    given: dict[str, Any] = {}
+    for here, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        if here.startswith("--"):
+            name, _, value = here[2:].partition("=")
+            given[name] = value or after
+    if "config_file" not in given and "args_file" not in given:
+        return
+    extra = ConfigParser.load_config_file(given["args_file"]) if "args_file" in given else {}
+    given = {**extra, **given}
+    files = given["config_file"]
+    if isinstance(files, str) and files.startswith("["):
+        files = [name.strip(" '\"") for name in files.strip("[]").split(",")]
+    config = ConfigParser.load_config_files(files)
+    for name in given:
+        if name in RUN_ARGUMENTS:
+            continue
+        parts = name.replace("#", "::").split("::")
+        node: Any = config
+        for depth, part in enumerate(parts):
+            if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+                node = node[int(part)]
+            elif isinstance(node, dict) and part in node:
+                node = node[part]
+            elif depth and isinstance(node, dict) and "_target_" in node:
+                break  # an argument that the config leaves at its default; the target checks it
+            else:
+                known = list(node) if isinstance(node, dict) else []
+                near = difflib.get_close_matches(part, known, 1)
+                advice = f"did you mean {near[0]}?" if near else "see the config's first lines"
+                raise SystemExit(f"override must name a key of the config, got --{name}; {advice}")
+
+
+class EpochSeed:
+    """Seeds every random source from (seed, epoch), so that a resumed run repeats the same draws.
+
+    Nothing random then has to be saved: an epoch's draws depend on its number only.
+
+    Args:
+        seed: of the run.
+        loader: its dataset's random transforms and its sampler are seeded too.
+    """
+
+    def __init__(self, seed: int, loader: Any) -> None:
+        self.seed = seed
+        self.loader = loader
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        seed = self.seed + 1_000_003 * engine.state.epoch
+        # One stream for each rank; the sampler's permutation must be the same on all.
+        own = (seed + 7919 * idist.get_rank()) % 2**32
+        manual_seed(own)
+        transform = getattr(self.loader.dataset, "transform", None)
+        if hasattr(transform, "set_random_state"):
+            transform.set_random_state(own)
+        if hasattr(self.loader.sampler, "set_epoch"):
+            self.loader.sampler.set_epoch(engine.state.epoch)
+
+
+class StopOnNan:
+    """Ends training at the first loss that is not finite, before a checkpoint is written."""
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        loss = engine.state.output["loss"]
+        if not torch.isfinite(loss).all():
+            meta = getattr(engine.state.batch["image"], "meta", {})
+            raise ValueError(
+                f"loss must be finite, got {loss.item()} in epoch {engine.state.epoch} at step "
+                f"{engine.state.iteration} on {meta.get('filename_or_obj', 'this batch')}; lower "
+                "learning_rate, or look at these volumes; last.pt holds the epoch before"
+            )
+
+
+class KeepingDiskSaver(DiskSaver):
+    """Replaces a file in one step. ignite's own saver deletes the old one first."""
+
+    def __init__(self, dirname: str | Path) -> None:
+        super().__init__(str(dirname), atomic=True, create_dir=True, require_empty=False)
+
+    def remove(self, filename: str) -> None:
+        """Nothing: the next save goes under the same name."""
+
+
+def checkpoint(
+    to_save: Mapping[str, Any],
+    dirname: str | Path,
+    filename: str,
+    metric: str | None = None,
+) -> Checkpoint:
+    """A stock ignite ``Checkpoint`` that keeps one file under a fixed name.
+
+    Args:
+        to_save: name to object; a single network is saved as its flat state dict.
+        dirname: folder.
+        filename: fixed name.
+        metric: save only when this metric of the engine rises; None saves at every call.
+    """
+    return Checkpoint(
+        dict(to_save),
+        KeepingDiskSaver(dirname),
+        filename_pattern=filename,
+        score_function=Checkpoint.get_default_score_fn(metric) if metric else None,
+        score_name=metric,
+        n_saved=1,
+    )
+
+
+def resume(path: str | Path, objects: Mapping[str, Any], trainer: Engine) -> None:
+    """Load a run's last checkpoint into ``objects``, if there is one, and say so.
+
+    Args:
+        path: written by ``checkpoint`` with the same ``objects``.
+        objects: name to object, the trainer among them.
+        trainer: keeps its own ``max_epochs``.
+
+    Raises:
+        ValueError: the file is of another run's shape, or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    advice = f"move {path} away to start anew, or run with the config that wrote it"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint must be readable, got {path}: {error}; {advice}") from error
+    epochs = trainer.state.max_epochs
+    try:
+        Checkpoint.load_objects(dict(objects), saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"checkpoint must fit this run, got {path}: {error}; {advice}") from error
+    trainer.state.max_epochs = epochs
+    logger.info(f"resumed from {path} after epoch {trainer.state.epoch}")
+
+
+def run(
+    trainer: Engine,
+    evaluator: Engine | None,
+    best: Sequence[Checkpoint],
+    state: Mapping[str, Any],
+    ckpt_dir: str | Path,
+) -> None:
+    """Train, from ``last.pt`` if there is one, writing it after every epoch.
+
+    Args:
+        trainer: runs.
+        evaluator: whose metric decides what ``best`` keeps; None keeps the last epoch's.
+        best: savers from ``checkpoint``.
+        state: all that a resumed run needs, the trainer and the savers among it.
+        ckpt_dir: folder of ``last.pt``.
+    """
+    path = Path(ckpt_dir) / "last.pt"
+    resume(path, state, trainer)
+    for saver in best:
+        (evaluator or trainer).add_event_handler(Events.EPOCH_COMPLETED, saver)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint(state, ckpt_dir, path.name))
+    trainer.run()
+    for saver in best:
+        if not saver._saved:  # no epoch was validated
+            saver.score_function = None
+            saver(trainer)
+
+
+def load_weights(student: nn.Module, path: str | Path) -> None:
+    """Load a whole student, strictly.
+
+    Raises:
+        ValueError: the file is missing, unreadable, or of another backbone or PSAT.
+    """
+    try:
+        student.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError as error:
+        raise ValueError(f"student weights must be at {path}, got nothing; train first") from error
+    except Exception as error:
+        raise ValueError(
+            f"student weights in {path} must fit network_def and student of this config; merge the "
+            f"backbone overlay they were trained with into config_file: {error}"
+        ) from error
+
+
+def spaces_of(path: str | Path) -> dict[str, int]:
+    """Target spaces that a saved student has heads for, and their lengths."""
+    if not Path(path).exists():
+        raise ValueError(f"student weights must be at {path}, got nothing; train first")
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    heads = [key for key in saved if key.startswith("heads.") and key.endswith(".weight")]
+    return {key.split(".")[1]: saved[key].shape[0] for key in heads}
+
+
+def evaluate(evaluator: Engine, control: Engine, path: str | Path) -> dict[str, dict[str, float]]:
+    """Run an evaluator and its control, and write and log both tables of numbers.
+
+    Args:
+        evaluator: with the volumes.
+        control: the same with every volume set to zero.
+        path: JSON file to write: {"student": metrics, "volume_zero": metrics}.
+    """
+    tables = {}
+    for name, engine in (("student", evaluator), ("volume_zero", control)):
+        engine.run()
+        tables[name] = {
+            key: float(value)
+            for key, value in engine.state.metrics.items()
+            if not isinstance(value, Mapping)
+        }
+    if idist.get_rank() == 0:
+        write_atomic(Path(path), lambda draft: draft.write_text(json.dumps(tables, indent=1)))
+        logger.info(f"wrote {path}\n{summary(tables)}")
+    return tables
+
+
+def summary(tables: Mapping[str, Mapping[str, float]]) -> str:
+    """Retrieval as text: a line for each target and scope."""
+    student, zero = tables["student"], tables["volume_zero"]
+    lines = [f"{'retrieval':<16}{'k':>4}{'student':>10}{'interval':>18}{'zero':>8}{'chance':>8}"]
+    for key in student:
+        if key.endswith("_chance"):
+            name = key.removesuffix("_chance")
+            scope, _, k = name.rpartition("_r")
+            interval = f"{student[name + '_low']:.3f} to {student[name + '_high']:.3f}"
+            lines.append(
+                f"{scope:<16}{k:>4}{student[name]:>10.3f}{interval:>18}"
+                f"{zero[name]:>8.3f}{student[key]:>8.3f}"
+            )
+    return "\n".join(lines)
+
+
+class History:
+    """One JSON line an epoch: mean of each loss part, seconds, validation metrics.
+
+    A resumed run drops the lines of epochs that it repeats.
+
+    Args:
+        path: history.jsonl.
+        latest: gives the parts of the last loss, name to value.
+        evaluator: whose metrics are added, if it has run in this epoch.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        latest: Callable[[], Mapping[str, Any]],
+        evaluator: Engine | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.latest = latest
+        self.evaluator = evaluator
+        self._sums: dict[str, Any] = {}
+        self._steps = 0
+        self._start = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.clear)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
+
+    def start(self, engine: Engine) -> None:
+        kept = [row for row in read_history(self.path) if row["epoch"] <= engine.state.epoch]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def clear(self, engine: Engine) -> None:
+        self._sums, self._steps, self._start = {}, 0, time.perf_counter()
+
+    def add(self, engine: Engine) -> None:
+        self._steps += 1
+        for name, value in self.latest().items():
+            self._sums[name] = self._sums.get(name, 0.0) + value  # tensors: no sync within an epoch
+
+    def write(self, engine: Engine) -> None:
+        row: dict[str, Any] = {"epoch": engine.state.epoch, "steps": self._steps}
+        row.update({name: float(value) / self._steps for name, value in self._sums.items()})
+        row["seconds"] = round(time.perf_counter() - self._start, 3)
+        if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
+            metrics = self.evaluator.state.metrics
+            row.update({k: float(v) for k, v in metrics.items() if not isinstance(v, Mapping)})
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_history(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a history file; none if it is not there."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Progress:
+    """A bar over the whole run: steps, rate, remaining time, and the loss parts of the last epoch.
+
+    Args:
+        latest: gives the parts of the last loss, name to value.
+    """
+
+    def __init__(self, latest: Callable[[], Mapping[str, Any]]) -> None:
+        self.latest = latest
+        self._bar: Any = None
+
+    def attach(self, engine: Engine) -> None:
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.EPOCH_STARTED, self.open)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self._bar.update())
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.show)
+            engine.add_event_handler(Events.COMPLETED, lambda _: self._bar and self._bar.close())
+
+    def open(self, engine: Engine) -> None:
+        if self._bar is None:  # not before a checkpoint has set the iteration
+            length = engine.state.epoch_length or len(engine.state.dataloader)
+            total = engine.state.max_epochs * length
+            self._bar = tqdm(total=total, initial=engine.state.iteration, unit="step", desc="train")
+
+    def show(self, engine: Engine) -> None:
+        parts = {name: f"{float(value):.4f}" for name, value in self.latest().items()}
+        self._bar.set_postfix({"epoch": engine.state.epoch, **parts}, refresh=False)

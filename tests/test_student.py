@@ -1,0 +1,141 @@
+from functools import partial
+
+import pytest
+import torch
+from monai.networks import nets
+from torch import Tensor, nn
+
+from med3dinsight_ext.psat import PSAT
+from med3dinsight_ext.student import Student, as_grid, block_mask, find_features
+
+SIZE = (32, 16, 48)
+SMALL = partial(PSAT, hidden=16, heads=4, ffn=16, layers=1)
+
+
+class Tiny(nn.Module):
+    """A network that is not MONAI's: two convolutions down, one up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv3d(1, 4, 4, 4), nn.ReLU(inplace=True))
+        self.neck = nn.Conv3d(4, 6, 2, 2)
+        self.up = nn.ConvTranspose3d(6, 1, 8, 8)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.up(self.neck(self.down(x)))
+
+
+def student(network: nn.Module | None = None, **changes: object) -> Student:
+    return Student(network or Tiny(), SMALL, {"image": 5, "text": 3}, SIZE, **changes)
+
+
+def ask(b: int = 2, s: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.rand(b, 1, *SIZE), torch.randint(3, (b, s)), torch.rand(b, s)
+
+
+def test_a_foreign_network_gives_tokens_and_reconstruction() -> None:
+    out = student()(*ask())
+    assert {k: tuple(v.shape) for k, v in out.tokens.items()} == {
+        "image": (2, 3, 5),
+        "text": (2, 3, 3),
+    }
+    assert out.reconstruction is not None and out.reconstruction.shape == (2, 1, *SIZE)
+
+
+def test_one_network_pass_however_many_slices() -> None:
+    """Defect 13."""
+    whole = student()
+    before = whole.network.calls
+    whole(*ask(s=40))
+    assert whole.network.calls == before + 1
+
+
+def test_network_keeps_its_names_and_weights() -> None:
+    network = Tiny()
+    names = set(network.state_dict())
+    assert set(student(network).network.state_dict()) == names
+    assert student(network).network is network
+
+
+def test_features_come_from_the_neck() -> None:
+    assert find_features(Tiny(), SIZE) == ("neck", 6, (4, 2, 6))
+    assert find_features(Tiny(), SIZE, "down") == ("down", 4, (8, 4, 12))
+
+
+def test_the_dry_run_leaves_modes_and_batch_statistics() -> None:
+    network = nn.Sequential(nn.Conv3d(1, 2, 2, 2), nn.BatchNorm3d(2), nn.Dropout3d())
+    network[2].eval()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    find_features(network, SIZE)
+    assert (network.training, network[1].training, network[2].training) == (True, True, False)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [
+        (nets.SegResNet(init_filters=8, out_channels=1), "down_layers.3"),
+        (nets.ViT(1, SIZE, (16, 16, 16), 24, 32, 1, 2, classification=True), "norm"),
+        (nets.resnet18(spatial_dims=3, n_input_channels=1), "layer4"),
+    ],
+    ids=["SegResNet", "ViT with class token", "ResNet"],
+)
+def test_deepest_features_are_the_encoders_end(network: nn.Module, layer: str) -> None:
+    assert find_features(network, SIZE).layer == layer
+
+
+def test_tokens_of_a_vit_keep_their_place() -> None:
+    tokens = torch.arange(2 * 1 * 3.0).view(1, 6, 1)
+    with_class = torch.cat((torch.full((1, 1, 1), -1.0), tokens), 1)
+    assert torch.equal(as_grid(with_class, SIZE)[0, 0], tokens.view(2, 1, 3))
+
+
+def test_gradient_reaches_the_encoder_through_tokens_alone() -> None:
+    whole = student()
+    sum(t.square().sum() for t in whole(*ask()).tokens.values()).backward()
+    assert whole.network.down[0].weight.grad.abs().sum() > 0
+    assert whole.network.up.weight.grad is None
+
+
+def test_evaluation_hides_nothing_and_training_hides_the_share_asked_for() -> None:
+    """Defect 9: the loss counts hidden voxels, which the network has not seen."""
+    whole = student(mask_ratio=0.5, mask_block=8)
+    shown = []
+    whole.network.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
+    volume, *question = ask()
+    mask = whole(volume, *question).mask
+    assert mask is not None and mask.float().mean() == 0.5
+    assert not shown[0][mask].any() and torch.equal(shown[0][~mask], volume[~mask])
+    assert whole.eval()(volume, *question).mask is None
+
+
+def test_masks_hide_the_same_number_of_whole_blocks() -> None:
+    mask = block_mask(torch.zeros(3, 1, 8, 16, 24), 0.25, 8)
+    blocks = mask.view(3, 1, 8, 2, 8, 3, 8).permute(0, 3, 5, 1, 2, 4, 6).flatten(3).float().mean(-1)
+    assert set(blocks.unique().tolist()) <= {0.0, 1.0}
+    assert blocks.flatten(1).sum(1).tolist() == [2.0] * 3
+
+
+def test_an_uneven_size_is_masked_to_its_border() -> None:
+    assert block_mask(torch.zeros(1, 1, 5, 7, 9), 0.9, 4).shape == (1, 1, 5, 7, 9)
+
+
+def test_a_classifier_has_no_reconstruction() -> None:
+    whole = student(nets.resnet18(spatial_dims=3, n_input_channels=1, num_classes=2))
+    assert whole(*ask()).reconstruction is None
+
+
+def test_errors_name_the_remedy() -> None:
+    with pytest.raises(
+        ValueError,
+        match="feature_layer must name a module of Tiny, got 'nekc'; its top level has down, neck, up",
+    ):
+        find_features(Tiny(), SIZE, "nekc")
+    with pytest.raises(ValueError, match="feature_layer must give features"):
+        find_features(nn.Sequential(nn.Flatten(), nn.Linear(32 * 16 * 48, 3)), SIZE)
+    with pytest.raises(ValueError, match="set its input channels to 1"):
+        find_features(nn.Conv3d(2, 1, 1), SIZE)
+    with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\), got 1"):
+        student(mask_ratio=1)

@@ -1,0 +1,145 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from med3dinsight_ext import workflow
+from med3dinsight_ext.workflow import EpochSeed, History, check_overrides, checkpoint, read_history
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    content = {"learning_rate": 0.1, "train": {"trainer": {"_target_": "X", "max_epochs": 1}}}
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--learning_rate", "--train::trainer::max_epochs", "--train#trainer#amp", "--logging_file"],
+)
+def test_known_overrides_pass(config: str, argument: str) -> None:
+    check_overrides(["run", "--config_file", config, argument, "1"])
+    check_overrides(["run", "--config_file", f"['{config}']", f"{argument}=1"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "advice"),
+    [
+        ("--learning_rat", "learning_rate"),
+        ("--train::trainr::amp", "trainer"),
+        ("--zzz", "first lines"),
+    ],
+)
+def test_a_mistyped_override_stops_the_run(config: str, argument: str, advice: str) -> None:
+    with pytest.raises(SystemExit, match=f"override must name a key .*{advice}"):
+        check_overrides(["run", "--config_file", config, argument, "1"])
+
+
+def test_args_file_is_checked_too(config: str, tmp_path: Path) -> None:
+    arguments = tmp_path / "args.json"
+    arguments.write_text(json.dumps({"config_file": config, "learning_rat": 1}))
+    with pytest.raises(SystemExit, match="did you mean learning_rate"):
+        check_overrides(["run", "--args_file", str(arguments)])
+
+
+def test_other_programs_are_left_alone() -> None:
+    check_overrides(["tests/test_workflow.py", "--verbose"])
+
+
+class Loader(list):
+    """As much of a DataLoader as EpochSeed looks at."""
+
+    dataset = sampler = None
+
+
+def draws(start: int, epochs: int, seed: int = 3) -> list[float]:
+    drawn: list[float] = []
+    engine = Engine(lambda *_: drawn.append(torch.rand(1).item()))
+    EpochSeed(seed, Loader()).attach(engine)
+    engine.state.epoch_length, engine.state.max_epochs = 2, None
+    engine.load_state_dict({"epoch_length": 2, "max_epochs": epochs, "iteration": 2 * start})
+    engine.run([0, 1], max_epochs=epochs, epoch_length=2)
+    return drawn
+
+
+def test_an_epochs_draws_depend_on_its_number_alone() -> None:
+    whole = draws(0, 4)
+    assert draws(2, 4) == whole[4:]
+    assert draws(0, 4, seed=4) != whole
+    assert len(set(whole)) == 8
+
+
+def test_a_kill_while_saving_keeps_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = nn.Linear(2, 1)
+    saver = checkpoint({"model": network}, tmp_path, "model.pt")
+    engine = Engine(lambda *_: None)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, saver)
+    engine.run([0], max_epochs=1)
+    before = (tmp_path / "model.pt").read_bytes()
+
+    def die(content: object, file: object, **_: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run([0], max_epochs=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    assert (tmp_path / "model.pt").read_bytes() == before
+
+
+def test_a_lone_network_is_saved_flat(tmp_path: Path) -> None:
+    network = nn.Linear(2, 1)
+    checkpoint({"model": network}, tmp_path, "model.pt")(Engine(lambda *_: None))
+    assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"weight", "bias"}
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    trainer = Engine(lambda *_: None)
+    torch.save({"net": nn.Linear(3, 1).state_dict()}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="checkpoint must fit this run"):
+        workflow.resume(tmp_path / "last.pt", {"net": nn.Linear(2, 1)}, trainer)
+    (tmp_path / "last.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="checkpoint must be readable"):
+        workflow.resume(tmp_path / "last.pt", {"net": nn.Linear(2, 1)}, trainer)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return print, ("code in a pickle ran",)
+
+
+def test_a_pickle_with_code_is_never_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"net": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="checkpoint must be readable"):
+        workflow.resume(tmp_path / "last.pt", {"net": nn.Linear(2, 1)}, Engine(lambda *_: None))
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_a_nan_loss_stops_the_run_by_name() -> None:
+    engine = Engine(lambda *_: {"loss": torch.tensor(float("nan"))})
+    workflow.StopOnNan().attach(engine)
+    with pytest.raises(ValueError, match="loss must be finite, got nan in epoch 1 at step 1"):
+        engine.run([{"image": torch.zeros(1)}])
+
+
+def test_history_holds_epoch_means_and_drops_repeated_epochs(tmp_path: Path) -> None:
+    values = iter([1.0, 3.0, 5.0, 7.0, 0.0, 0.0])
+    current: dict[str, float] = {}
+    engine = Engine(lambda *_: current.update(loss=next(values)))
+    path = tmp_path / "eval" / "history.jsonl"
+    History(path, lambda: current).attach(engine)
+    engine.run([0, 1], max_epochs=2)
+    assert [(row["epoch"], row["loss"]) for row in read_history(path)] == [(1, 2.0), (2, 6.0)]
+    engine.load_state_dict({"epoch_length": 2, "max_epochs": 2, "iteration": 2})
+    engine.run([0, 1], max_epochs=2)
+    assert [(row["epoch"], row["loss"]) for row in read_history(path)] == [(1, 2.0), (2, 0.0)]
