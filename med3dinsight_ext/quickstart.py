@@ -164,7 +164,7 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
     asked = {key: value for key, value in more.items() if key in ("bundle_root", "spacing")}
     start = time.perf_counter()
     bundle_run(
-        "pretrain", ["inference.json", "quickstart_inference.yaml"], **asked,
+        "pretrain", ["inference.json", "quickstart.yaml"], **asked,
         datalist=str(chosen), prompts=list(PROMPTS),
     )  # fmt: skip
     times["text prompts"] = time.perf_counter() - start

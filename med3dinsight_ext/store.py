@@ -61,7 +61,10 @@ def write_atomic(path: Path, write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # safetensors would leave it to the owner alone
         write(draft)
+        draft.chmod(mode)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

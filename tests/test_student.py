@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from fakes import PlainNet
 from monai.networks import nets
 from torch import Tensor, nn
 
@@ -12,23 +13,8 @@ SIZE = (32, 16, 48)
 SMALL = partial(PSAT, hidden=16, heads=4, ffn=16, layers=1)
 
 
-class Tiny(nn.Module):
-    """A network that is not MONAI's: two convolutions down, one up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.Sequential(nn.Conv3d(1, 4, 4, 4), nn.ReLU(inplace=True))
-        self.neck = nn.Conv3d(4, 6, 2, 2)
-        self.up = nn.ConvTranspose3d(6, 1, 8, 8)
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.up(self.neck(self.down(x)))
-
-
 def student(network: nn.Module | None = None, **changes: object) -> Student:
-    return Student(network or Tiny(), SMALL, {"image": 5, "text": 3}, SIZE, **changes)
+    return Student(network or PlainNet(), SMALL, {"image": 5, "text": 3}, SIZE, **changes)
 
 
 def ask(b: int = 2, s: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,15 +39,15 @@ def test_one_network_pass_however_many_slices() -> None:
 
 
 def test_network_keeps_its_names_and_weights() -> None:
-    network = Tiny()
+    network = PlainNet()
     names = set(network.state_dict())
     assert set(student(network).network.state_dict()) == names
     assert student(network).network is network
 
 
 def test_features_come_from_the_neck() -> None:
-    assert find_features(Tiny(), SIZE) == ("neck", 6, (4, 2, 6))
-    assert find_features(Tiny(), SIZE, "down") == ("down", 4, (8, 4, 12))
+    assert find_features(PlainNet(), SIZE) == ("neck", 6, (4, 2, 6))
+    assert find_features(PlainNet(), SIZE, "down") == ("down", 4, (8, 4, 12))
 
 
 def test_the_dry_run_leaves_modes_and_batch_statistics() -> None:
@@ -130,9 +116,9 @@ def test_a_classifier_has_no_reconstruction() -> None:
 def test_errors_name_the_remedy() -> None:
     with pytest.raises(
         ValueError,
-        match="feature_layer must name a module of Tiny, got 'nekc'; its top level has down, neck, up",
+        match="feature_layer must name a module of PlainNet, got 'nekc'; its top level has down, neck, up",
     ):
-        find_features(Tiny(), SIZE, "nekc")
+        find_features(PlainNet(), SIZE, "nekc")
     with pytest.raises(ValueError, match="feature_layer must give features"):
         find_features(nn.Sequential(nn.Flatten(), nn.Linear(32 * 16 * 48, 3)), SIZE)
     with pytest.raises(ValueError, match="set its input channels to 1"):

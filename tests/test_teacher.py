@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FakeImages, FakeTexts
+from fakes import FakeImages, FakeTexts
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
