@@ -298,10 +298,9 @@ def read_volume(path: str) -> MetaTensor:
         volume = MetaTensor(array[None].astype(np.float32), meta={"filename_or_obj": path})
     else:
         _check_header(path)
-        reader = NibabelReader(squeeze_non_spatial_dims=True)
         try:
             # Given at the call, the reader has no fallback that would take a broken file.
-            loaded = LoadImage(image_only=True, ensure_channel_first=True)(path, reader)
+            loaded = LoadImage(image_only=True, ensure_channel_first=True)(path, NibabelReader())
         except Exception as error:  # gzip, zlib, nibabel and numpy each have their own
             raise _fault(path, "be readable", f"{type(error).__name__}: {error}") from error
         volume = Orientation("RAS", labels=None)(loaded)

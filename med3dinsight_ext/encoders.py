@@ -181,7 +181,7 @@ class HuggingFaceImages(ImageTower):
 
 
 class HuggingFaceTexts(TextTower):
-    """The text side of a transformers checkpoint: CLIP, SigLIP, or a mean-pooled sentence encoder."""
+    """The text side of a transformers checkpoint: CLIP, SigLIP, or a mean-pooled encoder."""
 
     def __init__(self, source: HuggingFaceModel) -> None:
         super().__init__()

@@ -276,7 +276,7 @@ class AlignmentLoss(nn.Module):
         return self.pairs(name, student, teacher, allowed)
 
     def forward(self, pred: StudentOutput, target: SliceTargets) -> Tensor:
-        """Weighted sum of the parts, in float32 under any autocast; see ``latest`` for the parts."""
+        """Weighted sum of the parts, in float32 under any autocast; ``latest`` has the parts."""
         device = target.volume.device.type
         with torch.autocast(device, enabled=False):
             zero = torch.zeros((), device=target.volume.device)

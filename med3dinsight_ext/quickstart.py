@@ -38,6 +38,7 @@ def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkfl
         overlays: config files, the later ones win.
         overrides: key to value.
     """
+    # An absolute path stays what it is.
     files = [str(BUNDLES / name / "configs" / overlay) for overlay in overlays]
     missing = [file for file in files if not Path(file).exists()]
     if missing:

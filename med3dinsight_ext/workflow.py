@@ -299,6 +299,8 @@ class History:
         self._start = 0.0
 
     def attach(self, engine: Engine) -> None:
+        if idist.get_rank() > 0:
+            return
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.EPOCH_STARTED, self.clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)

@@ -197,22 +197,22 @@ def test_the_ends_of_the_extent_are_the_outer_slices(position: float) -> None:
 
 
 def test_fine_texture_is_averaged_when_a_slice_shrinks() -> None:
-    grid = torch.arange(64)
-    checkers = ((grid[:, None] + grid) % 2).float().expand(1, 3, 64, 64)
-    shown = cut(checkers, (1, 1, 1), 0, torch.tensor([0.5]), 16)
-    assert (shown - 0.5).abs().max() < 0.05
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    shown = cut(noise, (1, 1, 1), 0, torch.tensor([0.5]), 16)
+    assert shown.std() < 0.25  # reading every fourth pixel and its neighbour leaves 0.5
 
 
 def test_cutting_does_not_leave_the_range_of_the_volume() -> None:
-    shown = cut(torch.rand(1, 30, 31, 32).round(), (1, 1, 1), 1, torch.rand(20), 50)
-    assert shown.min() >= 0 and shown.max() <= 1
+    for n in range(20, 60):  # rounding takes a plain interpolation above 1 for some sizes
+        shown = cut(torch.ones(1, n, n + 1, 2), (1, 1, 1), 2, torch.tensor([0.5]), 160)
+        assert shown.min() >= 0 and shown.max() <= 1
 
 
 def test_a_meta_tensor_gives_plain_slices() -> None:
     volume = MetaTensor(ball())
-    plane, position = choose(window(volume, "MR"), 2, 0)
-    shown = cut(window(volume, "MR"), (1, 1, 1), 0, position[plane == 0], 8)
-    assert type(shown) is torch.Tensor and type(position) is torch.Tensor
+    plane, position = choose(volume, 2, 0)
+    shown = cut(volume, (1, 1, 1), 0, position[plane == 0], 8)
+    assert {type(t) for t in (shown, position, window(volume, "MR"))} == {torch.Tensor}
 
 
 @pytest.mark.parametrize("position", [[-0.1], [0.5, 1.1], [float("nan")], []])

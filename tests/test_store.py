@@ -176,7 +176,8 @@ MOVES = {
     "crop": SpatialCrop(roi_start=(2, 3, 4), roi_end=(11, 13, 19)),
     "pad": SpatialPad((17, 20, 25)),
     "turn": Rotate90(k=1, spatial_axes=(0, 2)),
-    "all": Compose([Flip(0), SpatialPad((20, 20, 24)), Rotate90(1, (1, 2)), SpatialCrop((1, 2, 3), (19, 20, 19))]),
+    "all": Compose([Flip(0), SpatialPad((20, 20, 24)), Rotate90(1, (1, 2)),
+                    SpatialCrop((1, 2, 3), (19, 20, 19))]),
 }  # fmt: skip
 
 

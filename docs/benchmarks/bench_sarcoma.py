@@ -1,0 +1,60 @@
+"""Does a student know its slices on patients it never saw? Three seeds, by the bundle's own runs.
+
+python docs/benchmarks/bench_sarcoma.py DATA [--out DIR] [--seeds 3]
+
+A finished seed is not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import fire
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import write  # noqa: E402
+
+from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
+
+OVERLAY = str(Path(__file__).parent / "sarcoma.yaml")
+KEYS = ("image_all_r1", "image_within_r1", "image_within_r5", "text_all_r10", "text_within_r1")
+
+
+def main(data: str, out: str = "sarcoma_runs", seeds: int = 3) -> None:
+    root = Path(data)
+    runs = []
+    for seed in range(seeds):
+        folder = Path(out) / f"seed{seed}"
+        table = folder / "eval" / "retrieval.json"
+        record = folder / "seconds.json"
+        if not table.exists():
+            settings = {
+                "bundle_root": str(folder), "store_dir": str(Path(out) / "store"),
+                "dataset_dir": str(root), "datalist": str(root / "index.json"),
+                "split": str(root / "split.json"), "captions": str(root / "captions.jsonl"),
+                "seed": seed,
+            }  # fmt: skip
+            begin = perf_counter()
+            bundle_run("pretrain", ["train.json", OVERLAY], **settings)
+            record.write_text(json.dumps(perf_counter() - begin))
+            bundle_run("pretrain", ["train.json", OVERLAY, "evaluate.json"], **settings)
+        runs.append({"seed": seed, "train_seconds": json.loads(record.read_text())}
+                    | json.loads(table.read_text()))  # fmt: skip
+    summary = {}
+    for key in KEYS:
+        ours = [run["student"][key] for run in runs]
+        zero = [run["volume_zero"][key] for run in runs]
+        summary[key] = {
+            "student": {"mean": statistics.mean(ours), "min": min(ours), "max": max(ours)},
+            "volume_zero": {"mean": statistics.mean(zero), "min": min(zero), "max": max(zero)},
+            "chance": statistics.mean(run["student"][f"{key}_chance"] for run in runs),
+        }
+    write("sarcoma", {"test_patients": 12, "seeds": seeds, "summary": summary, "runs": runs})
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
