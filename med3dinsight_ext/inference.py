@@ -70,7 +70,8 @@ class SlidingTokens(Inferer):
             inside = (local >= 0) & (local <= 1)
             if not inside.any():
                 continue
-            out = network(inputs[(..., *window)], plane, local.clamp(0, 1))
+            patch = (slice(None), slice(None), *window)
+            out = network(inputs[patch], plane, local.clamp(0, 1))
             count += inside
             for name, tokens in out.tokens.items():
                 total[name] = total.get(name, 0) + tokens.float() * inside[..., None]

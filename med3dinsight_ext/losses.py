@@ -163,7 +163,7 @@ def gather(values: Tensor) -> Tensor:
         parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, values.contiguous())
         return torch.cat(parts)
-    return torch.cat(dist.nn.functional.all_gather(values.contiguous()))  # type: ignore[attr-defined]
+    return torch.cat(dist.nn.functional.all_gather(values.contiguous()))
 
 
 class Parts(NamedTuple):

@@ -62,7 +62,7 @@ def fitting_spacing(items: list[dict[str, Any]]) -> float:
     """Isotropic spacing in mm at which the median volume just fits a patch."""
     extents = []
     for item in items[:50]:
-        header: Any = nib.load(item["image"]).header  # type: ignore[attr-defined]
+        header: Any = nib.load(item["image"]).header
         extents.append(max(np.multiply(header.get_zooms()[:3], header.get_data_shape()[:3])))
     return round(float(np.median(extents)) / PATCH, 2)
 

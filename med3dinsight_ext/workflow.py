@@ -96,7 +96,7 @@ class EpochSeed:
         # One stream for each rank; the sampler's permutation must be the same on all.
         own = (seed + 7919 * idist.get_rank()) % 2**32
         manual_seed(own)
-        transform = getattr(self.loader.dataset, "transform", None)
+        transform: Any = getattr(self.loader.dataset, "transform", None)
         if hasattr(transform, "set_random_state"):
             transform.set_random_state(own)
         if hasattr(self.loader.sampler, "set_epoch"):

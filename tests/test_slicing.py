@@ -203,8 +203,8 @@ def test_fine_texture_is_averaged_when_a_slice_shrinks() -> None:
 
 
 def test_cutting_does_not_leave_the_range_of_the_volume() -> None:
-    for n in range(20, 60):  # rounding takes a plain interpolation above 1 for some sizes
-        shown = cut(torch.ones(1, n, n + 1, 2), (1, 1, 1), 2, torch.tensor([0.5]), 160)
+    for n in range(13, 20):  # rounding takes a plain interpolation above 1 for some sizes
+        shown = cut(torch.ones(1, n, n + 5, 2), (1, 1.5, 1), 2, torch.tensor([0.5]), 24)
         assert shown.min() >= 0 and shown.max() <= 1
 
 
