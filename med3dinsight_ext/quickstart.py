@@ -18,6 +18,7 @@ from monai.data import MetaTensor
 
 from . import data as datalists
 from . import report, slicing
+from .cohort import make_cohort
 from .metrics import depth_group
 from .workflow import read_history
 
@@ -134,7 +135,7 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
     """
     begin = time.perf_counter()
     folder = Path(out)
-    root = Path(data) if data else datalists.make_cohort(folder / "data")
+    root = Path(data) if data else make_cohort(folder / "data")
     more: dict[str, Any] = {"bundle_root": str(folder / "pretrain"), "dataset_dir": str(root)}
     for key, name in (("split", "split.json"), ("captions", "captions.jsonl")):
         if (root / name).exists():

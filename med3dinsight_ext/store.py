@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from . import slicing
 from .captions import Captioner
-from .data import guess_modality, read_volume
 from .encoders import sha256
 from .teacher import Teacher
+from .volumes import guess_modality, read_volume
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # raise it when slicing, windows or this file change what is stored
@@ -101,9 +101,11 @@ class Store:
 
     def path(self, item: dict[str, Any]) -> Path:
         """Where the item's entry is, or would be."""
+        file, _, place = item["image"].partition("::")
         parts = [
             FORMAT,
-            self._hashes(Path(item["image"])),
+            self._hashes(Path(file)),
+            place,  # in an archive
             item["modality"],
             self._teacher_print,
             self.captioner.fingerprint(item),
@@ -142,6 +144,7 @@ class Store:
         Raises:
             ValueError: names every bad volume at once; the good ones are stored by then.
         """
+        self.captioner.check_items(items)
         paths = [self.path(item) for item in items]
         self._hashes.save()
         missing = [i for i, path in enumerate(paths) if not path.exists()]

@@ -113,38 +113,52 @@ def _potentials(
     epsilon goes first. At mass 1 every constraint is an equality and the bounds are void.
     """
     b, n, m = cost.shape
-    cost = cost.to(_working_type(cost))
     bound = 0.0 if mass < 1 else math.inf
     lengths = torch.linspace(0, 1, 3, dtype=cost.dtype, device=cost.device)[None, :, None] ** 2
-    low, high = cost.amin((1, 2))[:, None], cost.amax((1, 2))[:, None]
-    scale = coarse = (0.1 * (high - low)).clamp_min(epsilon)
-    f, g, h = cost.new_zeros(b, n), cost.new_zeros(b, m), low / coarse
+    scale = coarse = (0.1 * (cost.amax((1, 2)) - cost.amin((1, 2)))).clamp_min(epsilon)[:, None]
+    g = cost.new_zeros(b, m)
     for target in [coarse] + [torch.full_like(coarse, epsilon)] * steps:
-        g, h, scale = g * scale / target, h * scale / target, target
-        plan = (cost / -scale[:, :, None]).add_((g + h)[:, None])
-        f = (-math.log(n) - plan.logsumexp(2)).clamp_max(bound)
-        plan = plan.add_(f[:, :, None]).exp_()
-        if mass < 1:  # moving a common part into h keeps the plan and raises the dual
-            top_f, top_g = f.amax(1, keepdim=True), g.amax(1, keepdim=True)
-            f, g, h = f - top_f, g - top_g, h + top_f + top_g
+        g, scale = g * scale / target, target
+        plan = (cost / -scale[:, :, None]).add_(g[:, None])
+        f, h = _fill(plan.logsumexp(2), mass)
+        plan = plan.add_((f + h)[:, :, None]).exp_()
         missing = 1 / m - plan.sum(1)
         tied = (g >= bound) & (missing >= 0)
         step_k, step_h = _solve_columns(plan, f >= bound, tied, missing, mass - 1)
-        step_g = (step_k - step_h).clamp(-LONGEST, LONGEST)[:, None]
-        step_h = step_h.clamp(-LONGEST, LONGEST)[:, None]
+        step = (step_k - step_h).clamp(-LONGEST, LONGEST)[:, None]
 
-        dg, dh = torch.minimum(lengths * step_g, bound - g[:, None]), lengths * step_h
-        rows = _positive((dg + dh).exp() @ plan.mT)
-        df = torch.minimum(-math.log(n) - rows.log(), _room(f, bound))
-        columns = _positive(df.exp() @ plan)
-        dg = torch.minimum(-math.log(m) - columns.log() - dh, _room(g, bound))
-        dh = math.log(mass) - _positive((dg.exp() * columns).sum(2, keepdim=True)).log()
-        gain = df.mean(2) + dg.mean(2) + mass * dh[:, :, 0]
+        old = (f + h)[:, None]
+        rows = torch.minimum(lengths * step, bound - g[:, None]).exp() @ plan.mT
+        f_t, h_t = _fill(_positive(rows).log() - old, mass)
+        columns = (f_t + h_t - old).clamp_max(80).exp() @ plan
+        g_t, h_t = _fill(_positive(columns).log() - g[:, None] - h_t, mass)
+        gain = (
+            (f_t - f[:, None]).mean(2)
+            + (g_t - g[:, None]).mean(2)
+            + mass * (h_t - h[:, None])[:, :, 0]
+        )
         best = gain.nan_to_num(-math.inf).argmax(1)[:, None, None]
-        f = f + df.take_along_dim(best, 1)[:, 0]
-        g = g + dg.take_along_dim(best, 1)[:, 0]
-        h = h + dh.take_along_dim(best, 1)[:, 0]
+        g = g_t.take_along_dim(best, 1)[:, 0]
+    plan = g[:, None] - cost / epsilon
+    f, h = _fill(plan.logsumexp(2), mass)
     return f, g + h, f >= bound, g >= bound
+
+
+def _fill(sums: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Exact potential of one side and h.
+
+    Raises every sum by e^h, cuts them to 1/n so that they make ``mass``.
+    """
+    n = sums.shape[-1]
+    if mass == 1:
+        return -math.log(n) - sums, torch.zeros_like(sums[..., :1])
+    tail = sums.sort(-1).values.logcumsumexp(-1).flip(-1)
+    left = mass - torch.arange(n, dtype=sums.dtype, device=sums.device) / n
+    h = (
+        left.log().nan_to_num(-math.inf, neginf=-math.inf).masked_fill(left < 1e-6, -math.inf)
+        - tail
+    ).amax(-1, keepdim=True)
+    return (-math.log(n) - sums - h).clamp_max(0), h
 
 
 def _solve_columns(
@@ -178,8 +192,8 @@ def _solve_columns(
     del laplacian
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal[:, :m] += tied
-    limits = torch.finfo(plan.dtype)
-    diagonal.mul_(1 + limits.eps**0.8).add_(limits.tiny)
+    eps = torch.finfo(plan.dtype).eps
+    diagonal.mul_(1 + eps**0.8).add_(eps**2 / m)
     right = torch.cat(
         [right.masked_fill(tied, 0), (right * tied).sum(1, keepdim=True) + right_h], 1
     )
@@ -208,4 +222,4 @@ def _positive(x: Tensor) -> Tensor:
 
 
 def _working_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if max(x.shape[1:]) <= EXACT else x.dtype
+    return x.dtype

@@ -169,17 +169,14 @@ def test_expected_recall_equals_all_orders(above: int, tied: int, right: int, k:
     assert float(expected_recall(above * one, tied * one, right * one, k)) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("within", [True, False])
-def test_random_tokens_reach_chance(within: bool) -> None:
-    _, *rest = pairs()
+@pytest.mark.parametrize("bins", [0, 2], ids=["all", "within"])
+def test_random_tokens_reach_chance(bins: int) -> None:
+    _, targets, plane, position, _ = pairs()
+    group = depth_group(plane, position, bins) if bins else torch.zeros(40).long()
     g = torch.Generator().manual_seed(1)
-    draws = [
-        retrieval(torch.randn(40, 6, generator=g), *rest, within=within, depth_bins=2)
-        for _ in range(100)
-    ]
-    for k in (1, 5, 10):
-        mean = sum(row[f"r{k}"] for row in draws) / len(draws)
-        assert mean == pytest.approx(draws[0][f"r{k}_chance"], abs=0.02)
+    draws = [hits(torch.randn(40, 6, generator=g), targets, group) for _ in range(100)]
+    mean = torch.stack([found.recall.mean(0) for found in draws]).mean(0)
+    torch.testing.assert_close(mean, draws[0].chance.mean(0), atol=0.02, rtol=0)
 
 
 def test_chance_equals_random_orders_of_repeated_captions() -> None:
@@ -403,6 +400,7 @@ def test_monai_evaluator_selects_by_it() -> None:
 
 
 def _rank(rank: int, file: str, shares: list[slice], out: str) -> None:
+    torch.set_num_threads(1)  # the thread pool does not survive a fork
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=len(shares)
     )
@@ -457,6 +455,13 @@ def test_neighbours_vote_by_similarity() -> None:
     got = knn_probe(train, labels, torch.tensor([[2.0, 0.0]]), k=20)
     near, far = torch.tensor([1.0, 0.8]).div(0.07).exp().tolist()
     assert got[0].tolist() == pytest.approx([near / (near + 2 * far), 2 * far / (near + 2 * far)])
+
+
+@pytest.mark.parametrize(("k", "share"), [(4, 0.75), (6, 0.5), (20, 0.5)])
+def test_k_neighbours_vote_or_all_there_are(k: int, share: float) -> None:
+    train = F.normalize(torch.tensor([[1.0, 0.0]] * 3 + [[1.0, 1e-4]] * 3), dim=1)
+    got = knn_probe(train, torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([[1.0, -1e-2]]), k)
+    assert float(got[0, 0]) == pytest.approx(share, abs=1e-3)
 
 
 def test_linear_probe_equals_scikit_learn() -> None:

@@ -223,7 +223,7 @@ def test_a_tilted_volume_is_refused() -> None:
 
 
 def sampled(items: list[dict], store: Store, slices: int | None, crop: bool = False) -> dict:
-    from med3dinsight_ext.data import read_volume
+    from med3dinsight_ext.volumes import read_volume
 
     item = store.fill(items)[0]
     image = read_volume(item["image"])

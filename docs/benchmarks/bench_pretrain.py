@@ -29,12 +29,12 @@ from common import spread, timed, write  # noqa: E402
 
 from med3dinsight_ext import slicing  # noqa: E402
 from med3dinsight_ext.captions import TemplateCaptions  # noqa: E402
-from med3dinsight_ext.data import read_volume  # noqa: E402
 from med3dinsight_ext.losses import AlignmentLoss  # noqa: E402
 from med3dinsight_ext.psat import PSAT  # noqa: E402
 from med3dinsight_ext.store import SampleTargetsd, SliceTargets, Store  # noqa: E402
 from med3dinsight_ext.student import Student  # noqa: E402
 from med3dinsight_ext.teacher import bundled  # noqa: E402
+from med3dinsight_ext.volumes import read_volume  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPACES = {"image": 1280, "text": 384}
