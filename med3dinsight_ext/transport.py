@@ -3,7 +3,7 @@
 The plan is the KL projection of exp(-cost / epsilon) on {rows <= 1/n, columns <= 1/m, total = mass}
 (Benamou et al., 2015, arXiv:1412.5154, prop. 5), the problem that POT's
 ``entropic_partial_wasserstein`` solves. It has the form exp(f_i + g_j + h - cost_ij / epsilon) with
-f, g <= 0, and zero where their constraint is slack, so only n + m + 1 numbers have to be found.
+potentials f, g <= 0 that are zero where their constraint is slack: n + m + 1 numbers to find.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EXACT = 1024  # up to this size work is done in float64: cheap there, and needed by a small epsilon
-LONGEST = 10.0  # bound on a Newton step in any potential, which is a logarithm
+LONGEST = 10.0  # bound on a Newton step in any potential; these are logarithms
 
 
 class Plan(NamedTuple):
@@ -30,7 +29,7 @@ class Plan(NamedTuple):
     residual: Tensor
 
 
-def partial_plan(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 20) -> Tensor:
+def partial_plan(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 16) -> Tensor:
     """Match the cheapest share of two uniform sets and leave the rest unmatched.
 
     Args:
@@ -40,18 +39,18 @@ def partial_plan(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 2
         steps: rounds of the solver, fixed; the residual of `solve` tells whether they sufficed.
 
     Returns:
-        (b, n, m) plan, differentiable: rows sum to <= 1/n, columns to <= 1/m, everything to ``mass``.
+        (b, n, m) plan, differentiable: rows sum to <= 1/n, columns to <= 1/m, all to ``mass``.
     """
     return solve(cost, mass, epsilon, steps).log_plan.exp()
 
 
-def solve(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 20) -> Plan:
+def solve(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 16) -> Plan:
     """The logarithm of `partial_plan`, in which no entry underflows, and the solver's residual.
 
     Runs in float32 or better, also inside autocast; never waits for the device.
 
     Raises:
-        ValueError: ``cost`` is not (b, n, m), or ``mass``, ``epsilon`` or ``steps`` is out of range.
+        ValueError: ``cost`` is not (b, n, m), or another argument is out of range.
     """
     if cost.ndim != 3 or 0 in cost.shape:
         raise ValueError(
@@ -63,7 +62,7 @@ def solve(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 20) -> P
     if not epsilon > 0:
         raise ValueError(f"epsilon must be > 0, got {epsilon}; try 0.1")
     if steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}; try 20")
+        raise ValueError(f"steps must be >= 1, got {steps}; try 16")
     with torch.autocast(cost.device.type, enabled=False):
         cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
         return Plan(*_Transport.apply(cost, mass, epsilon, steps))
@@ -77,7 +76,7 @@ class _Transport(torch.autograd.Function):
         ctx: Any, cost: Tensor, mass: float, epsilon: float, steps: int
     ) -> tuple[Tensor, Tensor]:
         f, k, slack_rows, slack_columns = _potentials(cost, mass, epsilon, steps)
-        log_plan = (f[:, :, None] + k[:, None]).sub_(cost, alpha=1 / epsilon).to(cost.dtype)
+        log_plan = (f[:, :, None] + k[:, None]).sub_(cost, alpha=1 / epsilon)
         plan = log_plan.exp()
         residual = torch.maximum(
             _violation(plan.sum(2), slack_rows), _violation(plan.sum(1), slack_columns)
@@ -92,14 +91,14 @@ class _Transport(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         log_plan, slack_rows, slack_columns = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            plan = log_plan.to(_working_type(log_plan)).exp()
+            plan = log_plan.exp()
             row = _positive(plan.sum(2))
-            pull = grad.sum(2, dtype=plan.dtype).masked_fill_(slack_rows, 0) / row
-            column = grad.sum(1, dtype=plan.dtype) - _apply(pull, plan)
+            pull = grad.sum(2).masked_fill_(slack_rows, 0) / row
+            column = grad.sum(1) - _apply(pull, plan)
             k, _ = _solve_columns(plan, slack_rows, slack_columns, column)
             f = (pull - _apply(k, plan.mT) / row).masked_fill_(slack_rows, 0)
             grad_cost = plan.mul_(f[:, :, None] + k[:, None]).sub_(grad).div_(ctx.epsilon)
-            return grad_cost.to(grad.dtype), None, None, None
+            return grad_cost, None, None, None
 
 
 def _potentials(
@@ -107,57 +106,61 @@ def _potentials(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Maximise the dual; returns f (b, n), g + h (b, m) and where rows and columns are slack.
 
-    A round solves the rows exactly, tries Newton steps of three lengths on the columns (one of them
-    0), ends each with a Sinkhorn sweep and keeps the best. The sweep settles the bounds f, g <= 0,
-    on which a projected Newton step stalls, and never loses ground. One round at a coarser
-    epsilon goes first. At mass 1 every constraint is an equality and the bounds are void.
+    A round solves f and h exactly for the given g, tries three lengths (one of them 0) of a Newton
+    step on g and h, ends each with a Sinkhorn sweep and keeps the best. The sweep settles the bounds,
+    on which a projected Newton step stalls. One round at a coarser epsilon goes first. At mass 1
+    every constraint is an equality and the bounds are void.
     """
-    b, n, m = cost.shape
     bound = 0.0 if mass < 1 else math.inf
+    n, m = cost.shape[1:]
     lengths = torch.linspace(0, 1, 3, dtype=cost.dtype, device=cost.device)[None, :, None] ** 2
     scale = coarse = (0.1 * (cost.amax((1, 2)) - cost.amin((1, 2)))).clamp_min(epsilon)[:, None]
-    g = cost.new_zeros(b, m)
+    g = torch.zeros_like(cost[:, 0])
     for target in [coarse] + [torch.full_like(coarse, epsilon)] * steps:
         g, scale = g * scale / target, target
         plan = (cost / -scale[:, :, None]).add_(g[:, None])
         f, h = _fill(plan.logsumexp(2), mass)
-        plan = plan.add_((f + h)[:, :, None]).exp_()
+        fh = f + h
+        plan = plan.add_(fh[:, :, None]).exp_()
         missing = 1 / m - plan.sum(1)
         tied = (g >= bound) & (missing >= 0)
-        step_k, step_h = _solve_columns(plan, f >= bound, tied, missing, mass - 1)
-        step = (step_k - step_h).clamp(-LONGEST, LONGEST)[:, None]
+        step, step_h = _solve_columns(plan, f >= bound, tied, missing, mass - 1)
+        step = (step - step_h).clamp(-LONGEST, LONGEST)
+        step_h = step_h.clamp(-LONGEST, LONGEST)
 
-        old = (f + h)[:, None]
-        rows = torch.minimum(lengths * step, bound - g[:, None]).exp() @ plan.mT
-        f_t, h_t = _fill(_positive(rows).log() - old, mass)
-        columns = (f_t + h_t - old).clamp_max(80).exp() @ plan
-        g_t, h_t = _fill(_positive(columns).log() - g[:, None] - h_t, mass)
-        gain = (
-            (f_t - f[:, None]).mean(2)
-            + (g_t - g[:, None]).mean(2)
-            + mass * (h_t - h[:, None])[:, :, 0]
-        )
+        f, g, h, fh = f[:, None], g[:, None], h[:, None], fh[:, None]  # (b, lengths, ...) from here
+        rows = torch.minimum(lengths * step[:, None], bound - g).exp() @ plan.mT
+        new_h = h + lengths * step_h[:, None]
+        new_f = (-math.log(n) - _positive(rows).log() + fh - new_h).clamp_max(bound)
+        columns = (new_f + new_h - fh).clamp_max(80).exp() @ plan  # exp(80) is safe in float32
+        new_g, new_h = _fill(_positive(columns).log() - g - new_h, mass)
+        gain = (new_f - f).mean(2) + (new_g - g).mean(2) + mass * (new_h - h)[:, :, 0]
         best = gain.nan_to_num(-math.inf).argmax(1)[:, None, None]
-        g = g_t.take_along_dim(best, 1)[:, 0]
-    plan = g[:, None] - cost / epsilon
-    f, h = _fill(plan.logsumexp(2), mass)
+        g = new_g.take_along_dim(best, 1)[:, 0]
+    f, h = _fill((g[:, None] - cost / epsilon).logsumexp(2), mass)
     return f, g + h, f >= bound, g >= bound
 
 
 def _fill(sums: Tensor, mass: float) -> tuple[Tensor, Tensor]:
-    """Exact potential of one side and h.
+    """Scale sums so that, each cut at 1/n, they make ``mass``: water-filling, exact.
 
-    Raises every sum by e^h, cuts them to 1/n so that they make ``mass``.
+    With the k largest cut, k/n + e^h * (rest) = mass gives one h for each k; the largest is right.
+
+    Args:
+        sums: (..., n) logarithms.
+        mass: in (0, 1]; at 1 every sum becomes 1/n, up or down.
+
+    Returns:
+        Logarithm of the cut (..., n), <= 0 unless ``mass`` is 1, and h (..., 1).
     """
     n = sums.shape[-1]
     if mass == 1:
         return -math.log(n) - sums, torch.zeros_like(sums[..., :1])
-    tail = sums.sort(-1).values.logcumsumexp(-1).flip(-1)
-    left = mass - torch.arange(n, dtype=sums.dtype, device=sums.device) / n
-    h = (
-        left.log().nan_to_num(-math.inf, neginf=-math.inf).masked_fill(left < 1e-6, -math.inf)
-        - tail
-    ).amax(-1, keepdim=True)
+    whole, part = divmod(mass * n, 1)  # apart, or float32 loses the part at large n
+    left = whole - torch.arange(n, dtype=sums.dtype, device=sums.device) + part
+    rest = sums.sort(-1).values.logcumsumexp(-1).flip(-1)
+    level = (left.clamp_min(1e-6) / n).log().masked_fill(left < 1e-6, -math.inf)
+    h = (level - rest).amax(-1, keepdim=True)
     return (-math.log(n) - sums - h).clamp_max(0), h
 
 
@@ -209,17 +212,9 @@ def _violation(marginal: Tensor, slack: Tensor) -> Tensor:
     return torch.where(slack, excess.clamp_min(0), excess.abs()).amax(1)
 
 
-def _room(potential: Tensor, bound: float) -> Tensor:
-    return (bound - potential[:, None]).clamp_max(40)  # exp(40) is safe in float32
-
-
 def _apply(vector: Tensor, matrix: Tensor) -> Tensor:
     return (vector[:, None] @ matrix)[:, 0]
 
 
 def _positive(x: Tensor) -> Tensor:
     return x.clamp_min(torch.finfo(x.dtype).tiny)
-
-
-def _working_type(x: Tensor) -> torch.dtype:
-    return x.dtype

@@ -203,7 +203,8 @@ def test_real_captions_belong_to_real_slices(
 ) -> None:
     folder = real_data(name)
     file, items = FileCaptions(folder / "captions.jsonl"), datalist(folder / source)
-    assert file.check_items(items) == images
+    file.check_items(items)
+    assert len(file.rows) == images
     assert sum(len(file.required(item)[0]) for item in items) == rows
     shapes = [(item, read_volume(item["image"]).shape[1:]) for item in items[:9]]
     assert all(None not in file.caption(i, *file.required(i, shape)) for i, shape in shapes)
