@@ -147,23 +147,38 @@ def masked_mse(reconstruction: Tensor, volume: Tensor, mask: Tensor | None = Non
         volume: (b, 1, x, y, z).
         mask: (b, 1, x, y, z) bool, True where the network did not see the volume.
     """
+    total, count = _squared_error(reconstruction, volume, mask)
+    return total / count.clamp(min=1)
+
+
+def _squared_error(
+    reconstruction: Tensor, volume: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Sum over the hidden voxels, and their number."""
+    if reconstruction.shape != volume.shape:
+        raise ValueError(
+            f"reconstruction must have the shape of the volume {tuple(volume.shape)}, got "
+            f"{tuple(reconstruction.shape)}; the network needs out_channels 1 and the input's size"
+        )
     error = (reconstruction - volume).square()
-    return error.mean() if mask is None else (error * mask).sum() / mask.sum().clamp(min=1)
+    hidden = torch.ones_like(error) if mask is None else mask.to(error.dtype)
+    return (error * hidden).sum(), hidden.sum()
 
 
 def gather(values: Tensor) -> Tensor:
     """Rows of all ranks, with gradient; the tensor itself where there is one process.
 
-    Every rank then computes the same loss of all pairs. The gradient of a gathered tensor is summed
-    over ranks and DDP takes the mean over ranks, which together is the gradient of one process.
+    Every rank then computes the same loss of all pairs, but reaches only its own rows, and DDP
+    takes the mean over ranks: hence the factor on the gradient, which leaves the values alone.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return values
-    if not values.requires_grad:
-        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, values.contiguous())
-        return torch.cat(parts)
-    return torch.cat(dist.nn.functional.all_gather(values.contiguous()))
+    ranks, own = dist.get_world_size(), values.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(ranks)]
+    dist.all_gather(parts, own)
+    if values.requires_grad:
+        parts[dist.get_rank()] = own + ranks * (values - own)
+    return torch.cat(parts)
 
 
 class Parts(NamedTuple):
@@ -275,6 +290,12 @@ class AlignmentLoss(nn.Module):
             allowed = allowed & near & (plane[:, None] == plane)
         return self.pairs(name, student, teacher, allowed)
 
+    def _reconstruction(self, guess: Tensor, mask: Tensor | None, target: SliceTargets) -> Tensor:
+        """Like `masked_mse`, over the voxels of all ranks."""
+        parts = _squared_error(guess.float(), target.volume.float(), mask)
+        total, count = (gather(part[None]).sum() for part in parts)
+        return total / count.clamp(min=1)
+
     def forward(self, pred: StudentOutput, target: SliceTargets) -> Tensor:
         """Weighted sum of the parts, in float32 under any autocast; ``latest`` has the parts."""
         device = target.volume.device.type
@@ -284,7 +305,7 @@ class AlignmentLoss(nn.Module):
             parts = (
                 self._part("image", pred, target, target.valid) if image else zero,
                 self._part("text", pred, target, target.valid & target.has_text) if text else zero,
-                masked_mse(pred.reconstruction.float(), target.volume.float(), pred.mask)
+                self._reconstruction(pred.reconstruction, pred.mask, target)
                 if reconstruction and pred.reconstruction is not None
                 else zero,
             )

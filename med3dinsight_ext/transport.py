@@ -107,9 +107,9 @@ def _potentials(
     """Maximise the dual; returns f (b, n), g + h (b, m) and where rows and columns are slack.
 
     A round solves f and h exactly for the given g, tries three lengths (one of them 0) of a Newton
-    step on g and h, ends each with a Sinkhorn sweep and keeps the best. The sweep settles the bounds,
-    on which a projected Newton step stalls. One round at a coarser epsilon goes first. At mass 1
-    every constraint is an equality and the bounds are void.
+    step on g and h, ends each with a Sinkhorn sweep and keeps the best. The sweep settles the
+    bounds, on which a projected Newton step stalls. One round at a coarser epsilon goes first. At
+    mass 1 every constraint is an equality and the bounds are void.
     """
     bound = 0.0 if mass < 1 else math.inf
     n, m = cost.shape[1:]

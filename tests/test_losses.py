@@ -167,6 +167,11 @@ def test_masked_mse_counts_hidden_voxels_only() -> None:
     assert float(masked_mse(guess, volume)) == 5
 
 
+def test_a_reconstruction_of_another_shape_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"shape of the volume \(2, 1, 4, 4, 4\), got \(2, 3, 4"):
+        masked_mse(torch.zeros(2, 3, 4, 4, 4), torch.zeros(2, 1, 4, 4, 4))
+
+
 def test_the_total_is_the_weighted_sum_of_the_parts_it_shows() -> None:
     tokens, target = batch()
     loss = AlignmentLoss("cosine", image_weight=2, text_weight=0.5, reconstruction_weight=3)
@@ -280,21 +285,25 @@ class Heads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.image, self.text = nn.Linear(6, 6), nn.Linear(5, 5)
+        self.image, self.text, self.decoder = nn.Linear(6, 6), nn.Linear(5, 5), nn.Conv3d(1, 1, 1)
 
-    def forward(self, tokens: dict[str, Tensor]) -> StudentOutput:
-        return output({"image": self.image(tokens["image"]), "text": self.text(tokens["text"])})
+    def forward(self, tokens: dict[str, Tensor], volume: Tensor, mask: Tensor) -> StudentOutput:
+        heads = {"image": self.image(tokens["image"]), "text": self.text(tokens["text"])}
+        return StudentOutput(heads, self.decoder(volume), mask)
 
 
 def gradients(kind: str, rank: int, ranks: int) -> dict[str, Tensor]:
     tokens, target = batch(4, 3)
     target.valid[3, 2] = False  # ranks hold different numbers of pairs
     target.has_text[0, 1] = False
+    mask = torch.zeros_like(target.volume, dtype=torch.bool)
+    mask[:2, ..., :1] = mask[2:, ..., :3] = True  # and of hidden voxels
     mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
     network, loss = Heads(), AlignmentLoss(kind)
     wrapped = DistributedDataParallel(network) if ranks > 1 else network
-    mine_only = SliceTargets(*(value[mine] for value in target))
-    value = loss(wrapped({k: v[mine] for k, v in tokens.items()}), mine_only)
+    share = SliceTargets(*(value[mine] for value in target))
+    tokens = {name: value[mine] for name, value in tokens.items()}
+    value = loss(wrapped(tokens, share.volume, mask[mine]), share)
     value.backward()
     found = {"loss": value.detach()}
     for name, p in [*network.named_parameters(), *loss.named_parameters()]:

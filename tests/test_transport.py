@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import ot
 import pytest
 import torch
@@ -26,12 +27,11 @@ def cost_matrix(n: int, m: int | None = None, seed: int = 0) -> Tensor:
 
 def oracle(cost: Tensor, mass: float, epsilon: float) -> Tensor:
     """POT's Dykstra iterations in float64, run until they stand still."""
-    n, m = cost.shape
-    row, column = (torch.full((k,), 1 / k, dtype=torch.float64) for k in (n, m))
-    return ot.partial.entropic_partial_wasserstein(
-        row, column, cost, reg=epsilon, m=torch.tensor(mass, dtype=torch.float64),
-        numItermax=20_000, stopThr=1e-12,
-    )  # fmt: skip
+    row, column = (np.full(k, 1 / k) for k in cost.shape)
+    plan = ot.partial.entropic_partial_wasserstein(
+        row, column, cost.numpy(), reg=epsilon, m=mass, numItermax=20_000, stopThr=1e-12
+    )
+    return torch.from_numpy(plan)
 
 
 @pytest.mark.parametrize("mass", MASSES)
@@ -107,7 +107,7 @@ def test_the_implicit_gradient_equals_finite_differences(mass: float, epsilon: f
     weight = torch.randn(1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def value(c: Tensor) -> Tensor:
-        return (weight * partial_plan(c, mass, epsilon, steps=60)).sum()
+        return (weight * partial_plan(c, mass, epsilon, steps=24)).sum()
 
     assert torch.autograd.gradcheck(value, (cost,), eps=1e-6, atol=1e-4, rtol=1e-3)
 
