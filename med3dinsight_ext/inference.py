@@ -186,6 +186,7 @@ class TokenWriter:
         scores = tokens[space] @ self._texts.mT  # (n, prompts)
         volume = batch["image"][row]
         spacing = volume.pixdim.tolist()
+        filled = slicing.usable(volume)
         readable: dict[str, Any] = {}
         curves: dict[str, Any] = {}
         best: dict[str, Any] = {}
@@ -194,15 +195,20 @@ class TokenWriter:
             for number, plane_name in enumerate(slicing.PLANES):
                 rows = (plane == number).nonzero().flatten()
                 values, where = scores[rows, column], position[rows]
-                first = int(values.argmax())
+                padded = batch["position"][row][rows].cpu()
+                index = (padded * volume.shape[number + 1]).long()
+                shows = filled[number].cpu()[index.clamp(max=volume.shape[number + 1] - 1)]
+                # Nobody looks for an empty slice, unless all are.
+                seen = values.masked_fill(~shows & shows.any(), float("nan"))
+                first = int(seen.nan_to_num(-2).argmax())
                 readable[prompt][plane_name] = {
                     "position": [round(v, 4) for v in where.tolist()],
                     "score": [round(v, 5) for v in values.tolist()],
                     "best": round(float(where[first]), 4),
                 }
-                padded = batch["position"][row][rows[first], None].cpu()
-                image = slicing.cut(volume.as_tensor().cpu(), spacing, number, padded, 160)
-                curves[prompt][number] = (where.numpy(), values.numpy())
+                shown = padded[first : first + 1]
+                image = slicing.cut(volume.as_tensor().cpu(), spacing, number, shown, 160)
+                curves[prompt][number] = (where.numpy(), seen.numpy())
                 best[prompt][number] = image[0, 0].numpy()
         text = json.dumps({"image": name, "prompts": readable}, indent=1, ensure_ascii=False)
         path = stem.with_name(f"{stem.name}_text.json")

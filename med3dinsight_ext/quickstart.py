@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import shlex
+import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ PROMPTS = (
     "frontal lobes",
     "a hyperintense lesion",
 )
-PATCH = 64  # voxels a side, as in quickstart.yaml
+PATCH = 48  # voxels a side, as in quickstart.yaml
 
 
 def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkflow:
@@ -47,16 +48,22 @@ def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkfl
             f"quickstart must find the bundles, got no {missing[0]}; run it from a clone of the "
             "repository that was installed with pip install -e"
         )
-    config = files[0] if len(files) == 1 else str(files)
-    words = [f"--{key} {shlex.quote(str(value))}" for key, value in overrides.items()]
-    command = f"python -m monai.bundle run --config_file {shlex.quote(config)} {' '.join(words)}"
-    print(f"\n$ {command}\n", flush=True)
+    short = [os.path.relpath(file) for file in files]
+    config = short[0] if len(files) == 1 else str(short)
+    words = [f"--{key} {quoted(value)}" for key, value in overrides.items()]
+    print(f"\n$ python -m monai.bundle run --config_file {quoted(config)} {' '.join(words)}\n")
     logging_file = str(BUNDLES / name / "configs" / "logging.conf")
     workflow = ConfigWorkflow(files, logging_file=logging_file, workflow_type="train", **overrides)
     workflow.initialize()
     workflow.run()
     workflow.finalize()
     return workflow
+
+
+def quoted(value: object) -> str:
+    """A value as a shell takes it, in double quotes if it needs any."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w./:-]+", text) else f'"{text}"'
 
 
 def fitting_spacing(items: list[dict[str, Any]]) -> float:
@@ -175,8 +182,7 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
     history = read_history(results / "history.jsonl")
     scores = next(results.glob("*_text.png"))
     facts = {
-        "volumes": f"{len(evaluated.parser.get_parsed_content('items'))} held out or in test; "
-        f"see the commands for the rest",
+        "data": f"{root}, {len(items)} volumes held out for the tables below",
         "network": type(evaluated.parser.get_parsed_content("network_def")).__name__,
         "epochs": history[-1]["epoch"],
         "time": f"{time.perf_counter() - begin:.0f} s: "

@@ -298,7 +298,7 @@ def text_curves(
     """For each prompt its score along the three axes, and the best slice of each plane.
 
     Args:
-        scores: prompt to plane to (position (s,) in [0, 1], score (s,)).
+        scores: prompt to plane to (position (s,) in [0, 1], score (s,), NaN where nothing shows).
         slices: prompt to plane to the image (h, w) in [0, 1] where that score is highest.
     """
     figure = Figure((7.4, 2.0 * len(scores) + 0.3), layout="constrained")
@@ -309,7 +309,7 @@ def text_curves(
         part.suptitle("\n".join(text), x=0.01, ha="left", fontsize=9.5, weight="bold")
         axes = part.subplots(1, 1 + len(by_plane), width_ratios=[2.6, *[1] * len(by_plane)])
         for ax, (plane, (position, score)) in zip(axes[1:], by_plane.items(), strict=True):
-            best = int(np.argmax(score))
+            best = int(np.nanargmax(score))
             axes[0].plot(position, score, color=COLORS[plane], label=PLANES[plane])
             axes[0].plot(position[best], score[best], "o", color=COLORS[plane], markersize=5)
             title = f"{PLANES[plane]} {position[best]:.2f}\nscore {score[best]:.2f}"

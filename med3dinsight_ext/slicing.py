@@ -73,12 +73,31 @@ def window(volume: Tensor, modality: str) -> Tensor:
     return ((volume - low) / (high - low)).clamp_(0, 1)
 
 
+def usable(volume: Tensor) -> list[Tensor]:
+    """Which slices show something: for each plane a bool (slices,) along its axis.
+
+    Background is what lies within a tenth of the way from the minimum to the mean of the brighter
+    voxels. A slice needs a tenth of the tissue of the fullest slice of its plane, and contrast.
+
+    Args:
+        volume: (c, x, y, z), best from ``window``: in raw CT, padding far below air hides the air.
+    """
+    volume = torch.as_tensor(volume).as_subclass(Tensor).float().mean(0)
+    bright = volume[volume >= volume.mean()].mean()
+    tissue = volume > volume.min() + 0.1 * (bright - volume.min())
+    found = []
+    for plane in range(3):
+        axes = [axis for axis in range(3) if axis != plane]
+        share = tissue.float().mean(axes)
+        varied = volume.amax(axes) > volume.amin(axes)
+        found.append((share >= 0.1 * share.max()) & varied)
+    return found
+
+
 def choose(volume: Tensor, per_plane: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw slices at random, evenly spread over the part of each axis that shows something.
 
-    Background is what lies within a tenth of the way from the minimum to the mean of the brighter
-    voxels. Skipped are slices with less than a tenth of the tissue of the fullest slice of their
-    plane, or without contrast. A plane with no more than ``per_plane`` others gives all of them.
+    A plane with no more than ``per_plane`` slices that are ``usable`` gives all of them.
 
     Args:
         volume: (c, x, y, z), best from ``window``: in raw CT, padding far below air hides the air.
@@ -90,26 +109,20 @@ def choose(volume: Tensor, per_plane: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     if per_plane < 1:
         raise ValueError(f"per_plane must be at least 1, got {per_plane}; ask for more slices")
-    volume = torch.as_tensor(volume).as_subclass(Tensor).float().mean(0)
-    bright = volume[volume >= volume.mean()].mean()
-    tissue = volume > volume.min() + 0.1 * (bright - volume.min())
     generator = torch.Generator().manual_seed(seed)
     planes, positions = [], []
-    for plane in range(3):
-        axes = [axis for axis in range(3) if axis != plane]
-        share = tissue.float().mean(axes)
-        usable = (share >= 0.1 * share.max()) & (volume.amax(axes) > volume.amin(axes))
-        index = usable.nonzero().flatten().cpu()
+    for plane, filled in enumerate(usable(volume)):
+        index = filled.nonzero().flatten().cpu()
         if len(index) > per_plane:
             bound = torch.arange(per_plane + 1) * len(index) // per_plane
             drawn = torch.rand(per_plane, generator=generator) * bound.diff()
             index = index[bound[:-1] + drawn.long()]
         planes.append(torch.full_like(index, plane))
-        positions.append((index + 0.5) / volume.shape[plane])
+        positions.append((index + 0.5) / volume.shape[plane + 1])
     if not sum(map(len, planes)):
         raise ValueError(
-            f"volume must have a slice with contrast, got {volume.min().item():g} to "
-            f"{volume.max().item():g} in {tuple(volume.shape)} voxels; leave it out"
+            f"volume must have a slice with contrast, got {float(volume.min()):g} to "
+            f"{float(volume.max()):g} in {tuple(volume.shape)}; leave it out"
         )
     return torch.cat(planes), torch.cat(positions)
 

@@ -10,8 +10,8 @@ import torch
 from conftest import real_data
 from monai.data import MetaTensor
 
-from med3dinsight_ext.data import read_volume
 from med3dinsight_ext.slicing import choose, cut, depth, plane_number, window
+from med3dinsight_ext.volumes import read_volume
 
 
 def ball(shape: tuple[int, int, int] = (20, 24, 28), radius: float = 6.0) -> torch.Tensor:
