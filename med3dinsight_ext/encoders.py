@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -255,6 +256,28 @@ class EfficientNetLite0(ImageTower):
         return model.extract_features(pixels).mean((2, 3))
 
 
+def import_open_clip() -> Any:
+    """open_clip, also where a torchvision built for CUDA stands beside a CPU torch.
+
+    That torchvision cannot load its operators and fails at import, because torch does not know
+    their schemas. open_clip does not call them, so their names are enough.
+    """
+    try:
+        return import_module("open_clip")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    for name in [n for n in sys.modules if n.split(".")[0] in ("torchvision", "open_clip", "timm")]:
+        del sys.modules[name]  # half imported
+    _SCHEMAS.append(torch.library.Library("torchvision", "DEF"))  # lives as long as we do
+    _SCHEMAS[0].define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _SCHEMAS[0].define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return import_module("open_clip")
+
+
+_SCHEMAS: list[torch.library.Library] = []
+
+
 class OpenClipModel:
     """One open_clip checkpoint, ``hf-hub:org/name`` or ``local-dir:/folder`` (BiomedCLIP, …)."""
 
@@ -276,7 +299,7 @@ class OpenClipModel:
     @property
     def library(self) -> Any:
         try:
-            return import_module("open_clip")
+            return import_open_clip()
         except ImportError as error:
             raise ValueError(
                 f"open_clip must be installed for {self.name}; pip install "

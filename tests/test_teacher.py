@@ -5,11 +5,12 @@ import pytest
 import torch
 import transformers
 from fakes import FakeImages, FakeTexts
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from med3dinsight_ext import teacher as teachers
-from med3dinsight_ext.encoders import HuggingFaceImages, HuggingFaceModel
+from med3dinsight_ext.encoders import HuggingFaceImages, HuggingFaceModel, import_open_clip
 from med3dinsight_ext.teacher import Teacher
 
 WORDS = ["[PAD]", "[BEGIN]", "[END]", "[UNK]", *"a mass of soft tissue in the left thigh .".split()]
@@ -174,6 +175,46 @@ def test_a_hub_model_without_network_says_how_to_bring_it(monkeypatch: pytest.Mo
     monkeypatch.setattr("transformers.utils.cached_file", offline)
     with pytest.raises(ValueError, match="huggingface-cli download org/model --local-dir DIR"):
         teachers.hugging_face("org/model")
+
+
+def test_an_open_clip_folder_gives_the_models_own_embeddings(tmp_path: Path) -> None:
+    try:
+        open_clip = import_open_clip()
+    except ImportError:
+        pytest.skip("open_clip is not installed; pip install -e '.[open-clip]'")
+    config = {
+        "embed_dim": 6,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {
+            "context_length": 8,
+            "vocab_size": 49408,
+            "width": 64,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+    model = open_clip.CLIP(**config).eval()
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    about = {
+        "model_cfg": config,
+        "preprocess_cfg": {"size": 32, "mean": [0.5] * 3, "std": [0.2] * 3},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
+    teacher = teachers.open_clip(f"local-dir:{tmp_path}")
+    assert teacher.joint and teacher.image.size == 32
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        image = model.encode_image((pixels - 0.5) / 0.2, normalize=True)
+        text = model.encode_text(
+            open_clip.SimpleTokenizer(context_length=8)(["a mass"]), normalize=True
+        )
+    assert torch.allclose(teacher.encode_image(pixels), image, atol=1e-5)
+    assert torch.allclose(teacher.encode_text(["a mass"]), text, atol=1e-5)
+    long = teacher.encode_text(["a large mass of soft tissue in the left thigh of a patient"])
+    assert teacher.text.fits("a mass") and not teacher.text.fits(
+        "one two three four five six seven"
+    )
+    assert torch.allclose(long.norm(dim=1), torch.ones(1), atol=1e-5)
 
 
 def test_wrong_input_is_an_error(teacher: Teacher) -> None:
