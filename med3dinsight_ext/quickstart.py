@@ -37,10 +37,9 @@ def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkfl
 
     Args:
         name: folder in bundles/.
-        overlays: config files, the later ones win.
+        overlays: config files in its configs/ or with an absolute path; the later ones win.
         overrides: key to value.
     """
-    # An absolute path stays what it is.
     files = [str(BUNDLES / name / "configs" / overlay) for overlay in overlays]
     missing = [file for file in files if not Path(file).exists()]
     if missing:

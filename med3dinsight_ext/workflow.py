@@ -200,6 +200,11 @@ def run(
     """
     path = Path(ckpt_dir) / "last.pt"
     resume(path, state, trainer)
+    if trainer.state.epoch >= trainer.state.max_epochs:  # ignite would start again at epoch 0
+        logger.info(
+            f"{path} is trained for {trainer.state.epoch} epochs; raise max_epochs for more"
+        )
+        return
     for saver in best:
         (evaluator or trainer).add_event_handler(Events.EPOCH_COMPLETED, saver)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint(state, ckpt_dir, path.name))

@@ -117,6 +117,13 @@ def test_training_writes_what_the_docs_say(trained: dict[str, Any]) -> None:
     assert list((root / "eval").glob("events.out.tfevents.*"))
 
 
+def test_a_finished_run_is_left_as_it_is(trained: dict[str, Any]) -> None:
+    files = [Path(trained["bundle_root"]) / name for name in ("models/model.pt", "models/last.pt")]
+    before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
+    run(["train.json"], **trained)
+    assert [(file.stat().st_mtime_ns, file.read_bytes()) for file in files] == before
+
+
 def test_evaluation_puts_chance_and_the_control_beside_the_student(trained: dict[str, Any]) -> None:
     run(["train.json", "evaluate.json"], **trained)
     tables = json.loads((Path(trained["bundle_root"]) / "eval" / "retrieval.json").read_text())
