@@ -97,6 +97,7 @@ class Store:
         self.per_plane = per_plane
         self.seed = seed
         self._teacher_print = teacher.fingerprint
+        self._texts: dict[str, Tensor] = {}
         self._hashes = HashMemo(self.root / "files.jsonl")
 
     def path(self, item: dict[str, Any]) -> Path:
@@ -226,10 +227,12 @@ class Store:
         captions = self.captioner.caption(made.item, made.plane, made.position, made.slices)
         rows = [i for i, caption in enumerate(captions) if caption is not None]
         texts = [str(captions[i]) for i in rows]
-        distinct = sorted(set(texts))
-        embedded = (
-            dict(zip(distinct, self.teacher.encode_text(distinct), strict=True)) if rows else {}
-        )
+        new = sorted(set(texts) - self._texts.keys())
+        if len(self._texts) + len(new) > 10_000:  # a template's few texts come back, others do not
+            self._texts.clear()
+            new = sorted(set(texts))
+        if new:
+            self._texts.update(zip(new, self.teacher.encode_text(new), strict=True))
         tensors = {
             "plane": made.plane.to(torch.uint8),
             "position": made.position.float(),
@@ -239,7 +242,7 @@ class Store:
             "size": made.size.to(torch.int32),
         }
         if rows:
-            tensors["text"] = torch.stack([embedded[text] for text in texts]).half()
+            tensors["text"] = torch.stack([self._texts[text] for text in texts]).half()
         about = {
             "image": str(item["image"]),
             "modality": made.item["modality"],

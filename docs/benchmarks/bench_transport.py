@@ -24,6 +24,8 @@ from common import spread, timed, write  # noqa: E402
 from med3dinsight_ext.losses import partial_transport  # noqa: E402
 from med3dinsight_ext.transport import solve  # noqa: E402
 
+GOAL = 1e-3  # agreement asked for, in units of 1 / n
+
 
 def pairs(n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(seed)
@@ -58,7 +60,7 @@ def speed(repeats: int, n: int = 256, d: int = 512) -> dict[str, Any]:
     leaf = z.requires_grad_()
     ours = lambda: partial_transport(leaf, y, 0.95, 0.03).backward()  # noqa: E731
     theirs = lambda: pots_loss(leaf, y).backward()  # noqa: E731
-    ours()
+    ours(), theirs()  # the first call of either pays for its memory
     both = [(timed(ours), timed(theirs)) for _ in range(repeats)]
     return {
         "n": n,
@@ -78,30 +80,38 @@ def costs(n: int) -> dict[str, Tensor]:
     return {"cosine": 1 - z @ y.mT, "distance": distance / distance.max()}
 
 
-def agreement() -> dict[str, Any]:
-    """Largest difference of a plan's entry from POT's in float64, times n, over a grid.
+def oracle(cost: Tensor, mass: float, epsilon: float) -> tuple[np.ndarray, str, float, float]:
+    """POT's plan, its solver, its last move and by how much it exceeds a marginal (times n).
 
-    POT stops when an iteration moves its plan by less than 1e-13, or after 50,000; its last move
-    is beside the error, because an oracle that still moves is none. Nor is one that breaks the
-    constraints: its exp(-cost / epsilon) underflows where epsilon is small.
+    Where the plain solver breaks a marginal by more than the agreement asked for, be it that its
+    kernel underflows or that it is not done, POT's solver in the log domain takes over.
     """
+    n = len(cost)
+    share = np.full(n, 1 / n)
+    for method, limit in (("sinkhorn", 50_000), ("sinkhorn_log", 200_000)):
+        with np.errstate(all="ignore"):
+            plan, log = ot.partial.entropic_partial_wasserstein(
+                share, share, cost.numpy(), reg=epsilon, m=mass, method=method,
+                numItermax=limit, stopThr=1e-13, log=True,
+            )  # fmt: skip
+        excess = float(n * max(plan.sum(0).max(), plan.sum(1).max()) - 1)
+        if excess < GOAL:
+            break
+    return plan, method, float(log["err"][-1]), max(0.0, excess)
+
+
+def agreement() -> dict[str, Any]:
+    """Largest difference of a plan's entry from POT's in float64, times n, over a grid."""
     rows = []
     for n in (2, 3, 8, 33, 128):
-        share = np.full(n, 1 / n)
         for kind, cost in costs(n).items():
             for mass in (0.3, 0.8, 0.95, 1.0):
                 for epsilon in (0.01, 0.03, 0.1, 1.0):
                     found = solve(cost[None].float(), mass, epsilon)
-                    with np.errstate(all="ignore"):
-                        plan, log = ot.partial.entropic_partial_wasserstein(
-                            share, share, cost.numpy(), reg=epsilon, m=mass,
-                            numItermax=50_000, stopThr=1e-13, log=True,
-                        )  # fmt: skip
+                    plan, method, move, excess = oracle(cost, mass, epsilon)
                     error = np.abs(found.log_plan[0].double().exp().numpy() - plan).max() * n
-                    move = float(log["err"][-1])
-                    over = n * max(plan.sum(0).max(), plan.sum(1).max()) - 1
-                    row = [error, float(found.residual), move, max(0.0, float(over))]
-                    rows.append([kind, n, mass, epsilon, *map(float, row)])
+                    row = [float(error), float(found.residual), move, excess, method]
+                    rows.append([kind, n, mass, epsilon, *row])
     return {
         "columns": [
             "cost",
@@ -112,8 +122,9 @@ def agreement() -> dict[str, Any]:
             "our residual",
             "POT's last move",
             "POT's excess over a marginal",
+            "POT's solver",
         ],
-        "worst_error_times_n": max(row[4] for row in rows if row[7] < 1e-6),
+        "worst_error_times_n": max(row[4] for row in rows),
         "worst_residual": max(row[5] for row in rows),
         "rows": rows,
     }
