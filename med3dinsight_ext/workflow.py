@@ -43,7 +43,7 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     given: dict[str, Any] = {}
-    for here, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for here, after in zip(arguments, [*arguments, ""][1:], strict=True):
         if here.startswith("--"):
             name, _, value = here[2:].partition("=")
             given[name] = value or after

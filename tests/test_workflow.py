@@ -49,6 +49,7 @@ def test_args_file_is_checked_too(config: str, tmp_path: Path) -> None:
 
 def test_other_programs_are_left_alone() -> None:
     check_overrides(["tests/test_workflow.py", "--verbose"])
+    check_overrides([])
 
 
 class Loader(list):
