@@ -148,8 +148,9 @@ class Store:
         self.captioner.check_items(items)
         paths = [self.path(item) for item in items]
         self._hashes.save()
-        missing = [i for i, path in enumerate(paths) if not path.exists()]
-        missing = missing[idist.get_rank() :: idist.get_world_size()]
+        # A fixed share: what is missing may look different to a rank that comes later.
+        share = range(idist.get_rank(), len(items), idist.get_world_size())
+        missing = [i for i in share if not paths[i].exists()]
         bad: dict[str, str] = {}
         if missing:
             logger.info(
