@@ -7,10 +7,12 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from med3dinsight_ext.slicing import MODALITIES
 
@@ -200,6 +202,46 @@ def _subset(items: list[dict], root: Path, split: Path, subset: str | None) -> l
     return chosen
 
 
+def class_items(
+    items: list[dict], class_names: Sequence[str], require_all: bool = False
+) -> list[dict]:
+    """The items with ``label`` as the index of their class.
+
+    Args:
+        items: from ``datalist``. A label may be a name, an index, an index as text, or a list of
+            one of these; a text that is both is the name. Without a label, the one class that a
+            folder above the image is named after.
+        class_names: in the order of the network's outputs.
+        require_all: every class needs an item, as in training.
+    """
+    names, found, bad = list(class_names), [], []
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"class_names must be two or more different ones, got {names}; rename")
+    numbers = {key: i for i in range(len(names)) for key in (i, str(i))}
+    numbers |= {name: i for i, name in enumerate(names)}
+    for item in items:
+        label = item.get("label")
+        if label is None or label == "":
+            label = sorted(set(names) & set(Path(item["image"]).parts[:-1])) or "no label"
+        one = label[0] if isinstance(label, list) and len(label) == 1 else label
+        number = numbers.get(one) if isinstance(one, (int, str)) else None
+        found.append(item | {"label": number})
+        bad += [] if number is not None else [f"{label!r} of {item['image']}"]
+    if bad:
+        raise ValueError(
+            f"label must be one of class_names {names} or its index, got {len(bad)} of "
+            f"{len(items)} that are not: {', '.join(bad[:3])}; correct these labels or "
+            "class_names, or put each image into a folder named after its class"
+        )
+    lost = [name for i, name in enumerate(names) if i not in {item["label"] for item in found}]
+    if require_all and lost:
+        raise ValueError(
+            f"class_names must each have a case in training, got none for {lost}; "
+            "add cases or leave these classes out"
+        )
+    return found
+
+
 def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
     """Items for training and for validation; a patient's images stay together.
 
@@ -219,3 +261,29 @@ def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict]
     for item in items:
         parts[str(item.get("patient", item["image"])) in held].append(item)
     return parts
+
+
+def take(items: list[dict], count: int | None, seed: int = 0) -> list[dict]:
+    """The first items of a seeded order, so that a smaller ``count`` gives a subset of a larger.
+
+    Args:
+        items: to choose from; kept in their order.
+        count: how many, at least 1; None for all.
+        seed: of the order.
+    """
+    if count is None or count >= len(items):
+        return items
+    if count < 1:
+        raise ValueError(f"max_cases must be at least 1, got {count}; null takes all")
+    return [items[i] for i in sorted(np.random.RandomState(seed).permutation(len(items))[:count])]
+
+
+def class_weights(items: list[dict], classes: int) -> Tensor:
+    """Weights (classes,) that give every class the same share in the loss; their case mean is 1.
+
+    Args:
+        items: with ``label``, a class index.
+        classes: number of classes.
+    """
+    count = np.bincount([item["label"] for item in items], minlength=classes)
+    return torch.tensor(len(items) / (classes * count.clip(1)), dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,6 +77,34 @@ class SlidingTokens(Inferer):
             for name, tokens in out.tokens.items():
                 total[name] = total.get(name, 0) + tokens.float() * inside[..., None]
         return StudentOutput({n: t / count[..., None] for n, t in total.items()}, None, None)
+
+
+class FlipInferer(Inferer):
+    """Averages what a network says of a volume and of its mirror images.
+
+    Args:
+        inferer: runs the network on each.
+        axes: spatial axes (0 x, 1 y, 2 z) to mirror, in all combinations; none changes nothing.
+    """
+
+    def __init__(self, inferer: Inferer, axes: Sequence[int] = ()) -> None:
+        self.inferer = inferer
+        self.flips = [
+            [axis + 2 for axis in chosen]
+            for count in range(len(axes) + 1)
+            for chosen in itertools.combinations(axes, count)
+        ]
+
+    def __call__(
+        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The mean output (b, c, x, y, z), flipped back."""
+        plain = inputs.as_subclass(Tensor)  # metadata slows every layer
+        outputs = (
+            self.inferer(plain.flip(flip), network, *args, **kwargs).flip(flip)
+            for flip in self.flips
+        )
+        return sum(outputs, start=torch.zeros(())) / len(self.flips)
 
 
 class SliceGridd(MapTransform):

@@ -6,12 +6,13 @@ Each is a pure function of n pairs: row i of ``student`` belongs to row i of ``t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from monai.losses import DeepSupervisionLoss
 from torch import Tensor, nn
 
 from .transport import solve
@@ -315,3 +316,16 @@ class AlignmentLoss(nn.Module):
             )
         self.latest = Parts(*(part.detach() for part in (total, *parts)))
         return total
+
+
+class DeepSupervision(DeepSupervisionLoss):
+    """MONAI's deep supervision for every form in which networks return their levels.
+
+    A tensor is one level, a list or tuple several, and DynUNet's stack (b, levels, c, x, y, z) too.
+    """
+
+    def forward(self, input: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+        """Weighted sum of the loss over the levels; weights 1, 1/2, 1/4, … unless set."""
+        if isinstance(input, Tensor) and input.ndim == target.ndim + 1:
+            input = input.unbind(1)
+        return super().forward(input, target)

@@ -11,7 +11,7 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from monai.handlers import from_engine
 from monai.metrics import compute_roc_auc
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 SPACES = ("image", "text")
@@ -336,21 +336,23 @@ def knn_probe(train: Tensor, labels: Tensor, test: Tensor, k: int = 20) -> Tenso
     return votes.scatter_add(1, labels[index], (near / 0.07).softmax(1))
 
 
-def linear_probe(train: Tensor, labels: Tensor, test: Tensor, l2: float = 1.0) -> Tensor:
-    """Class probabilities (m, classes) by logistic regression on standardised features.
+def fit_linear(
+    train: Tensor, labels: Tensor, l2: float = 1.0, classes: int | None = None
+) -> nn.Linear:
+    """Logistic regression on standardised features, as a layer that takes them as they are.
 
     Minimises the summed cross-entropy + l2 / 2 · ‖weight‖² (scikit-learn's C is 1 / l2).
 
     Args:
         train: (n, d) frozen features.
         labels: (n,) long, their classes.
-        test: (m, d) features to classify.
-        l2: penalty on the weights, >= 0; the bias is free.
+        l2: penalty on the weights of the standardised features, >= 0; the bias is free.
+        classes: number of them; default: the highest label + 1.
     """
     mean, scale = train.double().mean(0), train.double().std(0, correction=0)
     scale = torch.where(scale > 1e-6, scale, 1)  # a constant feature says nothing
     x = (train - mean) / scale
-    weight = x.new_zeros(int(labels.max()) + 1, x.shape[1], requires_grad=True)
+    weight = x.new_zeros(classes or int(labels.max()) + 1, x.shape[1], requires_grad=True)
     bias = x.new_zeros(len(weight), requires_grad=True)
     search = torch.optim.LBFGS(
         [weight, bias], max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
@@ -364,7 +366,23 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, l2: float = 1.0) -
         return value
 
     search.step(loss)
-    return F.linear((test - mean) / scale, weight, bias).detach().softmax(1).to(test.dtype)
+    layer = nn.Linear(x.shape[1], len(weight))
+    with torch.no_grad():
+        layer.weight.copy_(weight / scale)
+        layer.bias.copy_(bias - F.linear(mean / scale, weight))
+    return layer
+
+
+def linear_probe(train: Tensor, labels: Tensor, test: Tensor, l2: float = 1.0) -> Tensor:
+    """Class probabilities (m, classes) by ``fit_linear``.
+
+    Args:
+        train: (n, d) frozen features.
+        labels: (n,) long, their classes.
+        test: (m, d) features to classify.
+        l2: as in ``fit_linear``.
+    """
+    return fit_linear(train, labels, l2).to(test.dtype)(test).detach().softmax(1)
 
 
 def class_scores(probability: Tensor, labels: Tensor) -> dict[str, float]:

@@ -144,6 +144,47 @@ def _grows(run: Sequence[Features]) -> bool:
     return any(math.prod(f.grid) > math.prod(run[0].grid) for f in same)
 
 
+def encoder_parameters(network: nn.Module, size: Sequence[int], layer: str = "auto") -> list[str]:
+    """Names of the parameters that the deepest features depend on, in the order in which they act.
+
+    Found by asking autograd in one dry run, so that it holds for any network.
+
+    Args:
+        network: as in ``find_features``.
+        size: (x, y, z) of its input, in voxels.
+        layer: as in ``find_features``.
+    """
+    found = network.get_submodule(find_features(network, size, layer).layer)
+    order: dict[str, None] = {}
+    caught: list[Tensor] = []
+    hooks = [found.register_forward_hook(lambda _, __, output: caught.append(output))]
+    for prefix, module in network.named_modules():
+        own = [f"{prefix}.{n}" if prefix else n for n, _ in module.named_parameters(recurse=False)]
+        hooks.append(
+            module.register_forward_pre_hook(
+                lambda _, __, own=own: order.update(dict.fromkeys(own))
+            )
+        )
+    parameters = dict(network.named_parameters())
+    device = next(iter(parameters.values())).device
+    frozen = [value for value in parameters.values() if not value.requires_grad]
+    try:
+        with _evaluating(network), torch.enable_grad():
+            for value in frozen:
+                value.requires_grad_(True)
+            network(torch.zeros(1, 1, *size, device=device))
+            grads = torch.autograd.grad(
+                caught[-1].sum(), list(parameters.values()), allow_unused=True
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for value in frozen:
+            value.requires_grad_(False)
+    used = {name for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+    return [name for name in [*order, *parameters.keys() - order.keys()] if name in used]
+
+
 def block_mask(volume: Tensor, ratio: float, block: int) -> Tensor:
     """Random blocks of voxels, the same number in each volume.
 

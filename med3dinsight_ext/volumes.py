@@ -91,6 +91,17 @@ def read_volume(path: str) -> MetaTensor:
     return volume
 
 
+class ReadVolumed(MapTransform):
+    """``read_volume`` as a transform: NIfTI and .npz alike, in RAS.
+
+    Args:
+        keys: paths.
+    """
+
+    def __call__(self, data: dict) -> dict:
+        return {**data, **{key: read_volume(data[key]) for key in self.keys}}
+
+
 def _fault(path: str, rule: str, value: object) -> ValueError:
     return ValueError(
         f"volume must {rule}, got {value} in {path}; repair the file or set skip_bad=True"

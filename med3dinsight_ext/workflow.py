@@ -120,6 +120,84 @@ class StopOnNan:
             )
 
 
+class FreezeEncoder:
+    """Keeps a network's encoder as it is for the first epochs.
+
+    Norm layers with running statistics still adapt them.
+
+    Args:
+        network: whose encoder is frozen.
+        encoder: names of the encoder's parameters.
+        epochs: how many, 0 for none, -1 for all.
+    """
+
+    def __init__(self, network: nn.Module, encoder: Sequence[str], epochs: int) -> None:
+        self.parameters = [network.get_parameter(name) for name in encoder]
+        self.epochs = epochs
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        frozen = self.epochs < 0 or engine.state.epoch <= self.epochs
+        for parameter in self.parameters:
+            parameter.requires_grad_(not frozen)
+            if frozen:
+                parameter.grad = None  # else momentum would go on moving it
+
+
+class Averaging:
+    """Keeps an exponential moving average of the weights, updated after every step.
+
+    Args:
+        average: torch's ``AveragedModel``; its first update copies the network.
+        network: that is trained.
+    """
+
+    def __init__(self, average: torch.optim.swa_utils.AveragedModel, network: nn.Module) -> None:
+        self.average = average
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda _: self.average.update_parameters(self.network)
+        )
+
+
+def average_of(network: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel | None:
+    """A moving average of a network's weights, or None if ``decay`` is 0.
+
+    Args:
+        network: to copy.
+        decay: weight of the past at each step, in [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), got {decay}; 0 averages nothing")
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    return torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=average) if decay else None
+
+
+def present(**objects: Any) -> dict[str, Any]:
+    """The objects that are not None, by name."""
+    return {name: value for name, value in objects.items() if value is not None}
+
+
+def plain_batch(
+    batchdata: Mapping[str, Any],
+    device: str | torch.device | None = None,
+    non_blocking: bool = False,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image and label of a batch on the device, as plain tensors: metadata slows every layer."""
+    image, label = (
+        torch.as_tensor(batchdata[key]).as_subclass(torch.Tensor) for key in ("image", "label")
+    )
+    return (
+        image.to(device=device, non_blocking=non_blocking, **kwargs),
+        label.to(device=device, non_blocking=non_blocking, **kwargs),
+    )
+
+
 class KeepingDiskSaver(DiskSaver):
     """Replaces a file in one step. ignite's own saver deletes the old one first."""
 
@@ -199,6 +277,8 @@ def run(
         ckpt_dir: folder of ``last.pt``.
     """
     path = Path(ckpt_dir) / "last.pt"
+    scaler = getattr(trainer, "scaler_", None)
+    state = {**state, "scaler": scaler} if scaler else state
     resume(path, state, trainer)
     if trainer.state.epoch >= trainer.state.max_epochs:  # ignite would start again at epoch 0
         logger.info(
@@ -215,20 +295,20 @@ def run(
             saver(trainer)
 
 
-def load_weights(student: nn.Module, path: str | Path) -> None:
-    """Load a whole student, strictly.
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Load a whole trained network, strictly.
 
     Raises:
-        ValueError: the file is missing, unreadable, or of another backbone or PSAT.
+        ValueError: the file is missing, unreadable, or of another backbone.
     """
     try:
-        student.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError as error:
-        raise ValueError(f"student weights must be at {path}, got nothing; train first") from error
+        raise ValueError(f"weights must be at {path}, got nothing; train first") from error
     except Exception as error:
         raise ValueError(
-            f"student weights in {path} must fit network_def and student of this config; merge the "
-            f"backbone overlay they were trained with into config_file: {error}"
+            f"weights in {path} must fit the network of this config; merge the backbone overlay "
+            f"they were trained with into config_file: {error}"
         ) from error
 
 
@@ -279,6 +359,11 @@ def summary(tables: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def _parts(engine: Engine, latest: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
+    """Parts of the last loss, without its graph."""
+    return latest() if latest else {"loss": engine.state.output["loss"].detach()}
+
+
 class History:
     """One JSON line an epoch: mean of each loss part, seconds, validation metrics.
 
@@ -286,14 +371,14 @@ class History:
 
     Args:
         path: history.jsonl.
-        latest: gives the parts of the last loss, name to value.
+        latest: gives the parts of the last loss, name to value; by default the loss itself.
         evaluator: whose metrics are added, if it has run in this epoch.
     """
 
     def __init__(
         self,
         path: str | Path,
-        latest: Callable[[], Mapping[str, Any]],
+        latest: Callable[[], Mapping[str, Any]] | None = None,
         evaluator: Engine | None = None,
     ) -> None:
         self.path = Path(path)
@@ -321,7 +406,7 @@ class History:
 
     def add(self, engine: Engine) -> None:
         self._steps += 1
-        for name, value in self.latest().items():
+        for name, value in _parts(engine, self.latest).items():
             self._sums[name] = self._sums.get(name, 0.0) + value  # tensors: no sync within an epoch
 
     def write(self, engine: Engine) -> None:
@@ -345,10 +430,10 @@ class Progress:
     """A bar over the whole run: steps, rate, remaining time, and the loss parts of the last epoch.
 
     Args:
-        latest: gives the parts of the last loss, name to value.
+        latest: gives the parts of the last loss, name to value; by default the loss itself.
     """
 
-    def __init__(self, latest: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, latest: Callable[[], Mapping[str, Any]] | None = None) -> None:
         self.latest = latest
         self._bar: Any = None
 
@@ -366,5 +451,6 @@ class Progress:
             self._bar = tqdm(total=total, initial=engine.state.iteration, unit="step", desc="train")
 
     def show(self, engine: Engine) -> None:
-        parts = {name: f"{float(value):.4f}" for name, value in self.latest().items()}
+        latest = _parts(engine, self.latest)
+        parts = {name: f"{float(value):.4f}" for name, value in latest.items()}
         self._bar.set_postfix({"epoch": engine.state.epoch, **parts}, refresh=False)

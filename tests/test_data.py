@@ -12,7 +12,7 @@ import torch
 from conftest import real_data
 from monai.data import MetaTensor
 
-from med3dinsight_ext.data import datalist, hold_out, modality_name
+from med3dinsight_ext.data import class_items, datalist, hold_out, modality_name
 from med3dinsight_ext.volumes import ScaleByModalityd, check_volumes, guess_modality, read_volume
 
 GOOD = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
@@ -341,3 +341,61 @@ def test_ct_is_scaled_by_hu_and_mr_by_percentiles() -> None:
     assert torch.equal(scale({"image": volume, "modality": "auto"})["image"], ct)
     mr = scale({"image": volume, "modality": "MR"})["image"]
     assert isinstance(mr, MetaTensor) and mr.min() == 0 and mr.max() == 1 and mr.median() < 0.6
+
+
+@pytest.mark.parametrize("label", [1, "1", "ill", ["ill"], [1]], ids=str)
+def test_a_label_may_be_a_name_or_an_index(label: object) -> None:
+    item = {"image": "/d/a.nii", "label": label, "modality": "CT"}
+    assert class_items([item], ["well", "ill"]) == [item | {"label": 1}]
+    assert item["label"] == label
+
+
+def test_a_text_that_is_a_name_and_an_index_is_the_name() -> None:
+    assert class_items([{"image": "a.nii", "label": "1"}], ["1", "0"])[0]["label"] == 0
+
+
+def test_all_bad_labels_are_counted_and_the_first_three_named() -> None:
+    labels = ["ill", "Ill", 2, -1, 1.0, [0, 1], None]
+    items = [{"image": f"/d/{i}.nii", "label": label} for i, label in enumerate(labels)]
+    with pytest.raises(ValueError, match=r"got 6 of 7 that are not: 'Ill' of /d/1.nii, 2 of") as e:
+        class_items(items, ["well", "ill"])
+    assert "['well', 'ill']" in str(e.value) and "/d/3.nii; correct" in str(e.value)
+
+
+def test_an_item_without_label_is_named() -> None:
+    with pytest.raises(ValueError, match="'no label' of /d/a.nii; correct these labels"):
+        class_items([{"image": "/d/a.nii", "label": ""}], ["well", "ill"])
+
+
+def test_a_folder_named_after_a_class_is_the_label(tmp_path: Path) -> None:
+    for name in ("well/a.nii", "ill/patient_1/b.nii.gz", "ill/illness.nii"):
+        nifti(tmp_path / name)
+    items = class_items(datalist(tmp_path), ["well", "ill"], require_all=True)
+    assert {Path(i["image"]).name: i["label"] for i in items} == {
+        "a.nii": 0,
+        "b.nii.gz": 1,
+        "illness.nii": 1,
+    }
+
+
+def test_a_label_field_comes_before_the_folder() -> None:
+    items = class_items([{"image": "/d/well/a.nii", "label": 1}], ["well", "ill"])
+    assert items[0]["label"] == 1
+
+
+def test_folders_of_two_classes_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"\['ill', 'well'\] of /well/ill/a.nii"):
+        class_items([{"image": "/well/ill/a.nii"}], ["well", "ill"])
+
+
+def test_a_class_without_a_case_is_an_error_in_training_alone() -> None:
+    items = [{"image": "a.nii", "label": "ill"}]
+    assert class_items(items, ["well", "ill"])[0]["label"] == 1
+    with pytest.raises(ValueError, match=r"a case in training, got none for \['well'\]; add"):
+        class_items(items, ["well", "ill"], require_all=True)
+
+
+@pytest.mark.parametrize("names", [["ill"], ["ill", "ill"]])
+def test_class_names_must_differ(names: list[str]) -> None:
+    with pytest.raises(ValueError, match="class_names must be two or more different ones, got"):
+        class_items([], names)
