@@ -1,0 +1,70 @@
+"""The bundles at sizes at which a step takes a second, in this process and in others."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigWorkflow
+
+ROOT = Path(__file__).parents[1]
+BUNDLES = ("pretrain", "seg-finetune", "cls-finetune")
+
+
+def configs(bundle: str) -> Path:
+    return ROOT / "bundles" / bundle / "configs"
+
+
+def settings(bundle: str, root: Path, volumes: Path, **changes: Any) -> dict[str, Any]:
+    """Overrides that make a bundle small enough for a test.
+
+    Args:
+        bundle: its folder's name.
+        root: bundle_root, where it writes.
+        volumes: from ``fakes.write_volumes``.
+        changes: more overrides.
+    """
+    own: dict[str, dict[str, Any]] = {
+        "pretrain": {"teacher": {"_target_": "fakes.teacher"}, "per_plane": 4, "slices": 4},
+        "seg-finetune": {"datalist": str(volumes / "segmentation.json"), "patches_per_volume": 1},
+        "cls-finetune": {"datalist": str(volumes / "classification.json")},
+    }
+    return {
+        "bundle_root": str(root), "dataset_dir": str(volumes),
+        "spacing": [2.0, 2.0, 2.0], "patch_size": [32, 32, 32], "batch_size": 2,
+        "num_workers": 0, "max_epochs": 1, "val_interval": 1, "val_share": 0.2,
+        "device": "$torch.device('cpu')", **own[bundle], **changes,
+    }  # fmt: skip
+
+
+def inference_settings(bundle: str, root: Path, volumes: Path, **changes: Any) -> dict[str, Any]:
+    """The same for inference.json."""
+    keys = ("bundle_root", "dataset_dir", "teacher", "spacing", "patch_size", "device")
+    given = settings(bundle, root, volumes)
+    kept = {key: given[key] for key in keys if key in given}
+    return kept | {"dataloader::num_workers": 0} | changes
+
+
+def run(bundle: str, files: list[str], **overrides: Any) -> ConfigWorkflow:
+    """A bundle's config files, run in this process."""
+    paths = [str(configs(bundle) / file) for file in files]
+    workflow = ConfigWorkflow(paths, logging_file=False, workflow_type="train", **overrides)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    return workflow
+
+
+def command(bundle: str, files: list[str], overrides: dict[str, Any]) -> list[str]:
+    """Arguments of python that do the same in another process."""
+    words = ["-m", "monai.bundle", "run", "--config_file"]
+    words.append(str([str(configs(bundle) / file) for file in files]))
+    for key, value in overrides.items():
+        words += [f"--{key}", str(value)]
+    return words
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
