@@ -98,13 +98,13 @@ class FlipInferer(Inferer):
     def __call__(
         self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The mean output (b, c, x, y, z), flipped back."""
+        """The mean output: volumes (b, c, x, y, z) flipped back, class scores (b, c) as they are."""
         plain = inputs.as_subclass(Tensor)  # metadata slows every layer
-        outputs = (
-            self.inferer(plain.flip(flip), network, *args, **kwargs).flip(flip)
-            for flip in self.flips
-        )
-        return sum(outputs, start=torch.zeros(())) / len(self.flips)
+        outputs = []
+        for flip in self.flips:
+            output = self.inferer(plain.flip(flip), network, *args, **kwargs)
+            outputs.append(output.flip(flip) if output.ndim == inputs.ndim else output)
+        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(0)
 
 
 class SliceGridd(MapTransform):

@@ -243,6 +243,37 @@ def retrieval_table(
     )
 
 
+@rc_context(STYLE)
+def arms(found: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Mean Dice of each class with its interval, for several ways of training.
+
+    Args:
+        found: name of the way to the content of seg-finetune's metrics.json.
+    """
+    classes = ["mean", *next(iter(found.values()))["classes"]]
+    figure = Figure((7.4, 0.55 + 0.5 * len(classes)), layout="constrained")
+    ax = figure.subplots()
+    said = []
+    for number, (name, metrics) in enumerate(found.items()):
+        stats = [metrics["mean"]["dice"], *(m["dice"] for m in metrics["classes"].values())]
+        for row, (label, stat) in enumerate(zip(classes, stats, strict=True)):
+            if stat["mean"] is None:
+                continue
+            y = row + 0.3 * (number - (len(found) - 1) / 2)
+            style: dict[str, Any] = {"color": COLORS[number], "label": name if row == 0 else None}
+            ax.plot([stat["low"], stat["high"]], [y, y], color=COLORS[number], alpha=0.4)
+            ax.plot(stat["mean"], y, "o", markersize=6, **style)
+            said.append(f"{label} {name} {stat['mean']:.3f}")
+            ax.annotate(f"{stat['mean']:.3f}", (stat["mean"], y), (0, 5), fontsize=7,
+                        textcoords="offset points", ha="center")  # fmt: skip
+    ax.set(yticks=range(len(classes)), yticklabels=classes, xlabel="Dice, 95 % interval over cases")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper right", ncols=len(found), fontsize=8)
+    figure.set_label("Dice: " + "; ".join(said))
+    return figure
+
+
 def _show(ax: Axes, image: np.ndarray, title: str, color: str, width: float) -> None:
     ax.imshow(image, cmap="gray", vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])

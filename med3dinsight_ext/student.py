@@ -118,7 +118,7 @@ def find_features(network: nn.Module, size: Sequence[int], layer: str = "auto") 
             network(torch.zeros(1, 1, *size, device=parameter.device))
     except Exception as error:
         raise ValueError(
-            f"network_def must take (b, 1, {', '.join(map(str, size))}), but "
+            f"backbone must take (b, 1, {', '.join(map(str, size))}), but "
             f"{type(network).__name__} failed with: {error}; set its input channels to 1 and "
             "patch_size to a size that it takes"
         ) from error
@@ -209,7 +209,7 @@ def block_mask(volume: Tensor, ratio: float, block: int) -> Tensor:
 class Student(nn.Module):
     """A 3D network, the PSAT that asks it about slices, and one head for each target space.
 
-    ``network`` is left as it is, so that its state dict is that of the same ``network_def`` in
+    ``network`` is left as it is, so that its state dict is that of the same ``backbone`` in
     fine-tuning. It is called once a volume, however many slices are asked for.
 
     Args:

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .store import write_atomic
-from .student import encoder_parameters
 
 logger = logging.getLogger(__name__)
 NESTED = ("state_dict", "model", "network", "student")  # where others keep the weights in a file
@@ -255,12 +254,12 @@ def _cause(
     if other:
         return (
             "the names are the same but the shapes differ, so the backbone has another width or "
-            "patch size; use the network_def of the pre-training (its backbone overlay)"
+            "patch size; use the backbone of the pre-training"
         )
     theirs_, ours_ = ", ".join(list(source)[:2]), ", ".join(skipped[:2])
     return (
         f"another backbone, or names with another prefix (file: {theirs_} …; network: {ours_} …); "
-        "use the network_def of the pre-training, or map the names with rename; min_share lets "
+        "use the backbone of the pre-training, or map the names with rename; min_share lets "
         "a network start with less"
     )
 
@@ -355,16 +354,15 @@ def transfer_report(weights: str, network: str, **overrides: Any) -> None:
     Args:
         weights: file with the weights at hand.
         network: config of a fine-tuning bundle, or several with commas (train.json and a backbone
-            overlay), whose ``network_def`` is to be filled; or a second weights file.
+            overlay), whose ``backbone`` is to be filled; or a second weights file.
         overrides: of the config, as in ``monai.bundle run``.
     """
     if network.endswith((".json", ".yaml", ".yml")):
         parser = ConfigParser(ConfigParser.load_config_files(network.split(",")))
         parser.update({"bundle_root": ".", **overrides})
-        built = parser.get_parsed_content("transfer_to")
-        rename, size = (parser.get_parsed_content(key) for key in ("rename", "patch_size"))
-        encoder = encoder_parameters(built, size, parser.get_parsed_content("feature_layer"))
-        print(load_pretrained(built, weights, rename, torch.finfo().tiny, encoder))
+        ours = parser.get_parsed_content("transfer")
+        least = torch.finfo().tiny  # anything that arrives is worth a report
+        print(load_pretrained(ours.network, weights, ours.rename, least, ours.encoder))
         return
     source, target = read_weights(weights), read_weights(network)
     report = TransferReport(weights, network)

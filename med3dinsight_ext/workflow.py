@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import ignite.distributed as idist
@@ -72,6 +73,20 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
                 near = difflib.get_close_matches(part, known, 1)
                 advice = f"did you mean {near[0]}?" if near else "see the config's first lines"
                 raise SystemExit(f"override must name a key of the config, got --{name}; {advice}")
+
+
+def cause_last() -> None:
+    """Let a failed run end with its cause; MONAI ends it with "Failed to evaluate" around that."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.__excepthook__(kind, error, trace)
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if cause is not error:
+            print(f"\n{type(cause).__name__}: {cause}", file=sys.stderr)
+
+    sys.excepthook = hook
 
 
 class EpochSeed:

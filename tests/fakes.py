@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -62,14 +63,38 @@ class PlainNet(nn.Module):
         return self.up(self.neck(self.down(x)))
 
 
+class Bright(nn.Module):
+    """Segments what is brighter than half the range; has a weight, so that it can be loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor(0.5))
+        self.layer = nn.Conv3d(1, 2, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 50 * torch.cat([self.threshold - x, x - self.threshold], 1)
+
+
 def write_volumes(folder: Path, count: int, size: tuple[int, int, int] = (28, 32, 26)) -> Path:
-    """A folder of volumes with a bright ball each, somewhere."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A folder of volumes with a bright ball each, somewhere; odd ones are noisier.
+
+    segmentation.json lists them with the ball as label, classification.json with "even" or "odd".
+    """
+    (folder / "labels").mkdir(parents=True, exist_ok=True)
     grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1)
+    masks, classes = [], []
     for i in range(count):
         random = np.random.default_rng(i)
         centre = random.uniform(0.3, 0.7, 3) * size
         ball = np.linalg.norm(grid - centre, axis=-1) < random.uniform(4, 8)
-        array = (100 + 50 * ball + 10 * random.random(size)).astype(np.float32)
-        nib.save(nib.Nifti1Image(array, np.diag([2.0, 2.0, 2.0, 1.0])), folder / f"v{i}.nii.gz")
+        noise = 10 * (1 + 3 * (i % 2)) * random.random(size)
+        array = (100 + 50 * ball + noise).astype(np.float32)
+        image, label = f"v{i}.nii.gz", f"labels/v{i}.nii.gz"
+        affine = np.diag([2.0, 2.0, 2.0, 1.0])
+        nib.save(nib.Nifti1Image(array, affine), folder / image)
+        nib.save(nib.Nifti1Image(ball.astype(np.uint8), affine), folder / label)
+        masks.append({"image": image, "label": label})
+        classes.append({"image": image, "label": ("even", "odd")[i % 2]})
+    (folder / "segmentation.json").write_text(json.dumps({"training": masks}))
+    (folder / "classification.json").write_text(json.dumps(classes))
     return folder

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,141 +13,94 @@ import fakes
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
+from running import BUNDLES, command, configs, environment, inference_settings, run, settings
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "bundles" / "pretrain" / "configs"
-OVERLAYS = sorted(CONFIGS.glob("backbone_*.yaml"))
-SMALL = {  # sizes at which a step takes a second, without changing what is wired to what
-    "swinunetr": {"network_def::feature_size": 12, "patch_size": [64, 32, 32]},
-    "unetr": {"network_def::hidden_size": 48, "network_def::mlp_dim": 48,
-              "network_def::num_heads": 4, "network_def::feature_size": 4},
-    "segresnet": {"network_def::init_filters": 8},
-    "unet": {"network_def::channels": [4, 8, 8, 16, 16]},
-    "dynunet": {"network_def::filters": [4, 8, 8, 16, 16]},
-    "mednext": {"network_def::_target_": "MedNeXt", "network_def::init_filters": 4},
-    "vit": {"network_def::hidden_size": 48, "network_def::mlp_dim": 48,
-            "network_def::num_layers": 2, "network_def::num_heads": 4},
+NETWORKS = {  # small, for each bundle; PlainNet is not MONAI's
+    "pretrain": {"backbone": {"_target_": "fakes.PlainNet"}},
+    "seg-finetune": {"backbone": {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1,
+                     "out_channels": "@out_channels", "channels": [4, 8], "strides": [2]}},
+    "cls-finetune": {"backbone": {"_target_": "fakes.PlainNet"},
+                     "class_names": ["even", "odd"], "val_share": 0.4},
+}  # fmt: skip
+METRICS = {
+    "pretrain": "image_within_r1", "seg-finetune": "val_mean_dice", "cls-finetune": "val_auroc",
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fakes.write_volumes(tmp_path_factory.mktemp("volumes"), 5)
+    return fakes.write_volumes(tmp_path_factory.mktemp("volumes"), 6)
 
 
-def settings(root: Path, volumes: Path, **changes: Any) -> dict[str, Any]:
-    """Overrides that make a bundle small enough for a test."""
-    return {
-        "bundle_root": str(root), "dataset_dir": str(volumes),
-        "teacher": {"_target_": "fakes.teacher"},
-        "spacing": [2.0, 2.0, 2.0], "patch_size": [32, 32, 32], "per_plane": 4, "slices": 4,
-        "batch_size": 2, "num_workers": 0, "max_epochs": 1, "val_interval": 1, "val_share": 0.2,
-        "device": "$torch.device('cpu')", **changes,
-    }  # fmt: skip
+@pytest.fixture(scope="module", params=BUNDLES)
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, volumes: Path
+) -> tuple[str, dict[str, Any]]:
+    """A small bundle that has been trained for two epochs, and its overrides."""
+    bundle = request.param
+    root = tmp_path_factory.mktemp(bundle)
+    changes = settings(bundle, root, volumes, max_epochs=2, **NETWORKS[bundle])
+    run(bundle, ["train.json"], **changes)
+    return bundle, changes
 
 
-def run(files: list[str], **overrides: Any) -> ConfigWorkflow:
-    paths = [str(CONFIGS / file) for file in files]
-    workflow = ConfigWorkflow(paths, logging_file=False, workflow_type="train", **overrides)
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-    return workflow
+def of(trained: tuple[str, dict[str, Any]], bundle: str) -> dict[str, Any]:
+    """The overrides, if this is the bundle that the test is about."""
+    if trained[0] != bundle:
+        pytest.skip(f"is about {bundle}")
+    return trained[1]
 
 
-def command(files: list[str], overrides: dict[str, Any]) -> list[str]:
-    config = str([str(CONFIGS / file) for file in files])
-    words = ["-m", "monai.bundle", "run", "--config_file", config]
-    for key, value in overrides.items():
-        words += [f"--{key}", str(value)]
-    return words
+def inference(trained: tuple[str, dict[str, Any]], volumes: Path, **changes: Any) -> dict[str, Any]:
+    bundle, given = trained
+    keys = NETWORKS[bundle].keys() - {"val_share"}
+    small = {key: given[key] for key in keys}
+    return inference_settings(bundle, Path(given["bundle_root"]), volumes, **small, **changes)
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def test_every_backbone_the_readme_names_has_an_overlay() -> None:
-    names = {path.stem.removeprefix("backbone_") for path in OVERLAYS}
-    assert names >= {"swinunetr", "unetr", "segresnet", "unet", "dynunet", "mednext", "vit",
-                     "densenet121", "resnet"}  # fmt: skip
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem.removeprefix("backbone_"))
-def test_each_backbone_trains_two_steps(overlay: Path, tmp_path: Path, volumes: Path) -> None:
-    name = overlay.stem.removeprefix("backbone_")
-    small = {**settings(tmp_path, volumes, val_share=0, max_epochs=1), **SMALL.get(name, {})}
-    workflow = run(["train.json", overlay.name], **small)
-    row = json.loads((tmp_path / "eval" / "history.jsonl").read_text())
-    assert row["steps"] == 2 and row["image"] > 0 and row["text"] > 0
-    saved = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
-    network = workflow.parser.get_parsed_content("network_def")
-    assert {k: v.shape for k, v in saved.items()} == {
-        k: v.shape for k, v in network.state_dict().items()
-    }
-    whole = name not in ("vit", "densenet121", "resnet")
-    assert (row["reconstruction"] > 0) == whole
-
-
-def test_a_network_that_is_not_monais_trains_without_code(tmp_path: Path, volumes: Path) -> None:
-    run(["train.json"], **settings(tmp_path, volumes, network_def={"_target_": "fakes.PlainNet"}))
-    assert "neck.weight" in torch.load(tmp_path / "models" / "model.pt", weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, volumes: Path) -> dict[str, Any]:
-    """A small bundle that has been trained for two epochs."""
-    root = tmp_path_factory.mktemp("bundle")
-    changes = settings(root, volumes, max_epochs=2, network_def={"_target_": "fakes.PlainNet"})
-    run(["train.json"], **changes)
-    return changes
-
-
-def test_training_writes_what_the_docs_say(trained: dict[str, Any]) -> None:
-    root = Path(trained["bundle_root"])
-    assert {p.name for p in (root / "models").iterdir()} == {"model.pt", "student.pt", "last.pt"}
+def test_training_writes_what_the_docs_say(trained: tuple[str, dict[str, Any]]) -> None:
+    bundle, changes = trained
+    root = Path(changes["bundle_root"])
+    files = {"model.pt", "last.pt"} | ({"student.pt"} if bundle == "pretrain" else set())
+    assert {p.name for p in (root / "models").iterdir()} == files
     rows = [json.loads(line) for line in (root / "eval" / "history.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
-    assert {"loss", "image", "text", "reconstruction", "seconds", "image_within_r1"} <= rows[
-        1
-    ].keys()
+    assert {"loss", "seconds", METRICS[bundle]} <= rows[1].keys()
+    if bundle == "pretrain":
+        assert {"image", "text", "reconstruction"} <= rows[1].keys()
+    else:
+        assert json.loads((root / "eval" / "transfer.json").read_text())["file"] == ""
     assert list((root / "eval").glob("events.out.tfevents.*"))
 
 
-def test_a_finished_run_is_left_as_it_is(trained: dict[str, Any]) -> None:
-    files = [Path(trained["bundle_root"]) / name for name in ("models/model.pt", "models/last.pt")]
+def test_a_finished_run_is_left_as_it_is(trained: tuple[str, dict[str, Any]]) -> None:
+    bundle, changes = trained
+    files = [Path(changes["bundle_root"]) / name for name in ("models/model.pt", "models/last.pt")]
     before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
-    run(["train.json"], **trained)
+    run(bundle, ["train.json"], **changes)
     assert [(file.stat().st_mtime_ns, file.read_bytes()) for file in files] == before
 
 
-def test_evaluation_puts_chance_and_the_control_beside_the_student(trained: dict[str, Any]) -> None:
-    run(["train.json", "evaluate.json"], **trained)
-    tables = json.loads((Path(trained["bundle_root"]) / "eval" / "retrieval.json").read_text())
+def test_evaluation_puts_chance_and_the_control_beside_the_student(
+    trained: tuple[str, dict[str, Any]],
+) -> None:
+    changes = of(trained, "pretrain")
+    run("pretrain", ["train.json", "evaluate.json"], **changes)
+    tables = json.loads((Path(changes["bundle_root"]) / "eval" / "retrieval.json").read_text())
     keys = {f"{t}_{s}_r{k}{e}" for t in ("image", "text") for s in ("all", "within")
             for k in (1, 5, 10) for e in ("", "_low", "_high", "_chance")}  # fmt: skip
     assert keys <= tables["student"].keys() and keys <= tables["volume_zero"].keys()
     assert tables["student"]["image_all_r1_chance"] == tables["volume_zero"]["image_all_r1_chance"]
 
 
-def inference(trained: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    keys = (
-        "bundle_root",
-        "dataset_dir",
-        "teacher",
-        "spacing",
-        "patch_size",
-        "network_def",
-        "device",
-    )
-    return {k: trained[k] for k in keys} | {"dataloader::num_workers": 0} | changes
-
-
-def test_inference_gives_tokens_on_a_grid_and_scores_of_prompts(trained: dict[str, Any]) -> None:
-    run(["inference.json"], **inference(trained, prompts=["a ball", "a mass"], grid_per_plane=5))
-    results = Path(trained["bundle_root"]) / "eval"
+def test_inference_gives_tokens_on_a_grid_and_scores_of_prompts(
+    trained: tuple[str, dict[str, Any]], volumes: Path
+) -> None:
+    changes = of(trained, "pretrain")
+    given = inference(trained, volumes, prompts=["a ball", "a mass"], grid_per_plane=5)
+    run("pretrain", ["inference.json"], **given)
+    results = Path(changes["bundle_root"]) / "eval"
     found = load_file(results / "v0_tokens.safetensors")
     assert found["image"].shape == (15, 6) and found["text"].shape == (15, 8)
     assert torch.allclose(found["position"][:5], (torch.arange(5) + 0.5) / 5)
@@ -160,27 +112,32 @@ def test_inference_gives_tokens_on_a_grid_and_scores_of_prompts(trained: dict[st
 
 
 def test_embedding_fills_the_store_and_nothing_else(tmp_path: Path, volumes: Path) -> None:
-    run(["train.json", "embed.json"], **settings(tmp_path, volumes))
-    assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 5
+    run("pretrain", ["train.json", "embed.json"], **settings("pretrain", tmp_path, volumes))
+    assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 6
     assert {p.name for p in tmp_path.iterdir()} == {"store"}
 
 
-def test_properties_that_tools_look_up_are_there(trained: dict[str, Any]) -> None:
-    for files, kind, changes in (
-        (["train.json"], "train", trained),
-        (["inference.json"], "infer", inference(trained)),
+def test_properties_that_tools_look_up_are_there(
+    trained: tuple[str, dict[str, Any]], volumes: Path
+) -> None:
+    bundle, changes = trained
+    for files, kind, given in (
+        (["train.json"], "train", changes),
+        (["train.json", "evaluate.json"], "train", changes),
+        (["inference.json"], "infer", inference(trained, volumes)),
     ):
-        paths = [str(CONFIGS / file) for file in files]
-        workflow = ConfigWorkflow(paths, logging_file=False, workflow_type=kind, **changes)
+        paths = [str(configs(bundle) / file) for file in files]
+        workflow = ConfigWorkflow(paths, logging_file=False, workflow_type=kind, **given)
         workflow.initialize()
         assert workflow.check_properties() == []
 
 
-def test_network_in_and_out_are_those_of_the_metadata(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_network_in_and_out_are_those_of_the_metadata(bundle: str, tmp_path: Path) -> None:
     verify_net_in_out(
-        "network_def", str(CONFIGS / "metadata.json"), str(CONFIGS / "inference.json"),
-        device="cpu",
-        bundle_root=str(tmp_path), extra_forward_args={}, **{"network_def::init_filters": 8},
+        "network_def", str(configs(bundle) / "metadata.json"),
+        str(configs(bundle) / "inference.json"), device="cpu",
+        bundle_root=str(tmp_path), extra_forward_args={}, **{"backbone::init_filters": 8},
     )  # fmt: skip
 
 
@@ -191,12 +148,15 @@ def components(node: Any) -> list[dict[str, Any]]:
     return [c for value in node for c in components(value)] if isinstance(node, list) else []
 
 
-ALL = sorted([*CONFIGS.glob("*.json"), *CONFIGS.glob("*.yaml")])
+ALL = [
+    path
+    for bundle in BUNDLES
+    for path in sorted([*configs(bundle).glob("*.json"), *configs(bundle).glob("*.yaml")])
+    if path.name != "metadata.json"
+]
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in ALL if p.name != "metadata.json"], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", ALL, ids=lambda p: f"{p.parts[-3]}-{p.name}")
 def test_every_target_of_ours_exists_and_takes_its_arguments(path: Path) -> None:
     from pydoc import locate
 
@@ -209,9 +169,23 @@ def test_every_target_of_ours_exists_and_takes_its_arguments(path: Path) -> None
         inspect.signature(target).bind_partial(**dict.fromkeys(names))  # type: ignore[arg-type]
 
 
+def test_what_monai_label_needs_of_the_segmentation_configs() -> None:
+    train = ConfigParser.load_config_file(str(configs("seg-finetune") / "train.json"))
+    handlers = train["train"]["handlers"]
+    assert all(isinstance(handler, dict) for handler in handlers)
+    assert not any("CheckpointLoader" in handler["_target_"] for handler in handlers)
+    assert "data" in train["train"]["dataset"] and "data" in train["validate"]["dataset"]
+    infer = ConfigParser.load_config_file(str(configs("seg-finetune") / "inference.json"))
+    assert {"network_def", "preprocessing", "postprocessing", "inferer", "device"} <= infer.keys()
+    names = [step["_target_"] for step in infer["postprocessing"]["transforms"]]
+    assert names[:3] == ["Activationsd", "Invertd", "AsDiscreted"]
+
+
 def test_the_paper_overlay_sets_the_papers_recipe() -> None:
     parser = ConfigParser(
-        ConfigParser.load_config_files([CONFIGS / "train.json", CONFIGS / "paper.yaml"])
+        ConfigParser.load_config_files(
+            [configs("pretrain") / name for name in ("train.json", "paper.yaml")]
+        )
     )
     psat = parser.get("student")["psat"]
     assert (psat["queries"], psat["layers"], psat["ffn"], psat["readout"]) == (
@@ -230,17 +204,20 @@ def weights(root: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bundle", BUNDLES)
 def test_killed_and_resumed_ends_where_an_uninterrupted_run_ends(
-    tmp_path: Path, volumes: Path
+    bundle: str, tmp_path: Path, volumes: Path
 ) -> None:
     torch.set_num_threads(1)  # as in the processes to be killed: sums depend on it
-    changes = {"network_def": {"_target_": "fakes.PlainNet"}, "max_epochs": 6, "val_interval": 2}
-    run(["train.json"], **settings(tmp_path / "whole", volumes, **changes))
-    settled = settings(tmp_path / "cut", volumes, **changes)
+    changes = {**NETWORKS[bundle], "max_epochs": 6, "val_interval": 2}
+    if bundle != "pretrain":
+        changes["ema_decay"] = 0.9
+    run(bundle, ["train.json"], **settings(bundle, tmp_path / "whole", volumes, **changes))
+    settled = settings(bundle, tmp_path / "cut", volumes, **changes)
     log = (tmp_path / "log").open("w")
     for _ in range(2):
         process = subprocess.Popen(
-            [sys.executable, *command(["train.json"], settled)],
+            [sys.executable, *command(bundle, ["train.json"], settled)],
             env=environment(),
             stdout=log,
             stderr=log,
@@ -255,9 +232,10 @@ def test_killed_and_resumed_ends_where_an_uninterrupted_run_ends(
         if process.returncode == 0:
             break
     assert process.returncode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()[-2000:]
-    run(["train.json"], **settled)
+    run(bundle, ["train.json"], **settled)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    for part in ("student", "loss"):
+    parts = ("student", "loss") if bundle == "pretrain" else ("network", "average")
+    for part in parts:
         assert all(torch.equal(v, cut[part][k]) for k, v in whole[part].items())
     assert whole["best"] == cut["best"] and whole["trainer"] == cut["trainer"]
     best = [
@@ -273,7 +251,8 @@ def test_killed_and_resumed_ends_where_an_uninterrupted_run_ends(
 def test_a_mistyped_override_on_the_command_line_names_the_key(
     tmp_path: Path, volumes: Path
 ) -> None:
-    words = command(["train.json"], settings(tmp_path, volumes)) + ["--learning_rat", "0.1"]
+    given = settings("pretrain", tmp_path, volumes)
+    words = [*command("pretrain", ["train.json"], given), "--learning_rat", "0.1"]
     done = subprocess.run(
         [sys.executable, *words], env=environment(), capture_output=True, text=True
     )
@@ -284,12 +263,27 @@ def test_a_mistyped_override_on_the_command_line_names_the_key(
 
 
 @pytest.mark.slow
-def test_two_ranks_train_the_bundle(tmp_path: Path, volumes: Path) -> None:
-    changes = settings(
-        tmp_path, volumes, network_def={"_target_": "fakes.PlainNet"}, max_epochs=2, val_share=0.4
+def test_a_failed_run_ends_with_its_cause(tmp_path: Path, volumes: Path) -> None:
+    given = settings("seg-finetune", tmp_path, volumes, label_names=["background"])
+    words = command("seg-finetune", ["train.json"], given)
+    done = subprocess.run(
+        [sys.executable, *words], env=environment(), capture_output=True, text=True
     )
+    assert done.returncode != 0
+    assert (
+        done.stderr.strip()
+        .split("\n")[-1]
+        .startswith("ValueError: label_names must name the background and a class")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_two_ranks_train_the_bundle(bundle: str, tmp_path: Path, volumes: Path) -> None:
+    more = {**NETWORKS[bundle], "max_epochs": 2, "val_share": 0.4}
+    changes = settings(bundle, tmp_path, volumes, **more)
     del changes["device"]
-    words = command(["train.json", "multi_gpu_train.json"], changes)
+    words = command(bundle, ["train.json", "multi_gpu_train.json"], changes)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [sys.executable, *launch, *words],
