@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .metrics import fit_linear, knn_probe
 from .store import write_atomic
-from .student import as_grid, find_features
+from .student import as_grid, evaluating, find_features
 
 logger = logging.getLogger(__name__)
 HEADS = ("pooled", "neighbours", "own")
@@ -105,17 +105,22 @@ class Classifier(nn.Module):
             "neighbours": lambda: Neighbours(channels, out_channels),
             "own": nn.Identity,
         }[head]()
-        if self.own:
-            mode = network.training
-            with torch.no_grad():
-                score = _first(network.eval()(torch.zeros(1, 1, *patch_size)))
-            network.train(mode)
-            if not isinstance(score, Tensor) or score.shape != (1, out_channels):
-                raise ValueError(
-                    f"head must be pooled unless the network returns (b, {out_channels}), got "
-                    f"{getattr(score, 'shape', type(score).__name__)} from "
-                    f"{type(network).__name__}; set head to pooled"
-                )
+        self.calls = 0  # of the layer in one pass: some networks use one activation everywhere
+        layer = network.get_submodule(self.features.layer)
+        hook = layer.register_forward_hook(self._count)
+        with evaluating(network):
+            device = next(network.parameters(), torch.empty(0)).device
+            output = _first(network(torch.zeros(1, 1, *patch_size, device=device)))
+        hook.remove()
+        if self.own and (not isinstance(output, Tensor) or output.shape != (1, out_channels)):
+            raise ValueError(
+                f"head must be pooled unless the network returns (b, {out_channels}), got "
+                f"{getattr(output, 'shape', type(output).__name__)} from "
+                f"{type(network).__name__}; set head to pooled"
+            )
+
+    def _count(self, *_: Any) -> None:
+        self.calls += 1
 
     def encode(self, volume: Tensor) -> Tensor:
         """Deepest features (b, c, x', y', z') of volumes (b, 1, x, y, z)."""
@@ -124,7 +129,7 @@ class Classifier(nn.Module):
 
         def catch(_: nn.Module, __: Any, output: Any) -> None:
             caught.append(output)
-            if not exporting:
+            if len(caught) == self.calls and not exporting:
                 raise _Found
 
         layer = self.network.get_submodule(self.features.layer)

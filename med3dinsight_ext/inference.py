@@ -98,7 +98,7 @@ class FlipInferer(Inferer):
     def __call__(
         self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The mean output: volumes (b, c, x, y, z) flipped back, class scores (b, c) as they are."""
+        """The mean: volumes (b, c, x, y, z) flipped back, class scores (b, c) as they are."""
         plain = inputs.as_subclass(Tensor)  # metadata slows every layer
         outputs = []
         for flip in self.flips:

@@ -36,7 +36,7 @@ class Features(NamedTuple):
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Eval mode inside, every module's own mode afterwards."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
@@ -114,7 +114,7 @@ def find_features(network: nn.Module, size: Sequence[int], layer: str = "auto") 
     hooks = [module.register_forward_hook(look(name)) for name, module in watched.items()]
     parameter = next(network.parameters(), torch.empty(0))
     try:
-        with _evaluating(network):
+        with evaluating(network):
             network(torch.zeros(1, 1, *size, device=parameter.device))
     except Exception as error:
         raise ValueError(
@@ -169,7 +169,7 @@ def encoder_parameters(network: nn.Module, size: Sequence[int], layer: str = "au
     device = next(iter(parameters.values())).device
     frozen = [value for value in parameters.values() if not value.requires_grad]
     try:
-        with _evaluating(network), torch.enable_grad():
+        with evaluating(network), torch.enable_grad():
             for value in frozen:
                 value.requires_grad_(True)
             network(torch.zeros(1, 1, *size, device=device))

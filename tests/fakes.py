@@ -72,7 +72,7 @@ class Bright(nn.Module):
         self.layer = nn.Conv3d(1, 2, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return 50 * torch.cat([self.threshold - x, x - self.threshold], 1)
+        return 8 * torch.cat([self.threshold - x, x - self.threshold], 1)
 
 
 def write_volumes(folder: Path, count: int, size: tuple[int, int, int] = (28, 32, 26)) -> Path:

@@ -46,6 +46,26 @@ def test_the_decoder_is_not_run_and_gets_no_gradient() -> None:
     assert net.decoded == 0 and net.up.weight.grad is None and net.down.weight.grad is not None
 
 
+class Shared(nn.Module):
+    """Uses one activation everywhere, as EfficientNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.neck = nn.Conv3d(1, 6, 4, 4), nn.Conv3d(6, 8, 2, 2)
+        self.act = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.neck(self.act(self.stem(x)))).mean((2, 3, 4))
+
+
+def test_a_layer_that_runs_twice_is_read_the_last_time() -> None:
+    net = Shared()
+    classifier = Classifier(net, 2, SIZE).eval()
+    volume = torch.rand(1, 1, *SIZE)
+    assert classifier.features.layer == "act"
+    assert torch.allclose(classifier.pooled(volume), net(volume))
+
+
 def test_the_networks_names_are_kept() -> None:
     net = UNet(3, 1, 1, (4, 8), (2,))
     state = Classifier(net, 2, SIZE).state_dict()
@@ -62,11 +82,14 @@ def test_the_networks_names_are_kept() -> None:
     ids=lambda n: type(n).__name__,
 )
 def test_any_network_classifies_and_shows_where_it_looked(network: nn.Module) -> None:
+    torch.manual_seed(0)
     classifier = Classifier(network, 3, SIZE).eval()
     volume = torch.rand(1, 1, *SIZE)
     assert classifier(volume).shape == (1, 3)
-    heat = grad_cam(classifier)(volume, 1)
-    assert heat.shape == volume.shape and heat.min() >= 0 and heat.max() == pytest.approx(1)
+    cam = grad_cam(classifier)
+    heats = [cam(volume, number) for number in range(3)]
+    assert all(heat.shape == volume.shape and heat.min() >= 0 for heat in heats)
+    assert max(heat.max() for heat in heats) == pytest.approx(1)  # one class at least speaks up
 
 
 def test_grad_cam_is_bright_where_the_class_is() -> None:
