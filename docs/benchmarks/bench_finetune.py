@@ -29,10 +29,11 @@ def measure(name: str, bundle: str, out: str, train: dict[str, Any], test: dict[
     folder = Path(out)
     overlay, scores = str(HERE / f"{name}.yaml"), folder / "eval" / "metrics.json"
     record = folder / "seconds.json"
-    if not scores.exists():
+    if not record.exists():
         begin = perf_counter()
         bundle_run(bundle, ["train.json", overlay], bundle_root=out, **train)
         record.write_text(json.dumps(perf_counter() - begin))
+    if not scores.exists():
         bundle_run(bundle, ["train.json", overlay, "evaluate.json"], bundle_root=out, **test)
     metrics = json.loads(scores.read_text())
     write(name, {"train_seconds": json.loads(record.read_text()), "test": metrics})
