@@ -14,14 +14,10 @@ from tqdm import tqdm
 
 from .metrics import fit_linear, knn_probe
 from .store import write_atomic
-from .student import as_grid, evaluating, find_features
+from .student import evaluating, features_of, find_features
 
 logger = logging.getLogger(__name__)
 HEADS = ("pooled", "neighbours", "own")
-
-
-class _Found(Exception):
-    """Ends a forward pass once the features are there: a decoder behind them would be wasted."""
 
 
 class Neighbours(nn.Module):
@@ -124,29 +120,7 @@ class Classifier(nn.Module):
 
     def encode(self, volume: Tensor) -> Tensor:
         """Deepest features (b, c, x', y', z') of volumes (b, 1, x, y, z)."""
-        caught: list[Tensor] = []
-        exporting = torch.jit.is_tracing() or torch.compiler.is_compiling()
-
-        def catch(_: nn.Module, __: Any, output: Any) -> None:
-            caught.append(output)
-            if len(caught) == self.calls and not exporting:
-                raise _Found
-
-        layer = self.network.get_submodule(self.features.layer)
-        hook = layer.register_forward_hook(catch)
-        try:
-            self.network(volume)
-        except _Found:
-            pass
-        finally:
-            hook.remove()
-        features = as_grid(caught[-1], volume.shape[2:])
-        if features is None:
-            raise ValueError(
-                f"volume must have a size that {self.features.layer} turns into features, got "
-                f"{tuple(volume.shape)}; use patch_size"
-            )
-        return self.grid(features)
+        return self.grid(features_of(self.network, self.features, volume, self.calls)[0])
 
     def pooled(self, volume: Tensor) -> Tensor:
         """Mean features (b, c)."""
@@ -189,7 +163,7 @@ def grad_cam(classifier: Classifier) -> Callable[[Tensor, int], Tensor] | None:
     return call
 
 
-def features_of(
+def pooled_features(
     classifier: Classifier, loader: Iterable[dict[str, Any]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Mean features (n, c) and labels (n,) of all cases, with the classifier frozen."""
@@ -227,7 +201,7 @@ def probe(
             f"mode must be finetune, linear (head pooled) or knn (head neighbours), got {mode!r} "
             f"with the head {type(classifier.head).__name__}; leave head at its default"
         )
-    features, labels = features_of(classifier.to(device), loader, device)
+    features, labels = pooled_features(classifier.to(device), loader, device)
     if isinstance(classifier.head, Neighbours):
         classifier.head.remember(features, labels)
     else:

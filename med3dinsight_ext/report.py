@@ -166,13 +166,15 @@ def curves(events: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share as per cent with one decimal, NaN as a dash."""
     return "–" if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def _cell(metrics: Mapping[str, float], key: str) -> str:
-    interval = f"{_percent(metrics[key + '_low'])} to {_percent(metrics[key + '_high'])}"
-    return f"<td>{_percent(metrics[key])}<br><small>{interval}</small></td>"
+def cell(metrics: Mapping[str, float], key: str) -> str:
+    """A table cell with ``key`` and, below it, ``key_low`` to ``key_high``, in per cent."""
+    interval = f"{percent(metrics[key + '_low'])} to {percent(metrics[key + '_high'])}"
+    return f"<td>{percent(metrics[key])}<br><small>{interval}</small></td>"
 
 
 def _strip(metrics: Mapping[str, float], control: Mapping[str, float] | None, key: str) -> str:
@@ -225,8 +227,8 @@ def retrieval_table(
         )
         for k in ks:
             key = f"{task}_r{k}"
-            cells = _cell(metrics, key) + (_cell(control, key) if control else "")
-            cells += f"<td>{_percent(metrics[f'{key}_chance'])}</td>"
+            cells = cell(metrics, key) + (cell(control, key) if control else "")
+            cells += f"<td>{percent(metrics[f'{key}_chance'])}</td>"
             strip = _strip(metrics, control, key)
             rows.append(f'<tr><th scope="row">R@{k}</th>{cells}{strip}</tr>')
         body.append(f"<tbody>{''.join(rows)}</tbody>")
@@ -274,7 +276,8 @@ def arms(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _show(ax: Axes, image: np.ndarray, title: str, color: str, width: float) -> None:
+def show(ax: Axes, image: np.ndarray, title: str, color: str, width: float) -> None:
+    """Draw an image (h, w) in [0, 1] with a title and a frame."""
     ax.imshow(image, cmap="gray", vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
@@ -282,7 +285,8 @@ def _show(ax: Axes, image: np.ndarray, title: str, color: str, width: float) -> 
     ax.spines[:].set(visible=True, color=color, linewidth=width)
 
 
-def _short(text: str, width: int) -> str:
+def short(text: str, width: int) -> str:
+    """A text of at most ``width`` letters, cut in the middle."""
     return text if len(text) <= width else f"{text[: width // 2]}…{text[-(width // 2) + 1 :]}"
 
 
@@ -307,12 +311,12 @@ def gallery(rows: Sequence[tuple[Slice, Sequence[Found]]]) -> Figure:
         for ax in axes[1:]:
             ax.set_axis_off()
         place = f"{PLANES[query.plane]} {query.position:.2f}"
-        _show(axes[0], query.image, f"{place}\n{_short(query.volume, 16)}\nquery", INK, 2)
+        show(axes[0], query.image, f"{place}\n{short(query.volume, 16)}\nquery", INK, 2)
         for ax, (hit, similarity, correct) in zip(axes[2:], found, strict=False):
             ax.set_axis_on()
-            title = f"{PLANES[hit.plane]} {hit.position:.2f}\n{_short(hit.volume, 16)}\n"
+            title = f"{PLANES[hit.plane]} {hit.position:.2f}\n{short(hit.volume, 16)}\n"
             title += f"{'✓ ' if correct else ''}{similarity:.2f}"
-            _show(ax, hit.image, title, GREEN if correct else "#8a94a0", 3 if correct else 0.6)
+            show(ax, hit.image, title, GREEN if correct else "#8a94a0", 3 if correct else 0.6)
     right = sum(any(hit.correct for hit in found) for _, found in rows)
     figure.set_label(
         f"{len(rows)} query slices, each with the {columns} most similar; "
@@ -344,7 +348,7 @@ def text_curves(
             axes[0].plot(position, score, color=COLORS[plane], label=PLANES[plane])
             axes[0].plot(position[best], score[best], "o", color=COLORS[plane], markersize=5)
             title = f"{PLANES[plane]} {position[best]:.2f}\nscore {score[best]:.2f}"
-            _show(ax, slices[prompt][plane], title, COLORS[plane], 2)
+            show(ax, slices[prompt][plane], title, COLORS[plane], 2)
             said.append(f"“{prompt}” {PLANES[plane]} {position[best]:.2f}")
         axes[0].set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1])
         axes[0].set(xlabel="position along the axis", ylabel="similarity")
@@ -361,9 +365,17 @@ def save_text_scores(
     slices: Mapping[str, Mapping[int, np.ndarray]],
 ) -> None:
     """Write ``text_curves`` as a PNG."""
-    buffer = io.BytesIO()
-    text_curves(scores, slices).savefig(buffer, format="png", dpi=DPI)
-    write_atomic(Path(path), lambda draft: draft.write_bytes(buffer.getvalue()))
+    save(path, text_curves(scores, slices))
+
+
+def save(path: str | Path, content: str | Figure) -> None:
+    """Write a text, or a figure as a PNG, in one piece or not at all."""
+    data = io.BytesIO()
+    if isinstance(content, Figure):
+        content.savefig(data, format="png", dpi=DPI)
+    else:
+        data.write(content.encode())
+    write_atomic(Path(path), lambda draft: draft.write_bytes(data.getvalue()))
 
 
 def svg(figure: Figure) -> str:
@@ -418,4 +430,4 @@ def html(
         f'<div class="card"><table class="facts"><tbody>{rows}</tbody></table></div></header>\n'
         f"{chr(10).join(body)}\n</main></body></html>\n"
     )
-    write_atomic(Path(path), lambda draft: draft.write_text(page, encoding="utf-8"))
+    save(path, page)

@@ -144,6 +144,47 @@ def _grows(run: Sequence[Features]) -> bool:
     return any(math.prod(f.grid) > math.prod(run[0].grid) for f in same)
 
 
+class _Found(Exception):
+    """Ends a forward pass once the features are there."""
+
+
+def features_of(
+    network: nn.Module, found: Features, volume: Tensor, calls: int = 0
+) -> tuple[Tensor, Any]:
+    """Features (b, c, x', y', z') and the network's own output for volumes (b, 1, x, y, z).
+
+    Args:
+        network: is run.
+        found: where its features are.
+        volume: (b, 1, x, y, z).
+        calls: stop when the layer has run so often, as what comes then would be wasted (the output
+            is None); 0 runs the whole network, and the layer's last call counts.
+    """
+    caught: list[Any] = []
+    stop = calls and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+    def catch(_: nn.Module, __: Any, output: Any) -> None:
+        caught.append(output)
+        if stop and len(caught) == calls:
+            raise _Found
+
+    hook = network.get_submodule(found.layer).register_forward_hook(catch)
+    output = None
+    try:
+        output = network(volume)
+    except _Found:
+        pass
+    finally:
+        hook.remove()
+    features = as_grid(caught[-1], volume.shape[2:])
+    if features is None:
+        raise ValueError(
+            f"volume must have a size that {found.layer} turns into features, got "
+            f"{tuple(volume.shape)}; use patch_size"
+        )
+    return features, output
+
+
 def encoder_parameters(network: nn.Module, size: Sequence[int], layer: str = "auto") -> list[str]:
     """Names of the parameters that the deepest features depend on, in the order in which they act.
 
@@ -246,20 +287,7 @@ class Student(nn.Module):
 
     def encode(self, volume: Tensor) -> tuple[Tensor, Any]:
         """Features (b, c, x', y', z') and the network's own output for volumes (b, 1, x, y, z)."""
-        caught: list[Any] = []
-        layer = self.network.get_submodule(self.features.layer)
-        hook = layer.register_forward_hook(lambda _, __, output: caught.append(output))
-        try:
-            output = self.network(volume)
-        finally:
-            hook.remove()
-        features = as_grid(caught[-1], volume.shape[2:])
-        if features is None:
-            raise ValueError(
-                f"volume must have a size that {self.features.layer} turns into features, got "
-                f"{tuple(volume.shape)}; use patch_size"
-            )
-        return features, output
+        return features_of(self.network, self.features, volume)
 
     def forward(self, volume: Tensor, plane: Tensor, position: Tensor) -> StudentOutput:
         """Tokens of the asked slices and, if the network's output is a volume, a reconstruction.

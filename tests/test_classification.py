@@ -20,14 +20,14 @@ from monai.metrics import compute_roc_auc
 from monai.transforms import Activationsd
 from torch import Tensor
 
-from med3dinsight_ext.classification import (
+from med3dinsight_ext.classification import scores
+from med3dinsight_ext.classification_report import (
     ClassificationReport,
     Shown,
     calibration_figure,
     confusion_figure,
     heat_figure,
     roc_figure,
-    scores,
 )
 
 NAMES = ["well", "ill <b>", "gone"]

@@ -5,7 +5,7 @@ import torch
 from monai.networks.nets import DenseNet, SegResNet, UNet, ViT
 from torch import nn
 
-from med3dinsight_ext.classifier import Classifier, Neighbours, features_of, grad_cam, probe
+from med3dinsight_ext.classifier import Classifier, Neighbours, grad_cam, pooled_features, probe
 from med3dinsight_ext.inference import FlipInferer
 from med3dinsight_ext.losses import DeepSupervision
 from med3dinsight_ext.metrics import fit_linear, knn_probe
@@ -132,7 +132,7 @@ def test_the_linear_mode_is_the_logistic_regression_on_frozen_features(tmp_path:
     classifier = Classifier(Net(), 2, SIZE)
     before = {k: v.clone() for k, v in classifier.network.state_dict().items()}
     probe(classifier, loader(6), torch.device("cpu"), "linear", tmp_path)
-    features, labels = features_of(classifier, loader(6), torch.device("cpu"))
+    features, labels = pooled_features(classifier, loader(6), torch.device("cpu"))
     expected = fit_linear(features, labels)(features)
     scores = torch.cat([classifier.eval()(batch["image"]) for batch in loader(6)])
     assert torch.allclose(scores, expected, atol=1e-4)
@@ -151,7 +151,7 @@ def test_the_knn_mode_carries_its_cases_in_the_weights(tmp_path: Path) -> None:
     assert isinstance(other.head, Neighbours) and len(other.head.labels) == 12
     volume = loader(2)[1]["image"]
     vote = other(volume).softmax(1)
-    features, labels = features_of(other, loader(6), torch.device("cpu"))
+    features, labels = pooled_features(other, loader(6), torch.device("cpu"))
     assert torch.allclose(vote[:, :2], knn_probe(features, labels, other.pooled(volume)), atol=1e-4)
     assert vote[:, 2].max() < 1e-6
 

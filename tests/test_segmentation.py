@@ -19,8 +19,13 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surf
 from monai.networks import one_hot
 from monai.transforms import AsDiscreted, Orientation
 
-from med3dinsight_ext import segmentation
-from med3dinsight_ext.segmentation import SegmentationReport, case_names, case_scores, summary
+from med3dinsight_ext.segmentation import case_scores, summary
+from med3dinsight_ext.segmentation_report import (
+    SegmentationReport,
+    case_names,
+    overlays,
+    three_slices,
+)
 
 SHAPE = (9, 12, 7)
 NAMES = ["background", "liver", "a < b"]
@@ -202,9 +207,7 @@ def test_slices_are_cut_where_the_label_marks_most(tmp_path: Path) -> None:
     label = box()
     label[0, 4, 0], label[0, 0, 6] = 2, 2
     kept = np.load(
-        io.BytesIO(
-            segmentation.three_slices(box(3), item(tmp_path / "a.nii", box(), label)["label"])
-        )
+        io.BytesIO(three_slices(box(3), item(tmp_path / "a.nii", box(), label)["label"]))
     )
     assert kept["position"] == pytest.approx([4.5 / 9, 6.5 / 12, 1.5 / 7])
     assert np.array_equal(kept["sagittal"][0], label[0, 4:5])
@@ -218,7 +221,7 @@ def test_orientation_changes_neither_scores_nor_pictures(tmp_path: Path) -> None
         report = SegmentationReport(tmp_path, NAMES)
         report.write_files = lambda *_: None  # type: ignore[method-assign]
         metrics = evaluate(report, item(tmp_path / f"{codes}.nii", box(3, z=2), box(), codes))
-        figure = segmentation.overlays(report.cases, ["a"])
+        figure = overlays(report.cases, ["a"])
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=60)
         buffer.seek(0)
