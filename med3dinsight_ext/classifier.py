@@ -62,7 +62,7 @@ class Neighbours(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A network's deepest features, their mean over the volume, and a linear layer.
+    """A network's deepest features, their mean and maximum over the volume, and a linear layer.
 
     Args:
         network: any module that maps (b, 1, x, y, z) to something; left as it is, so that weights
@@ -95,7 +95,7 @@ class Classifier(nn.Module):
         self.features = find_features(network, patch_size, feature_layer)
         self.grid = nn.Identity()  # what Grad-CAM looks at
         self.dropout = nn.Dropout(dropout)
-        channels = self.features.channels
+        channels = 2 * self.features.channels
         self.head: nn.Module = {
             "pooled": lambda: nn.Linear(channels, out_channels),
             "neighbours": lambda: Neighbours(channels, out_channels),
@@ -123,8 +123,12 @@ class Classifier(nn.Module):
         return self.grid(features_of(self.network, self.features, volume, self.calls)[0])
 
     def pooled(self, volume: Tensor) -> Tensor:
-        """Mean features (b, c)."""
-        return self.encode(volume).mean((2, 3, 4))
+        """Mean and greatest value of each feature, (b, 2 c).
+
+        The mean alone says little where instance norm has set it to zero.
+        """
+        features = self.encode(volume)
+        return torch.cat([features.mean((2, 3, 4)), features.amax((2, 3, 4))], 1)
 
     def forward(self, volume: Tensor) -> Tensor:
         """Class scores (b, classes), before the softmax, of volumes (b, 1, x, y, z)."""
@@ -166,7 +170,7 @@ def grad_cam(classifier: Classifier) -> Callable[[Tensor, int], Tensor] | None:
 def pooled_features(
     classifier: Classifier, loader: Iterable[dict[str, Any]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Mean features (n, c) and labels (n,) of all cases, with the classifier frozen."""
+    """Pooled features (n, 2 c) and labels (n,) of all cases, with the classifier frozen."""
     rows, labels = [], []
     classifier.eval()
     with torch.no_grad():

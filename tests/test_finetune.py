@@ -275,6 +275,14 @@ def test_probing_modes_write_a_model_that_evaluates(
     assert (tmp_path / "eval" / "report.html").exists()
 
 
+def pretrained_on(archive: Path, root: Path) -> Path:
+    """Weights from an archive's images."""
+    given = settings("pretrain", root, archive, subset="train", val_share=0)
+    given |= {"spacing": [1.0] * 3, "patch_size": [16] * 3}
+    run("pretrain", ["train.json"], **given, backbone={"_target_": "fakes.PlainNet"})
+    return root / "models" / "model.pt"
+
+
 def test_a_medmnist_archive_is_read(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     arrays: dict[str, np.ndarray] = {}
@@ -286,6 +294,7 @@ def test_a_medmnist_archive_is_read(tmp_path: Path) -> None:
     given = settings("cls-finetune", tmp_path, tmp_path / "a.npz", val_share=0, subset="train")
     given |= {"datalist": None, "spacing": [1.0] * 3, "patch_size": [16] * 3}
     given |= {"backbone": {"_target_": "fakes.PlainNet"}}
+    given["pretrained"] = str(pretrained_on(tmp_path / "a.npz", tmp_path / "pre"))
     run("cls-finetune", ["train.json"], **given)
     given["subset"] = "test"
     run("cls-finetune", ["train.json", "evaluate.json"], **given)
