@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -41,6 +42,7 @@ from .report import (
 )
 from .slicing import PLANES, cut
 
+logger = logging.getLogger(__name__)
 COUNTS = LinearSegmentedColormap.from_list("counts", ["#eef3f7", BLUE])
 
 
@@ -306,6 +308,8 @@ class ClassificationReport:
         facts = {"Cases": count, "Without label": count - len(label)}
         facts |= {f"Cases of {name}": row["n"] for name, row in result["per_class"].items()}
         html(self.output_dir / "report.html", self.title, facts, sections)
+        values = ", ".join(f"{name} {result[key]:.3f}" for key, name in SCORES.items())
+        logger.info(f"{len(label)} cases: {values}; wrote {self.output_dir / 'report.html'}")
 
     def write_cases(self, rows: Mapping[str, Row]) -> None:
         names, buffer = self.class_names, io.StringIO()
@@ -316,6 +320,7 @@ class ClassificationReport:
             said = names[int(probability.argmax())]
             table.writerow([image, truth, said, *(f"{p:.6g}" for p in probability.tolist())])
         save(self.output_dir / "cases.csv", buffer.getvalue())
+        logger.info(f"wrote {self.output_dir / 'cases.csv'} with {len(rows)} cases")
 
     def show(self, name: str, row: Row, image: MetaTensor, device: Any) -> Shown:
         """The case with its map for the class predicted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -40,6 +41,9 @@ VIEW = (
     "Each plane is cut where the label marks most voxels. Patient's right is on the left; in the "
     "sagittal plane anterior is."
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 class Case(NamedTuple):
@@ -299,3 +303,7 @@ class SegmentationReport:
                 ("Best, median and worst case", "By mean Dice. " + VIEW, overlay),
             ],
         )
+        means = ", ".join(
+            f"{name} {_interval(found['mean'], key)[0]}" for key, name in SCORES.items()
+        )
+        logger.info(f"mean of {len(cases)} cases: {means}; wrote {self.output_dir / 'report.html'}")

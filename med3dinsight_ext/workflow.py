@@ -308,6 +308,18 @@ def run(
         if not saver._saved:  # no epoch was validated
             saver.score_function = None
             saver(trainer)
+    if idist.get_rank() == 0:
+        names = ", ".join(str(Path(ckpt_dir) / saver.filename_pattern) for saver in best)
+        logger.info(f"trained for {trainer.state.epoch} epochs; wrote {names}{_best(evaluator)}")
+
+
+def _best(evaluator: Engine | None) -> str:
+    """Which epoch was kept, if any was judged."""
+    name = getattr(evaluator.state, "key_metric_name", None) if evaluator is not None else None
+    if evaluator is None or name is None or evaluator.state.best_metric_epoch < 0:
+        return " of the last epoch"
+    found = evaluator.state.best_metric
+    return f" of epoch {evaluator.state.best_metric_epoch}, {name} {found:.4f}"
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
