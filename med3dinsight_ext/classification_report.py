@@ -303,7 +303,10 @@ class ClassificationReport:
             ("ROC", "", roc_figure(probability, label, self.class_names)),
         ]
         if shown:
-            text = "The surest right cases, then the surest wrong ones; brighter matters more."
+            text = (
+                "The surest right cases, then the surest wrong ones; brighter matters more. "
+                "A map is as coarse as the network's deepest features."
+            )
             sections.append(("Where the network looked", text, heat_figure(shown)))
         facts = {"Cases": count, "Without label": count - len(label)}
         facts |= {f"Cases of {name}": row["n"] for name, row in result["per_class"].items()}
@@ -335,7 +338,7 @@ class ClassificationReport:
             )
         truth, call = self.class_names[row.label], self.class_names[said]
         sure = percent(float(row.probability[said]))
-        title = f"{short(name, 80)}\ntruth {truth}, prediction {call} ({sure} %)"
+        title = f"{short(Path(name).name, 80)}\ntruth {truth}, prediction {call} ({sure} %)"
         return Shown(image, heat[0].as_subclass(Tensor).float(), title)
 
 
