@@ -266,9 +266,12 @@ def arms(found: Mapping[str, Mapping[str, Any]]) -> Figure:
             ax.plot([stat["low"], stat["high"]], [y, y], color=COLORS[number], alpha=0.4)
             ax.plot(stat["mean"], y, "o", markersize=6, **style)
             said.append(f"{label} {name} {stat['mean']:.3f}")
-            ax.annotate(f"{stat['mean']:.3f}", (stat["mean"], y), (0, 5), fontsize=7,
-                        textcoords="offset points", ha="center")  # fmt: skip
-    ax.set(yticks=range(len(classes)), yticklabels=classes, xlabel="Dice, 95 % interval over cases")
+            ax.annotate(
+                f"{stat['mean']:.3f}", (max(stat["mean"], stat["high"] or 0), y), (6, 0),
+                fontsize=7.5, textcoords="offset points", va="center",
+            )  # fmt: skip
+    ax.set(yticks=range(len(classes)), yticklabels=[short(name, 24) for name in classes])
+    ax.set(xlim=(-0.02, 1.05), xlabel="Dice, 95 % interval over cases")
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     figure.legend(loc="outside upper right", ncols=len(found), fontsize=8)

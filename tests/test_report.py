@@ -276,3 +276,19 @@ def test_a_failed_write_leaves_the_old_page(
         report.html(path, "New", {}, [])
     assert Page(path).text["h1"] == ["Old"]
     assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_arms_show_every_class_of_every_arm_and_skip_what_is_not_defined() -> None:
+    def stats(mean: float | None) -> dict:
+        low, high = (None, None) if mean is None else (mean - 0.1, mean + 0.1)
+        return {"dice": {"mean": mean, "low": low, "high": high}}
+
+    found = {
+        arm: {"mean": stats(mean), "classes": {"left": stats(mean), "right": stats(None)}}
+        for arm, mean in (("from scratch", 0.5), ("pre-trained", 0.625))
+    }
+    label = str(report.arms(found).get_label())
+    assert label == (
+        "Dice: mean from scratch 0.500; left from scratch 0.500; "
+        "mean pre-trained 0.625; left pre-trained 0.625"
+    )
