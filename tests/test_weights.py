@@ -222,7 +222,8 @@ def test_learning_rates_rise_through_the_encoder() -> None:
     encoder = encoder_parameters(network, SIZE)
     groups = parameter_groups(network, encoder, 0.1, 0.01)
     rates = [group["lr"] for group in groups]
-    assert rates[0] == pytest.approx(0.001) and rates == sorted(rates) and rates[-1] == 0.1
+    assert rates[0] == pytest.approx(0.001) and rates[-1] == 0.1
+    assert rates == sorted(set(rates))  # each layer faster than the one before
     assert groups[0]["params"][0] is network.convInit.conv.weight
     given = [id(p) for group in groups for p in group["params"]]
     assert sorted(given) == sorted(id(p) for p in network.parameters())
