@@ -45,13 +45,6 @@ def trained(
     return bundle, changes
 
 
-def of(trained: tuple[str, dict[str, Any]], bundle: str) -> dict[str, Any]:
-    """The overrides, if this is the bundle that the test is about."""
-    if trained[0] != bundle:
-        pytest.skip(f"is about {bundle}")
-    return trained[1]
-
-
 def inference(trained: tuple[str, dict[str, Any]], volumes: Path, **changes: Any) -> dict[str, Any]:
     bundle, given = trained
     keys = NETWORKS[bundle].keys() - {"val_share"}
@@ -82,10 +75,11 @@ def test_a_finished_run_is_left_as_it_is(trained: tuple[str, dict[str, Any]]) ->
     assert [(file.stat().st_mtime_ns, file.read_bytes()) for file in files] == before
 
 
+@pytest.mark.parametrize("trained", ["pretrain"], indirect=True)
 def test_evaluation_puts_chance_and_the_control_beside_the_student(
     trained: tuple[str, dict[str, Any]],
 ) -> None:
-    changes = of(trained, "pretrain")
+    _, changes = trained
     run("pretrain", ["train.json", "evaluate.json"], **changes)
     tables = json.loads((Path(changes["bundle_root"]) / "eval" / "retrieval.json").read_text())
     keys = {f"{t}_{s}_r{k}{e}" for t in ("image", "text") for s in ("all", "within")
@@ -94,10 +88,11 @@ def test_evaluation_puts_chance_and_the_control_beside_the_student(
     assert tables["student"]["image_all_r1_chance"] == tables["volume_zero"]["image_all_r1_chance"]
 
 
+@pytest.mark.parametrize("trained", ["pretrain"], indirect=True)
 def test_inference_gives_tokens_on_a_grid_and_scores_of_prompts(
     trained: tuple[str, dict[str, Any]], volumes: Path
 ) -> None:
-    changes = of(trained, "pretrain")
+    _, changes = trained
     given = inference(trained, volumes, prompts=["a ball", "a mass"], grid_per_plane=5)
     run("pretrain", ["inference.json"], **given)
     results = Path(changes["bundle_root"]) / "eval"
