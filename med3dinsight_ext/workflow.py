@@ -119,10 +119,20 @@ class EpochSeed:
 
 
 class StopOnNan:
-    """Ends training at the first loss that is not finite, before a checkpoint is written."""
+    """Ends training when a loss or a weight is not finite, before a checkpoint is written."""
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.check_weights)
+
+    def check_weights(self, engine: Engine) -> None:
+        """The last step of an epoch has no loss after it that would show what it did."""
+        weights = engine.network.named_parameters()
+        if bad := [name for name, value in weights if not value.isfinite().all()]:
+            raise ValueError(
+                f"weights must be finite, got NaN or infinity in {len(bad)} of them ({bad[0]}) "
+                f"after epoch {engine.state.epoch}; lower learning_rate"
+            )
 
     def __call__(self, engine: Engine) -> None:
         loss = engine.state.output["loss"]
