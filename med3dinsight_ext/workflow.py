@@ -192,13 +192,21 @@ class Averaging:
 def average_of(network: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel | None:
     """A moving average of a network's weights, or None if ``decay`` is 0.
 
+    After n steps the past has the weight min(decay, (1 + n) / (10 + n)), so that a short run does
+    not end as an average of its first steps.
+
     Args:
         network: to copy.
         decay: weight of the past at each step, in [0, 1).
     """
     if not 0 <= decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {decay}; 0 averages nothing")
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def average(past: list[torch.Tensor], now: list[torch.Tensor], steps: torch.Tensor) -> None:
+        n = float(steps)
+        torch._foreach_lerp_(past, now, 1 - min(decay, (1 + n) / (10 + n)))
+
     return torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=average) if decay else None
 
 
