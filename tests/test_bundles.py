@@ -113,18 +113,26 @@ def test_embedding_fills_the_store_and_nothing_else(tmp_path: Path, volumes: Pat
 
 
 def test_properties_that_tools_look_up_are_there(
-    trained: tuple[str, dict[str, Any]], volumes: Path
+    trained: tuple[str, dict[str, Any]], volumes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, changes = trained
-    for files, kind, given in (
-        (["train.json"], "train", changes),
-        (["train.json", "evaluate.json"], "train", changes),
-        (["inference.json"], "infer", inference(trained, volumes)),
-    ):
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "0"}  # fmt: skip
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    overlays = ["evaluate.json", "multi_gpu_train.json"]
+    overlays += ["embed.json"] if bundle == "pretrain" else []
+    jobs = [(["train.json"], "train", changes)]
+    jobs += [(["train.json", overlay], "train", changes) for overlay in overlays]
+    jobs += [(["inference.json"], "infer", inference(trained, volumes))]
+    for files, kind, given in jobs:
         paths = [str(configs(bundle) / file) for file in files]
         workflow = ConfigWorkflow(paths, logging_file=False, workflow_type=kind, **given)
         workflow.initialize()
-        assert workflow.check_properties() == []
+        try:
+            assert workflow.check_properties() == [], files
+        finally:
+            workflow.finalize()
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
