@@ -14,7 +14,11 @@ from torch import Tensor
 
 PLANES = ("sagittal", "coronal", "axial")  # cut x, y, z
 MODALITIES = ("CT", "MR", "PET")
-CT_WINDOWS = ((40.0, 400.0), (-600.0, 1500.0), (400.0, 1800.0))  # HU: soft tissue, lung, bone
+WINDOWS = {  # of CT: centre and width in HU
+    "soft tissue": (40.0, 400.0),
+    "lung": (-600.0, 1500.0),
+    "bone": (400.0, 1800.0),
+}
 DEPTHS = (
     ("far left", "left", "central", "right", "far right"),
     ("far posterior", "posterior", "middle", "anterior", "far anterior"),
@@ -41,7 +45,7 @@ def depth(plane: int, position: float) -> str:
 def window(volume: Tensor, modality: str) -> Tensor:
     """Map intensities to [0, 1] as suits the modality.
 
-    CT gets one channel for each window of ``CT_WINDOWS``. MR and PET have no fixed unit: their
+    CT gets one channel for each window of ``WINDOWS``. MR and PET have no fixed unit: their
     range goes from the 0.5th percentile to the 99.5th of what lies above it, so that a large
     black background does not decide the contrast.
 
@@ -56,7 +60,7 @@ def window(volume: Tensor, modality: str) -> Tensor:
     if volume.ndim != 4 or volume.shape[0] != 1:
         raise ValueError(f"volume must be (1, x, y, z), got {tuple(volume.shape)}; add a channel")
     if modality == "CT":
-        channels = [(volume - centre) / width + 0.5 for centre, width in CT_WINDOWS]
+        channels = [(volume - centre) / width + 0.5 for centre, width in WINDOWS.values()]
         return torch.cat(channels).clamp_(0, 1)
     if modality not in MODALITIES:
         raise ValueError(
