@@ -20,25 +20,34 @@ from med3dinsight_ext.volumes import read_volume
 
 
 class Captioner(Protocol):
-    """What the store asks of a source of captions."""
+    """What the store asks of a source of captions.
+
+    few_texts: the same texts come back in many volumes, so their embeddings are worth keeping.
+    """
+
+    few_texts: bool
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a reader of a caption wants to know of its origin."""
 
     def required(self, item: dict, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Plane (n,) and position (n,) of the slices that must be embedded."""
-
-    def caption(
-        self,
-        item: dict,
-        plane: Tensor | Sequence[int],
-        position: Tensor | Sequence[float],
-        slices: Tensor | None = None,
-    ) -> list[str | None]:
-        """A text or None for each slice; ``slices`` (s, c, h, w) for those who look at them."""
 
     def fingerprint(self, item: dict) -> str:
         """Changes whenever the captions of this item may."""
 
     def check_items(self, items: Sequence[dict]) -> None:
         """Raise ValueError if the captions cannot be meant for these items."""
+
+
+class KnownCaptions(Captioner, Protocol):
+    """A captioner that need not look at the slices."""
+
+    def caption(
+        self, item: dict, plane: Tensor | Sequence[int], position: Tensor | Sequence[float]
+    ) -> list[str | None]:
+        """A text or None for each slice."""
 
 
 def source(captions: str | Captioner | None, root: str | Path | None = None) -> Captioner:
@@ -80,12 +89,19 @@ class FileCaptions:
         ValueError: naming file and line, if a row is malformed or its image does not exist.
     """
 
+    few_texts = False
+
     def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
         self.path = Path(path)
         self.root = Path(root or self.path.parent)
         self.rows: dict[str, list[Row]] = defaultdict(list)
         for where, fields in read_rows(path):
             self.rows[self._image(where, fields)].append(_row(where, fields))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The file."""
+        return {"kind": "FileCaptions", "file": self.path.name}
 
     def required(self, item: dict, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Slices that have a caption, and so have to be embedded.
@@ -103,11 +119,7 @@ class FileCaptions:
         return plane, torch.tensor(position, dtype=torch.float32)
 
     def caption(
-        self,
-        item: dict,
-        plane: Tensor | Sequence[int],
-        position: Tensor | Sequence[float],
-        slices: Tensor | None = None,
+        self, item: dict, plane: Tensor | Sequence[int], position: Tensor | Sequence[float]
     ) -> list[str | None]:
         """The caption of the slice that holds each position, or None where the file has none."""
         known = self._slices(item)
@@ -152,7 +164,7 @@ class FileCaptions:
         rows = self.rows.get(_key(item["image"]), [])
         sizes = dict(enumerate(shape or ()))
         if not sizes and any(row.size is None for row in rows):
-            sizes = dict(enumerate(_shape(item["image"])))
+            sizes = dict(enumerate(shape_of(item["image"])))
         found: dict[tuple[int, int], _Caption] = {}
         for row in rows:
             size = sizes.setdefault(row.plane, row.size or 0)
@@ -183,6 +195,8 @@ class TemplateCaptions:
         template: text with any of ``{modality}``, ``{plane}`` and ``{depth}``.
     """
 
+    few_texts = True
+
     def __init__(self, template: str = "{modality} {plane} slice, {depth}") -> None:
         try:
             template.format(modality="CT", plane="axial", depth="middle")
@@ -193,16 +207,17 @@ class TemplateCaptions:
             ) from error
         self.template = template
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """The template."""
+        return {"kind": "TemplateCaptions", "template": self.template}
+
     def required(self, item: dict, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """No slice has to be embedded for its caption's sake: two empty tensors."""
         return torch.empty(0, dtype=torch.long), torch.empty(0)
 
     def caption(
-        self,
-        item: dict,
-        plane: Tensor | Sequence[int],
-        position: Tensor | Sequence[float],
-        slices: Tensor | None = None,
+        self, item: dict, plane: Tensor | Sequence[int], position: Tensor | Sequence[float]
     ) -> list[str | None]:
         """The filled template of each slice."""
         modality = item.get("modality", "auto")
@@ -275,7 +290,7 @@ def _index(position: float, size: int) -> int:
     return min(int(position * size), size - 1)
 
 
-def _shape(image: str) -> list[int]:
+def shape_of(image: str) -> list[int]:
     """Voxels along x, y, z once the image is in RAS, from its header where it has one."""
     if "::" in image:
         return list(read_volume(image).shape[1:])

@@ -12,8 +12,8 @@ from monai.visualize import GradCAM
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .files import write_atomic
 from .metrics import fit_linear, knn_probe
-from .store import write_atomic
 from .student import evaluating, features_of, find_features
 
 logger = logging.getLogger(__name__)

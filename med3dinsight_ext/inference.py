@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import slicing
+from .files import write_atomic
 from .report import save_text_scores
-from .store import map_positions, write_atomic
 from .student import StudentOutput
+from .targets import map_positions
 from .teacher import Teacher
 
 

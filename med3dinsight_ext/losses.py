@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .transport import solve
 
 if TYPE_CHECKING:
-    from .store import SliceTargets
     from .student import StudentOutput
+    from .targets import SliceTargets
 
 KINDS = ("siglip", "info_nce", "cosine", "partial_transport")
 DELTA = 1e-4  # of the Mahalanobis matrix: keeps it positive definite

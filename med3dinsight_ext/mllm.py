@@ -1,4 +1,4 @@
-"""Captions that a multimodal language model writes of the slices it is shown: what all have in common."""
+"""Slices described by a multimodal language model: what all such captioners have in common."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -16,9 +16,9 @@ from torch import Tensor
 from .slicing import PLANES, WINDOWS, cut, depth
 
 PROMPT = (
-    "This is one {plane} slice of a {modality} scan of the {body_part}, from the {depth} part of the "
-    "scan; one pixel is {spacing}. In at most two sentences, name the anatomy that is visible and any "
-    "abnormality. Say only what the image shows; do not guess, and give no advice."
+    "This is one {plane} slice of a {modality} scan of the {body_part}, from the {depth} part of "
+    "the scan; a voxel is {spacing}. In at most two sentences, name the anatomy that is visible "
+    "and any abnormality. Say only what the image shows; do not guess, and give no advice."
 )
 FIELDS = ("modality", "plane", "depth", "spacing", "body_part")
 
@@ -45,6 +45,8 @@ class MllmCaptions(ABC):
         max_tokens: the longest answer.
         temperature: of sampling; 0 is greedy.
         seed: of sampling.
+        per_plane: slices a plane that it is asked about, evenly spread over those of the entry;
+            None for all.
         size: pixels of the longer side of the slices shown.
         ct_window: what CT is shown in, a name of ``slicing.WINDOWS``, or "all" for three as RGB.
     """
@@ -57,20 +59,22 @@ class MllmCaptions(ABC):
         max_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
+        per_plane: int | None = None,
         size: int = 448,
         ct_window: str = "soft tissue",
     ) -> None:
         used = {name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None}
         if not used <= set(FIELDS):
             raise ValueError(
-                f"prompt must use no field but {', '.join('{%s}' % f for f in FIELDS)}, got "
-                f"{', '.join('{%s}' % f for f in sorted(used - set(FIELDS)))}; double other braces"
+                f"prompt must use no field but {', '.join(FIELDS)}, got "
+                f"{', '.join(sorted(used - set(FIELDS)))}; double braces that are text"
             )
-        if max_tokens < 1 or temperature < 0 or size < 1:
-            raise ValueError(
-                "max_tokens and size must be at least 1 and temperature at least 0, got "
-                f"{max_tokens}, {size} and {temperature}; correct the captioner"
-            )
+        least = {"max_tokens": (max_tokens, 1), "size": (size, 1), "temperature": (temperature, 0)}
+        if per_plane is not None:
+            least["per_plane"] = (per_plane, 1)
+        for name, (value, low) in least.items():
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}; correct captioner")
         if ct_window not in (*WINDOWS, "all"):
             raise ValueError(
                 f"ct_window must be one of {', '.join(WINDOWS)} or all, got {ct_window!r}"
@@ -78,7 +82,7 @@ class MllmCaptions(ABC):
         self.prompt, self.max_tokens, self.temperature, self.seed = (
             prompt, max_tokens, temperature, seed,
         )  # fmt: skip
-        self.size, self.ct_window = size, ct_window
+        self.per_plane, self.size, self.ct_window = per_plane, size, ct_window
         self.tokens = 0  # read and written so far, where the model tells
 
     @property
@@ -98,8 +102,17 @@ class MllmCaptions(ABC):
             ConnectionError: the server stays away after all retries.
         """
 
-    def fingerprint(self, item: dict) -> str:
-        """Hash of model, prompt, decoding and picture."""
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a reader of a caption wants to know of its origin."""
+        return {
+            "kind": type(self).__name__, "model": self.model_print, "prompt": self.prompt,
+            "max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed,
+            "size": self.size, "ct_window": self.ct_window,
+        }  # fmt: skip
+
+    def answer_print(self, item: dict) -> str:
+        """Hash of what changes the answer for one slice: model, prompt, decoding and picture."""
         parts = [
             self.model_print, self.prompt, self.max_tokens, self.temperature,
             self.seed if self.temperature else None, self.size, self.ct_window,
@@ -107,16 +120,27 @@ class MllmCaptions(ABC):
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    def fingerprint(self, item: dict) -> str:
+        """The same, and how many slices it is asked about."""
+        return f"{self.answer_print(item)}:{self.per_plane}"
+
+    def asked(self, plane: Tensor) -> list[int]:
+        """Rows (of ``plane`` (s,), sorted) that it is asked about."""
+        rows = []
+        for p in range(len(PLANES)):
+            of_plane = (plane == p).nonzero().flatten().tolist()
+            count = min(len(of_plane), self.per_plane or len(of_plane))
+            rows += [of_plane[int((i + 0.5) * len(of_plane) / count)] for i in range(count)]
+        return rows
+
     def required(self, item: dict, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Any slice will do: two empty tensors."""
         return torch.empty(0, dtype=torch.long), torch.empty(0)
 
-    def check_items(self, items: Sequence[dict]) -> None:
+    def check_items(self, items: Sequence[dict]) -> None:  # noqa: B027 (optional)
         """Any item will do."""
 
-    def ask(
-        self, item: dict, plane: int, position: float, spacing: Sequence[float]
-    ) -> str:
+    def ask(self, item: dict, plane: int, position: float, spacing: Sequence[float]) -> str:
         """The prompt of one slice.
 
         Args:

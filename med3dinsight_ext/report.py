@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
+from .files import write_atomic
 from .slicing import PLANES
-from .store import write_atomic
 
 DPI = 120
 INK = "#1d2530"  # text and axes; becomes the page's own text colour in the HTML

@@ -98,7 +98,9 @@ def usable(volume: Tensor) -> list[Tensor]:
     return found
 
 
-def choose(volume: Tensor, per_plane: int, seed: int) -> tuple[Tensor, Tensor]:
+def choose(
+    volume: Tensor, per_plane: int, seed: int, among: Sequence[int] = (0, 1, 2)
+) -> tuple[Tensor, Tensor]:
     """Draw slices at random, evenly spread over the part of each axis that shows something.
 
     A plane with no more than ``per_plane`` slices that are ``usable`` gives all of them.
@@ -106,7 +108,8 @@ def choose(volume: Tensor, per_plane: int, seed: int) -> tuple[Tensor, Tensor]:
     Args:
         volume: (c, x, y, z), best from ``window``: in raw CT, padding far below air hides the air.
         per_plane: slices a plane, >= 1.
-        seed: the same seed gives the same slices.
+        seed: the same seed gives the same slices, whichever planes are drawn among.
+        among: planes to draw from.
 
     Returns:
         plane (n,) long and position (n,) float32, sorted, on exact slice centres.
@@ -121,8 +124,9 @@ def choose(volume: Tensor, per_plane: int, seed: int) -> tuple[Tensor, Tensor]:
             bound = torch.arange(per_plane + 1) * len(index) // per_plane
             drawn = torch.rand(per_plane, generator=generator) * bound.diff()
             index = index[bound[:-1] + drawn.long()]
-        planes.append(torch.full_like(index, plane))
-        positions.append((index + 0.5) / volume.shape[plane + 1])
+        if plane in among:
+            planes.append(torch.full_like(index, plane))
+            positions.append((index + 0.5) / volume.shape[plane + 1])
     if not sum(map(len, planes)):
         raise ValueError(
             f"volume must have a slice with contrast, got {float(volume.min()):g} to "

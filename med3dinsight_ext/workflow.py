@@ -21,7 +21,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 from tqdm import tqdm
 
-from .store import write_atomic
+from .files import write_atomic
 
 logger = logging.getLogger(__name__)
 RUN_ARGUMENTS = (  # of ``monai.bundle run`` itself

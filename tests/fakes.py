@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -11,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from med3dinsight_ext.encoders import ImageTower, TextTower
+from med3dinsight_ext.mllm import MllmCaptions, SliceRequest
 from med3dinsight_ext.teacher import Teacher
 
 
@@ -48,6 +53,43 @@ def teacher() -> Teacher:
     return Teacher(FakeImages(), FakeTexts())
 
 
+class FakeMllm(MllmCaptions):
+    """Describes a slice by its brightness; refuses some, and can take its time or break down.
+
+    Args:
+        delay: seconds an answer.
+        breaks_after: answers until it fails.
+        refuses: every which slice.
+        **asking: what ``MllmCaptions`` takes.
+    """
+
+    model_print = "fake-mllm"
+
+    def __init__(
+        self, delay: float = 0, breaks_after: int = 10**9, refuses: int = 7, **asking: Any
+    ) -> None:
+        super().__init__(**{"size": 16, **asking})
+        self.delay, self.breaks_after, self.refuses = delay, breaks_after, refuses
+        self.calls = 0
+
+    def answers(self, requests: Iterable[SliceRequest]) -> Iterator[tuple[SliceRequest, str]]:
+        """Two at a time, the second first."""
+        requests = iter(requests)
+        while batch := list(islice(requests, 2)):
+            for request in reversed(batch):
+                if self.calls >= self.breaks_after:
+                    raise ConnectionError("url must answer, got nothing; start the server")
+                self.calls += 1
+                time.sleep(self.delay)
+                yield request, self.answer(request)
+
+    def answer(self, request: SliceRequest) -> str:
+        brightness = int(np.asarray(request.image).astype(int).sum())
+        if brightness % self.refuses == 0:
+            return "I'm sorry, but I can't help with that."
+        return f"Tissue of brightness {brightness} is visible. {request.prompt[:20]} is quoted."
+
+
 class PlainNet(nn.Module):
     """A network that is not MONAI's: a strided convolution, a neck, and one back."""
 
@@ -73,6 +115,18 @@ class Bright(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return 8 * torch.cat([self.threshold - x, x - self.threshold], 1)
+
+
+SIZE = (12, 16, 20)
+
+
+def volume(path: Path, seed: int = 0, codes: str = "RAS") -> dict:
+    """A random volume on disk and its item."""
+    array = np.random.default_rng(seed).random(SIZE, dtype=np.float32)
+    image = nib.Nifti1Image(array, np.diag([1.5, 1.0, 2.0, 1.0]))
+    turn = nib.orientations.axcodes2ornt(tuple(codes))
+    nib.save(image.as_reoriented(turn), path)
+    return {"image": str(path), "modality": "MR"}
 
 
 def write_volumes(folder: Path, count: int, size: tuple[int, int, int] = (28, 32, 26)) -> Path:

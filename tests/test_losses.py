@@ -18,7 +18,7 @@ from med3dinsight_ext.losses import (
     partial_transport,
     siglip,
 )
-from med3dinsight_ext.store import SliceTargets
+from med3dinsight_ext.targets import SliceTargets
 from med3dinsight_ext.student import StudentOutput
 
 PAIRED = {

@@ -6,25 +6,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
-from monai.transforms import Compose, Flip, Rotate, Rotate90, Spacing, SpatialCrop, SpatialPad
+from fakes import SIZE, FakeMllm, volume
 from safetensors.torch import load_file
 
 from med3dinsight_ext import store as stores
 from med3dinsight_ext.captions import FileCaptions, TemplateCaptions
-from med3dinsight_ext.store import HashMemo, PrepareSlices, SampleTargetsd, Store, map_positions
+from med3dinsight_ext.files import HashMemo
+from med3dinsight_ext.store import Store
 from med3dinsight_ext.teacher import Teacher
-
-SIZE = (12, 16, 20)
-
-
-def volume(path: Path, seed: int = 0, codes: str = "RAS") -> dict:
-    """A random volume on disk and its item."""
-    array = np.random.default_rng(seed).random(SIZE, dtype=np.float32)
-    image = nib.Nifti1Image(array, np.diag([1.5, 1.0, 2.0, 1.0]))
-    turn = nib.orientations.axcodes2ornt(tuple(codes))
-    nib.save(image.as_reoriented(turn), path)
-    return {"image": str(path), "modality": "MR"}
 
 
 @pytest.fixture
@@ -99,9 +88,8 @@ def test_hashes_are_remembered_and_a_cut_line_is_survived(tmp_path: Path) -> Non
     file.write_text("x")
     memo = HashMemo(tmp_path / "files.jsonl")
     digest = memo(file)
-    memo.save()
     with (tmp_path / "files.jsonl").open("a") as out:
-        out.write('["half')
+        out.write('\n["half')
     again = HashMemo(tmp_path / "files.jsonl")
     assert list(again._known.values()) == [digest]
 
@@ -163,122 +151,29 @@ def test_captioned_slices_are_embedded_beside_the_drawn_ones(
     assert "text" not in without and len(without["text_row"]) == 0
 
 
-def marked(plane: int, index: int) -> MetaTensor:
-    """A volume that is 1 on one slice and 0 elsewhere."""
-    array = torch.zeros(1, *SIZE)
-    array.select(plane + 1, index).fill_(1)
-    return MetaTensor(array, affine=torch.diag(torch.tensor([1.5, 1.0, 2.0, 1.0])))
-
-
-MOVES = {
-    "nothing": lambda v: v,
-    "flip": Flip(spatial_axis=(0, 2)),
-    "crop": SpatialCrop(roi_start=(2, 3, 4), roi_end=(11, 13, 19)),
-    "pad": SpatialPad((17, 20, 25)),
-    "turn": Rotate90(k=1, spatial_axes=(0, 2)),
-    "all": Compose([Flip(0), SpatialPad((20, 20, 24)), Rotate90(1, (1, 2)),
-                    SpatialCrop((1, 2, 3), (19, 20, 19))]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize(("plane", "index"), [(0, 5), (1, 8), (2, 9)])
-def test_positions_move_with_the_volume_exactly(move: str, plane: int, index: int) -> None:
-    source = marked(plane, index)
-    copy = MOVES[move](source)
-    position = torch.tensor([(index + 0.5) / SIZE[plane]])
-    new_plane, new_position = map_positions(
-        torch.tensor([plane]),
-        position,
-        torch.tensor(SIZE),
-        source.affine,
-        copy.affine,
-        copy.shape[1:],
-    )
-    axis = int(new_plane) + 1
-    lit = (copy.as_tensor().amax([a for a in (1, 2, 3) if a != axis])[0] == 1).nonzero().flatten()
-    assert lit.tolist() == [round(float(new_position) * copy.shape[axis] - 0.5)]
-    assert abs(float(new_position) * copy.shape[axis] - 0.5 - lit[0]) < 1e-4
-
-
-def test_resampling_keeps_a_slices_place_in_mm() -> None:
-    source = marked(2, 9)
-    copy = Spacing((3.0, 3.0, 3.0))(source)
-    _, position = map_positions(
-        torch.tensor([2]), torch.tensor([9.5 / 20]), torch.tensor(SIZE),
-        source.affine, copy.affine, copy.shape[1:],
-    )  # fmt: skip
-    voxel = float(position) * copy.shape[3] - 0.5
-    assert abs(float(copy.affine[2, 2]) * voxel + float(copy.affine[2, 3]) - 2.0 * 9) < 1e-3
-
-
-def test_a_tilted_volume_is_refused() -> None:
-    source = marked(2, 9)
-    copy = Rotate(0.2)(source)
-    with pytest.raises(ValueError, match="got a rotated grid, in which slices tilt"):
-        map_positions(
-            torch.tensor([2]), torch.tensor([0.5]), torch.tensor(SIZE),
-            source.affine, copy.affine, copy.shape[1:],
-        )  # fmt: skip
-
-
-def sampled(items: list[dict], store: Store, slices: int | None, crop: bool = False) -> dict:
-    from med3dinsight_ext.volumes import read_volume
-
-    item = store.fill(items)[0]
-    image = read_volume(item["image"])
-    if crop:
-        image = SpatialCrop((0, 0, 0), (6, 8, 10))(image)
-    sample = SampleTargetsd("image", store.spaces, slices)
-    sample.set_random_state(0)
-    return sample({**item, "image": image})
-
-
-def test_targets_of_an_uncropped_volume_are_the_stored_ones(
-    items: list[dict], store: Store
+def test_a_plan_tells_the_cost_and_makes_nothing(
+    items: list[dict], store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = sampled(items, store, None)
-    entry = load_file(found["targets"])
-    assert torch.equal(found["plane"], entry["plane"].long())
-    assert torch.allclose(found["position"], entry["position"])
-    assert torch.equal(found["image_target"], entry["image"].float())
+    plan = store.plan(items)
+    assert plan["missing"] == 3 and plan["slices"] == 3 * 12 and plan["calls"] == 0
+    assert "3 volumes, 3 of them not in" in capsys.readouterr().out
+    assert not list(store.root.rglob("*.safetensors"))
+    store.fill(items)
+    made = sum(p.stat().st_size for p in store.root.rglob("*") if p.is_file()) / 1e9
+    assert made / 2 < plan["gigabytes"] < 2 * made
+    assert store.plan(items)["missing"] == 0
 
 
-def test_a_crop_leaves_only_the_slices_it_holds_and_pads_the_rest(
-    items: list[dict], store: Store
+def test_a_plan_counts_only_the_answers_that_are_missing(
+    items: list[dict], teacher: Teacher, tmp_path: Path
 ) -> None:
-    found = sampled(items, store, 12, crop=True)
-    valid = found["valid"]
-    assert 0 < valid.sum() < 12
-    assert ((found["position"][valid] > 0) & (found["position"][valid] < 1)).all()
-    assert not found["image_target"][~valid].any() and not found["has_text"][~valid].any()
+    asking = Store(tmp_path / "s", teacher, FakeMllm(breaks_after=5), per_plane=4)
+    assert asking.plan(items)["calls"] == 36
+    with pytest.raises(ConnectionError, match="start the server"):
+        asking.fill(items)
+    assert asking.plan(items)["calls"] == 31
 
 
-def test_an_oriented_file_gives_the_same_targets(teacher: Teacher, tmp_path: Path) -> None:
-    found = []
-    for codes in ("RAS", "LPS", "SRA"):
-        item = volume(tmp_path / f"{codes}.nii.gz", codes=codes)
-        store = Store(tmp_path / "s", teacher, TemplateCaptions(), 4)
-        found.append(sampled([item], store, None))
-    for other in found[1:]:
-        assert torch.allclose(other["image_target"], found[0]["image_target"], atol=1e-3)
-        assert torch.allclose(other["position"], found[0]["position"])
-
-
-def test_a_crop_without_a_stored_slice_is_an_error(items: list[dict], store: Store) -> None:
-    item = store.fill(items)[0]
-    image = MetaTensor(torch.zeros(1, 2, 2, 2), affine=torch.diag(torch.tensor([1.5, 1, 2, 1.0])))
-    image.affine[:3, 3] = -500
-    with pytest.raises(ValueError, match="raise per_plane or patch_size"):
-        SampleTargetsd("image", store.spaces)({**item, "image": image})
-
-
-def test_the_control_hides_the_volume_from_the_student_alone(
-    items: list[dict], store: Store
-) -> None:
-    found = sampled(items, store, 4)
-    keys = ("image", "plane", "position", "image_target", "text_target", "has_text", "valid")
-    batch = {k: found[k][None] for k in keys}
-    shown, targets, question, _ = PrepareSlices(blank=True)(batch)
-    assert not shown.any() and targets.volume.any()
-    assert not isinstance(shown, MetaTensor) and torch.equal(question[0], targets.plane)
+def test_a_plan_reads_no_volume_and_hashes_none(items: list[dict], store: Store) -> None:
+    store.plan(items)
+    assert not (store.root / "files.jsonl").exists()

@@ -32,7 +32,8 @@ from med3dinsight_ext import slicing  # noqa: E402
 from med3dinsight_ext.captions import TemplateCaptions  # noqa: E402
 from med3dinsight_ext.losses import AlignmentLoss  # noqa: E402
 from med3dinsight_ext.psat import PSAT  # noqa: E402
-from med3dinsight_ext.store import SampleTargetsd, SliceTargets, Store  # noqa: E402
+from med3dinsight_ext.store import Store  # noqa: E402
+from med3dinsight_ext.targets import SampleTargetsd, SliceTargets  # noqa: E402
 from med3dinsight_ext.student import Student  # noqa: E402
 from med3dinsight_ext.teacher import bundled  # noqa: E402
 from med3dinsight_ext.volumes import read_volume  # noqa: E402

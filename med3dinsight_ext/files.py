@@ -1,0 +1,64 @@
+"""Files that appear whole or not at all, and content hashes that are remembered."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from .encoders import sha256
+
+
+def write_atomic(path: Path, write: Any) -> None:
+    """Call ``write(draft)`` on a name beside ``path``, then move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        draft.touch()
+        mode = draft.stat().st_mode  # safetensors would leave it to the owner alone
+        write(draft)
+        draft.chmod(mode)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+class HashMemo:
+    """Content hashes of files, remembered by path, size and time of change.
+
+    Args:
+        path: JSONL file; each hash is written there at once, for hashing many scans takes hours.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[tuple[str, int, int], str] = {}
+        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+            try:
+                name, size, mtime, digest = json.loads(line)
+            except ValueError:  # a line cut by a full disk
+                continue
+            self._known[name, size, mtime] = digest
+
+    def knows(self, file: Path) -> bool:
+        """Whether the file need not be read."""
+        return _identity(file) in self._known
+
+    def __call__(self, file: Path) -> str:
+        key = _identity(file)
+        if key not in self._known:
+            self._known[key] = sha256(file)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as memo:
+                memo.write("\n" + json.dumps([*key, self._known[key]]))
+        return self._known[key]
+
+
+def _identity(file: Path) -> tuple[str, int, int]:
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise ValueError(f"image must be a file, got {file}; correct the datalist") from error
+    return os.path.realpath(file), stat.st_size, stat.st_mtime_ns
