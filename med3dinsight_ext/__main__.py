@@ -1,12 +1,20 @@
-"""Command line: quickstart, doctor, transfer-report."""
+"""Command line: quickstart, doctor, captions, transfer-report."""
 
 from __future__ import annotations
 
 import fire
 
+from .caption_page import captions
 from .doctor import doctor
 from .quickstart import quickstart
 from .weights import transfer_report
 
 if __name__ == "__main__":
-    fire.Fire({"quickstart": quickstart, "doctor": doctor, "transfer-report": transfer_report})
+    fire.Fire(
+        {
+            "quickstart": quickstart,
+            "doctor": doctor,
+            "captions": captions,
+            "transfer-report": transfer_report,
+        }
+    )

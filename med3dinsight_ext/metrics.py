@@ -29,12 +29,13 @@ class Hits(NamedTuple):
 
 
 class Slices(NamedTuple):
-    """n slices: tokens (n, d), targets (n, d), plane (n,), position (n,), volume (n,) numbered."""
+    """n slices: tokens (n, d), targets (n, d); plane, position, modality, volume (n,), numbered."""
 
     tokens: Tensor
     targets: Tensor
     plane: Tensor
     position: Tensor
+    modality: Tensor
     volume: Tensor
 
 
@@ -153,6 +154,7 @@ def retrieval(
     targets: Tensor,
     plane: Tensor,
     position: Tensor,
+    modality: Tensor,
     volume: Tensor,
     within: bool = True,
     ks: Sequence[int] = (1, 5, 10),
@@ -167,9 +169,10 @@ def retrieval(
         targets: (n, d) teacher embeddings of the same slices.
         plane: (n,) long: 0 sagittal, 1 coronal, 2 axial.
         position: (n,) fraction of the extent, in [0, 1].
+        modality: (n,) long.
         volume: (n,) long, the clusters of ``bootstrap``.
-        within: only candidates of the same plane and depth bin, so that knowing the plane and
-            the rough depth does not help; else all.
+        within: only candidates of the same modality, plane and depth bin, so that knowing these
+            does not help; else all.
         ks: places that count.
         depth_bins: equal parts of the extent.
 
@@ -180,7 +183,9 @@ def retrieval(
     Raises:
         NotComputableError: if no query has two candidates.
     """
-    group = depth_group(plane, position, depth_bins) if within else torch.zeros_like(plane)
+    group = torch.zeros_like(plane)
+    if within:
+        group = depth_group(plane, position, depth_bins) + 3 * depth_bins * modality
     found = hits(tokens, targets, group, ks)
     asked = found.candidates >= 2
     if not asked.any():
@@ -234,7 +239,8 @@ class SliceMetric(Metric):
                 continue
             mask = target.valid & target.has_text if space == "text" else target.valid
             mask = mask.as_subclass(Tensor)  # MetaTensor indexing is slow
-            rows = (token, getattr(target, space), target.plane, target.position, volume)
+            about = (target.plane, target.position, target.modality, volume)
+            rows = (token, getattr(target, space), *about)
             kept = (row.detach().as_subclass(Tensor)[mask].cpu() for row in rows)
             self.kept[space].append(Slices(*kept))
 
@@ -252,7 +258,7 @@ class Retrieval(SliceMetric):
 
     Args:
         target: "image" or "text".
-        within: only candidates of the same plane and depth bin; else all.
+        within: only candidates of the same modality, plane and depth bin; else all.
         ks: places that count; ``compute`` returns the first, ``latest`` holds all.
         depth_bins: equal parts of the extent.
         output_transform: engine output to (StudentOutput, SliceTargets).

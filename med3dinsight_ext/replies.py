@@ -37,7 +37,7 @@ REFUSAL = re.compile(
     r"assist|interpret|analy[sz]e|diagnose|offer|give|view|comply|fulfil|process|(?:see|have access"
     r" to) (?:the|this|your|an|any) ?(?:image|picture|attachment))|^(?:there is )?no image (?:is |"
     r"was |has been )?(?:provided|attached|uploaded)|^please (?:provide|upload|share|attach)\b|"
-    r"抱歉|对不起|對不起|(?:无法|不能|無法)(?:提供|协助|协助|回答|查看|分析|诊断|診斷)|作为(?:一个|一名)?(?:AI|人工智能|语言模型)",
+    r"抱歉|对不起|對不起|(?:无法|不能|無法)(?:提供|协助|協助|回答|查看|分析|诊断|診斷)|作为(?:一个|一名)?(?:AI|人工智能|语言模型)",
     re.I,
 )
 # The next sentence begins with a capital (or a script without them): "approx. 3 cm" goes on.

@@ -29,8 +29,8 @@ COLORS = (BLUE, VERMILION, GREEN)  # of the planes
 ENDS = ("left → right", "posterior → anterior", "inferior → superior")  # of the planes' axes
 LOSSES = ("loss", "image", "text", "reconstruction")
 LABELS = {
-    "image_within": "slice → image, same plane and depth",
-    "text_within": "slice → text, same plane and depth",
+    "image_within": "slice → image, same modality, plane and depth",
+    "text_within": "slice → text, same modality, plane and depth",
     "image_all": "slice → image, among all slices",
     "text_all": "slice → text, among all slices",
 }

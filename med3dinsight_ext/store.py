@@ -346,6 +346,7 @@ class Store:
         tensors = {
             "plane": made.plane.to(torch.uint8),
             "position": made.position.float(),
+            "modality": torch.tensor(slicing.MODALITIES.index(made.item["modality"])),
             "image": self.teacher.encode_image(made.slices).half(),
             "text_row": torch.tensor(rows, dtype=torch.int32),
             "affine": made.affine.double().contiguous(),

@@ -23,6 +23,7 @@ class SliceTargets(NamedTuple):
     has_text: (b, s) bool.
     valid: (b, s) bool, False where a row is padding.
     plane: (b, s) long. position: (b, s) float, fraction of the extent of ``volume``.
+    modality: (b, s) long, index into ``slicing.MODALITIES``.
     volume: (b, 1, x, y, z), what the student gets.
     """
 
@@ -32,6 +33,7 @@ class SliceTargets(NamedTuple):
     valid: Tensor
     plane: Tensor
     position: Tensor
+    modality: Tensor
     volume: Tensor
 
 
@@ -111,9 +113,9 @@ class SampleTargetsd(MapTransform, Randomizable):
     """Adds targets of ``slices`` slices of each volume, placed in the volume as it is by then.
 
     It belongs behind every spatial transform. Half of the slices are ones with a caption, if there
-    are so many. Adds plane, position, image_target, text_target, has_text and valid (see
-    ``SliceTargets``); an item's ``targets`` names its entry in the store, and ``texts_from``, if
-    ``shuffle_captions`` was there, whose captions it has.
+    are so many. Adds plane, position, modality_index, image_target, text_target, has_text and valid
+    (see ``SliceTargets``); an item's ``targets`` names its entry in the store, and ``texts_from``,
+    if ``shuffle_captions`` was there, whose captions it has.
 
     Args:
         keys: the image, a MetaTensor (1, x, y, z).
@@ -179,6 +181,7 @@ class SampleTargetsd(MapTransform, Randomizable):
             **kept,
             "plane": plane[usable],
             "position": position[usable].clamp(0, 1),
+            "modality_index": entry["modality"].long().expand(count),
             "image_target": entry["image"][usable].float() * valid[:, None],
             "text_target": text,
             "has_text": has_text,
@@ -233,7 +236,7 @@ class PrepareSlices(PrepareBatch):
         plane, position = get("plane"), get("position")
         targets = SliceTargets(
             get("image_target"), get("text_target"), get("has_text"), get("valid"),
-            plane, position, volume,
+            plane, position, get("modality_index"), volume,
         )  # fmt: skip
         shown = torch.zeros_like(volume) if self.blank else volume
         return shown, targets, (plane, position), {}

@@ -18,8 +18,8 @@ from med3dinsight_ext.losses import (
     partial_transport,
     siglip,
 )
-from med3dinsight_ext.targets import SliceTargets
 from med3dinsight_ext.student import StudentOutput
+from med3dinsight_ext.targets import SliceTargets
 
 PAIRED = {
     "cosine": cosine,
@@ -41,7 +41,7 @@ def batch(b: int = 2, s: int = 4, seed: int = 0) -> tuple[dict[str, Tensor], Sli
     target = SliceTargets(
         unit(b, s, 6, seed=seed + 1), unit(b, s, 5, seed=seed + 2), yes, yes.clone(),
         torch.randint(3, (b, s), generator=random), torch.rand(b, s, generator=random),
-        torch.rand(b, 1, 4, 4, 4, generator=random),
+        torch.zeros(b, s, dtype=torch.long), torch.rand(b, 1, 4, 4, 4, generator=random),
     )  # fmt: skip
     tokens = {
         "image": torch.randn(b, s, 6, generator=random),

@@ -42,6 +42,7 @@ class Target(NamedTuple):
     valid: Tensor
     plane: Tensor
     position: Tensor
+    modality: Tensor
 
 
 def cohort(b: int = 5, s: int = 7, noise: float = 1.0, seed: int = 0) -> tuple[Pred, Target]:
@@ -58,16 +59,17 @@ def cohort(b: int = 5, s: int = 7, noise: float = 1.0, seed: int = 0) -> tuple[P
         "image": image + noise * torch.randn(b, s, 6, generator=g),
         "text": text + noise * torch.randn(b, s, 4, generator=g),
     }
-    return Pred(tokens), Target(image, text, has_text, valid, plane, position)
+    modality = torch.arange(b)[:, None].expand(b, s) % 2
+    return Pred(tokens), Target(image, text, has_text, valid, plane, position, modality)
 
 
-def pairs(n: int = 40, d: int = 6, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Noisy tokens, targets, plane, position and volume of n slices."""
+def pairs(n: int = 40, d: int = 6, seed: int = 0) -> tuple[Tensor, ...]:
+    """Noisy tokens, targets, plane, position, modality and volume of n slices."""
     g = torch.Generator().manual_seed(seed)
     targets = F.normalize(torch.randn(n, d, generator=g), dim=1)
     tokens = targets + 0.5 * torch.randn(n, d, generator=g)
     plane, position = torch.randint(3, (n,), generator=g), torch.rand(n, generator=g)
-    return tokens, targets, plane, position, torch.arange(n) // 4
+    return tokens, targets, plane, position, torch.zeros(n).long(), torch.arange(n) // 4
 
 
 def part(pred: Pred, target: Target, rows: slice) -> tuple[Pred, Target]:
@@ -86,7 +88,7 @@ def naive_recall(tokens: Tensor, targets: Tensor, group: list[int], k: int) -> l
 
 @pytest.mark.parametrize("k", [1, 3, 10])
 def test_recall_equals_sorting_each_query(k: int) -> None:
-    tokens, targets, plane, position, _ = pairs()
+    tokens, targets, plane, position, *_ = pairs()
     targets[7] = targets[3]
     group = depth_group(plane, position, 2)
     assert hits(tokens, targets, group, (k,)).recall[:, 0].tolist() == naive_recall(
@@ -171,7 +173,7 @@ def test_expected_recall_equals_all_orders(above: int, tied: int, right: int, k:
 
 @pytest.mark.parametrize("bins", [0, 2], ids=["all", "within"])
 def test_random_tokens_reach_chance(bins: int) -> None:
-    _, targets, plane, position, _ = pairs()
+    _, targets, plane, position, *_ = pairs()
     group = depth_group(plane, position, bins) if bins else torch.zeros(40).long()
     g = torch.Generator().manual_seed(1)
     draws = [hits(torch.randn(40, 6, generator=g), targets, group) for _ in range(100)]
@@ -190,14 +192,14 @@ def test_chance_equals_random_orders_of_repeated_captions() -> None:
 
 
 def test_knowing_only_plane_and_bin_is_chance_within() -> None:
-    tokens, targets, plane, position, volume = pairs(400)
+    tokens, targets, plane, position, *rest = pairs(400)
     place = depth_group(plane, position, 4)
     coarse = F.one_hot(place, 12).float()
     blind = torch.zeros(400, 18)
     blind[:, :12] = coarse
     targets = torch.cat([3 * coarse, targets], 1)
-    everywhere = retrieval(blind, targets, plane, position, volume, within=False)
-    inside = retrieval(blind, targets, plane, position, volume, within=True)
+    everywhere = retrieval(blind, targets, plane, position, *rest, within=False)
+    inside = retrieval(blind, targets, plane, position, *rest, within=True)
     assert everywhere["r1"] > 5 * everywhere["r1_chance"]
     assert inside["r1"] == pytest.approx(inside["r1_chance"])
 
@@ -212,14 +214,27 @@ def test_depth_group_separates_planes_and_bins() -> None:
 def test_depth_bins_part_the_candidates(bins: int, candidates: float) -> None:
     tokens, targets, *_ = pairs(4)
     position, volume = torch.tensor([0.1, 0.2, 0.7, 0.8]), torch.arange(4)
-    result = retrieval(tokens, targets, torch.zeros(4).long(), position, volume, depth_bins=bins)
+    same = torch.zeros(4).long()
+    result = retrieval(tokens, targets, same, position, same, volume, depth_bins=bins)
     assert result["candidates"] == candidates
+
+
+def test_knowing_only_the_modality_is_chance_within() -> None:
+    tokens, targets, plane, position, _, volume = pairs(400)
+    modality = torch.arange(400) % 3
+    known = F.one_hot(modality, 3).float()
+    targets = torch.cat([3 * known, targets], 1)
+    blind = torch.cat([known, torch.zeros_like(tokens)], 1)
+    inside = retrieval(blind, targets, plane, position, modality, volume)
+    together = retrieval(blind, targets, plane, position, modality * 0, volume)
+    assert inside["r1"] == pytest.approx(inside["r1_chance"])
+    assert together["r1"] > 2 * together["r1_chance"]
 
 
 def test_queries_without_rivals_are_left_out() -> None:
     tokens, targets, *_ = pairs(5)
     plane, position = torch.tensor([0, 0, 0, 1, 2]), torch.full((5,), 0.5)
-    result = retrieval(tokens, targets, plane, position, torch.arange(5))
+    result = retrieval(tokens, targets, plane, position, torch.zeros(5).long(), torch.arange(5))
     assert (result["queries"], result["candidates"]) == (3.0, 3.0)
     assert result["r1_chance"] == pytest.approx(1 / 3)
 
@@ -227,7 +242,7 @@ def test_queries_without_rivals_are_left_out() -> None:
 def test_no_rival_at_all_is_an_error() -> None:
     tokens, targets, *_ = pairs(3)
     with pytest.raises(NotComputableError, match="two candidates, got 3 slices of 1 volumes"):
-        retrieval(tokens, targets, torch.arange(3), torch.rand(3), torch.zeros(3))
+        retrieval(tokens, targets, torch.arange(3), torch.rand(3), *torch.zeros(2, 3).long())
 
 
 def test_a_diverged_student_is_an_error() -> None:
@@ -284,7 +299,7 @@ def test_metric_equals_the_function_on_valid_slices(target: str, within: bool) -
     volume = torch.arange(5)[:, None].expand(5, 7)
     expected = retrieval(
         *(row[mask] for row in (pred.tokens[target], getattr(truth, target))),
-        *(row[mask] for row in (truth.plane, truth.position, volume)),
+        *(row[mask] for row in (truth.plane, truth.position, truth.modality, volume)),
         within=within,
         ks=(2, 3),
         depth_bins=2,

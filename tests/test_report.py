@@ -28,7 +28,12 @@ def table() -> dict[str, float]:
     g = torch.Generator().manual_seed(0)
     y = torch.randn(60, 6, generator=g)
     noisy = y + torch.randn(60, 6, generator=g)
-    place = torch.arange(60) % 3, torch.rand(60, generator=g), torch.arange(60) // 6
+    place = (
+        torch.arange(60) % 3,
+        torch.rand(60, generator=g),
+        torch.zeros(60).long(),
+        torch.arange(60) // 6,
+    )
     rows: dict[str, float] = {}
     for scope in ("all", "within"):
         row = retrieval(noisy, y, *place, within=scope == "within")

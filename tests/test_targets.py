@@ -143,7 +143,16 @@ def test_the_control_hides_the_volume_from_the_student_alone(
     items: list[dict], store: Store
 ) -> None:
     found = sampled(items, store, 4)
-    keys = ("image", "plane", "position", "image_target", "text_target", "has_text", "valid")
+    keys = (
+        "image",
+        "plane",
+        "position",
+        "modality_index",
+        "image_target",
+        "text_target",
+        "has_text",
+        "valid",
+    )
     batch = {k: found[k][None] for k in keys}
     shown, targets, question, _ = PrepareSlices(blank=True)(batch)
     assert not shown.any() and targets.volume.any()

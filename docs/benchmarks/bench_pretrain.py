@@ -33,8 +33,8 @@ from med3dinsight_ext.captions import TemplateCaptions  # noqa: E402
 from med3dinsight_ext.losses import AlignmentLoss  # noqa: E402
 from med3dinsight_ext.psat import PSAT  # noqa: E402
 from med3dinsight_ext.store import Store  # noqa: E402
-from med3dinsight_ext.targets import SampleTargetsd, SliceTargets  # noqa: E402
 from med3dinsight_ext.student import Student  # noqa: E402
+from med3dinsight_ext.targets import SampleTargetsd, SliceTargets  # noqa: E402
 from med3dinsight_ext.teacher import bundled  # noqa: E402
 from med3dinsight_ext.volumes import read_volume  # noqa: E402
 
@@ -61,7 +61,7 @@ def targets(volume: Tensor, slices: int) -> SliceTargets:
     plane = torch.randint(3, (b, slices), device=DEVICE)
     position = torch.rand(b, slices, device=DEVICE)
     image, text = unit(b, slices, SPACES["image"]), unit(b, slices, SPACES["text"])
-    return SliceTargets(image, text, yes, yes, plane, position, volume)
+    return SliceTargets(image, text, yes, yes, plane, position, plane * 0, volume)
 
 
 def our_step(network: nn.Module, volume: Tensor, slices: int = 16) -> Any:

@@ -98,9 +98,9 @@ def transport(result: dict[str, Any]) -> list[str]:
 
 NAMES = {
     "image_all": "slice → image, all",
-    "image_within": "slice → image, same plane and depth",
+    "image_within": "slice → image, same modality, plane and depth",
     "text_all": "slice → text, all",
-    "text_within": "slice → text, same plane and depth",
+    "text_within": "slice → text, same modality, plane and depth",
 }
 
 
