@@ -37,10 +37,10 @@ def folder_fingerprint(folder: Path) -> str:
     """
     if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         raise ValueError(
-            f"teacher must be a folder with weights ({', '.join(WEIGHTS)}), got {folder}; "
-            "copy the model's files into it (huggingface-cli download MODEL --local-dir DIR)"
+            f"model must be a folder with weights ({', '.join(WEIGHTS)}), got {folder}; "
+            "copy the model's files into it (hf download MODEL --local-dir DIR)"
         )
-    suffixes = {".json", ".txt", ".model", *(pattern[1:] for pattern in WEIGHTS)}
+    suffixes = {".json", ".txt", ".model", ".jinja", *(pattern[1:] for pattern in WEIGHTS)}
     files = sorted(p for p in folder.rglob("*") if p.suffix in suffixes and p.is_file())
     parts = [f"{p.relative_to(folder).as_posix()} {sha256(p)}" for p in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -52,7 +52,7 @@ def model_fingerprint(model: str, revision: str | None = None) -> str:
         return folder_fingerprint(Path(model))
     if model.startswith((".", "/", "~")):
         raise ValueError(
-            f"teacher must be a folder or a hub id, got {model}; there is no such folder"
+            f"model must be a folder or a hub id, got {model}; there is no such folder"
         )
     return Path(hub_file(model, "config.json", revision)).parent.name
 
@@ -65,9 +65,9 @@ def hub_file(model: str, name: str, revision: str | None = None) -> str:
         return str(cached_file(model, name, revision=revision))
     except OSError as error:
         raise ValueError(
-            f"teacher must be reachable, got {model!r}: {str(error).splitlines()[0]} Without "
-            f"network: download it elsewhere (huggingface-cli download {model} --local-dir DIR), "
-            "copy DIR here and name it as the model; a gated model also needs huggingface-cli login"
+            f"model must be reachable, got {model!r}: {str(error).splitlines()[0]} Without "
+            f"network: download it elsewhere (hf download {model} --local-dir DIR), "
+            "copy DIR here and name it as the model; a gated model also needs hf auth login"
         ) from error
 
 

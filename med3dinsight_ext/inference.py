@@ -158,19 +158,26 @@ class TokenWriter:
     tokens for each space); with prompts also ``case_text.json`` and ``case_text.png``.
 
     Args:
-        output_dir: folder.
+        output_dir: folder; it gets the subfolders that the images have below ``root``.
         teacher: encodes the prompts; not woken without any.
         prompts: texts.
+        root: folder of the images; others are named by their file alone.
     """
 
     def __init__(
-        self, output_dir: str | Path, teacher: Teacher, prompts: Sequence[str] = ()
+        self,
+        output_dir: str | Path,
+        teacher: Teacher,
+        prompts: Sequence[str] = (),
+        root: str | Path | None = None,
     ) -> None:
         if isinstance(prompts, str):
             prompts = [prompts]
         self.output_dir = Path(output_dir)
         self.teacher = teacher
         self.prompts = list(prompts)
+        self.root = None if root is None else Path(root).resolve()
+        self._written: dict[Path, str] = {}
         self._texts: Tensor | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -179,21 +186,31 @@ class TokenWriter:
     def __call__(self, engine: Engine) -> None:
         batch = engine.state.batch
         names = [str(name) for name in batch["image"].meta["filename_or_obj"]]
-        if len(set(names)) < len(names):
-            raise ValueError("volumes must be told apart by their file names; rename them")
         for i, name in enumerate(names):
             tokens = {
                 space: F.normalize(values[i].float(), dim=-1).cpu()
                 for space, values in engine.state.output["pred"].tokens.items()
             }
             plane, position = batch["plane"][i].cpu(), batch["grid"][i].cpu()
-            stem = self.output_dir / Path(name).name.removesuffix(".gz").removesuffix(".nii")
+            stem = self._stem(name)
             tensors = {**tokens, "plane": plane, "position": position}
             tensors = {key: value.contiguous() for key, value in tensors.items()}
             target = stem.with_name(f"{stem.name}_tokens.safetensors")
             write_atomic(target, lambda draft, t=tensors: save_file(t, draft))
             if self.prompts:
                 self._write_scores(stem, name, tokens, plane, position, batch, i)
+
+    def _stem(self, name: str) -> Path:
+        path = Path(name).resolve()
+        below = self.root is not None and path.is_relative_to(self.root)
+        folder = path.parent.relative_to(self.root) if below and self.root else Path()
+        stem = self.output_dir / folder / path.name.removesuffix(".gz").removesuffix(".nii")
+        if self._written.setdefault(stem, name) != name:
+            raise ValueError(
+                f"images must have names of their own, got {self._written[stem]} and {name}, both "
+                f"{stem.name}; give the folder above them as dataset_dir"
+            )
+        return stem
 
     def _write_scores(
         self,

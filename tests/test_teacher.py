@@ -173,7 +173,7 @@ def test_a_hub_model_without_network_says_how_to_bring_it(monkeypatch: pytest.Mo
         raise OSError("We couldn't connect to the hub")
 
     monkeypatch.setattr("transformers.utils.cached_file", offline)
-    with pytest.raises(ValueError, match="huggingface-cli download org/model --local-dir DIR"):
+    with pytest.raises(ValueError, match="hf download org/model --local-dir DIR"):
         teachers.hugging_face("org/model")
 
 

@@ -8,6 +8,7 @@ A finished seed is not repeated.
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -16,11 +17,17 @@ from time import perf_counter
 import fire
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import write  # noqa: E402
+from common import machine, write  # noqa: E402
 
 from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
 
 OVERLAY = str(Path(__file__).parent / "sarcoma.yaml")
+PROMPTS = ["a large soft-tissue mass in the thigh", "hip joint, femoral head", "ribs and lung"]
+    "a large soft-tissue mass in the thigh",
+    "hip joint with the femoral head",
+    "ribs and lung",
+]
+FIGURES = Path(__file__).parent / "figures"
 KEYS = ("image_all_r1", "image_within_r1", "image_within_r5", "text_all_r10", "text_within_r1")
 
 
@@ -31,19 +38,35 @@ def main(data: str, out: str = "sarcoma_runs", seeds: int = 3) -> None:
         folder = Path(out) / f"seed{seed}"
         table = folder / "eval" / "retrieval.json"
         record = folder / "seconds.json"
-        if not table.exists():
-            settings = {
-                "bundle_root": str(folder), "store_dir": str(Path(out) / "store"),
-                "dataset_dir": str(root), "datalist": str(root / "index.json"),
-                "split": str(root / "split.json"), "captions": str(root / "captions.jsonl"),
-                "seed": seed,
-            }  # fmt: skip
+        settings = {
+            "bundle_root": str(folder), "store_dir": str(Path(out) / "store"),
+            "dataset_dir": str(root), "datalist": str(root / "index.json"),
+            "split": str(root / "split.json"), "captions": str(root / "captions.jsonl"),
+            "seed": seed,
+        }  # fmt: skip
+        if not record.exists():
             begin = perf_counter()
             bundle_run("pretrain", ["train.json", OVERLAY], **settings)
-            record.write_text(json.dumps(perf_counter() - begin))
+            seconds, commit = perf_counter() - begin, machine()["commit"]
+            record.write_text(json.dumps({"train_seconds": seconds, "train_commit": commit}))
+        if not table.exists():
             bundle_run("pretrain", ["train.json", OVERLAY, "evaluate.json"], **settings)
-        runs.append({"seed": seed, "train_seconds": json.loads(record.read_text())}
+        runs.append({"seed": seed} | json.loads(record.read_text())
                     | json.loads(table.read_text()))  # fmt: skip
+        if seed == 0:
+            patient = json.loads((root / "split.json").read_text())["test"][0]  # by no other rule
+            images = [str(root / patient / f"{name}.nii.gz") for name in ("CT", "MR_T1")]
+            listed = Path(out) / "asked.json"
+            listed.write_text(json.dumps([{"image": image} for image in images]))
+            asked = {
+                "bundle_root": str(folder), "dataset_dir": str(root), "datalist": str(listed),
+                "prompts": PROMPTS, "output_dir": str(Path(out) / "text"),
+            }  # fmt: skip
+            bundle_run("pretrain", ["inference.json", OVERLAY], **asked)
+            FIGURES.mkdir(exist_ok=True)
+            for image in ("CT", "MR_T1"):
+                png = Path(out) / "text" / patient / f"{image}_text.png"
+                shutil.copy(png, FIGURES / f"sarcoma_{image}_text.png")
     summary = {}
     for key in KEYS:
         ours = [run["student"][key] for run in runs]

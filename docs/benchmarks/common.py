@@ -42,20 +42,24 @@ def device_name() -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def write(name: str, figures: dict[str, Any]) -> None:
-    """Write results/<name>.json with the circumstances of the measurement."""
+def machine() -> dict[str, Any]:
+    """Commit, device and versions of this moment."""
     here = Path(__file__).parent
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True
     ).stdout.strip()
     packages = ("torch", "monai", "pytorch-ignite", "transformers", "numpy")
-    about = {
+    return {
         "commit": commit,
         "device": device_name(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},
     }
+
+
+def write(name: str, figures: dict[str, Any]) -> None:
+    """Write results/<name>.json with the circumstances of the measurement."""
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(about | figures, indent=1)
+    text = json.dumps(machine() | figures, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")
     print(text)
