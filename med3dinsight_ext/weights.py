@@ -6,7 +6,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .store import write_atomic
+from .files import write_atomic
 
 logger = logging.getLogger(__name__)
 NESTED = ("state_dict", "model", "network", "student")  # where others keep the weights in a file
@@ -33,9 +33,11 @@ class TransferReport:
         file: where the weights come from; "" for a start from scratch.
         network: class name of the network they went to.
         loaded: tensors of the network that were set.
+        extended: those of them that hold more than the file gave, and what that is.
         skipped: tensors of the network that were not, with the reason.
         unused: tensors of the file that have no place in the network.
-        share: of the network's parameters (elements, not tensors) that were set, in [0, 1].
+        share: of the network's parameters (elements, not tensors) that were set, in [0, 1];
+            extended tensors count whole.
         encoder_share: the same of its encoder; None if it was not told apart.
     """
 
@@ -46,6 +48,7 @@ class TransferReport:
     unused: list[str] = field(default_factory=list)
     share: float = 0.0
     encoder_share: float | None = None
+    extended: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.file:
@@ -58,6 +61,7 @@ class TransferReport:
             f"{_percent(self.share)} of the parameters{encoder}",
         ]
         for title, rows in (
+            ("extended", [f"{name}: {what}" for name, what in self.extended.items()]),
             ("skipped", [f"{name}: {reason}" for name, reason in self.skipped.items()]),
             ("unused", self.unused),
         ):
@@ -155,6 +159,7 @@ def match(
     report: TransferReport,
     parameters: Iterable[str],
     encoder: Iterable[str] | None = None,
+    growing: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The tensors of ``source`` that fit into ``target`` by name and shape; fills ``report``.
 
@@ -164,11 +169,20 @@ def match(
         report: its lists and shares are set.
         parameters: names in ``target`` that count for ``share``.
         encoder: names in ``target`` that count for ``encoder_share``.
+        growing: names of convolution weights, (out, in, ...), that may take more input channels
+            than the file has; the extra ones are zero.
     """
     fitting = {}
     for name, value in target.items():
         if name not in source:
             report.skipped[name] = "not in the file"
+        elif name in growing:
+            given = source[name].to(value.dtype)
+            fitting[name] = torch.zeros_like(value, device=given.device)
+            fitting[name][:, : given.shape[1]] = given
+            extra = value.shape[1] - given.shape[1]
+            many = "s start" if extra > 1 else " starts"
+            report.extended[name] = f"{extra} extra input channel{many} at zero"
         elif source[name].shape != value.shape:
             shapes = f"{tuple(source[name].shape)}, the network's is {tuple(value.shape)}"
             report.skipped[name] = f"its shape in the file is {shapes}"
@@ -186,12 +200,40 @@ def match(
     return fitting
 
 
+def growing_inputs(network: nn.Module, source: Mapping[str, Tensor]) -> list[str]:
+    """Weights of a network's input convolutions, if it has more input channels than ``source``.
+
+    The first convolution tells how many channels there were and are. Others that differ in just
+    the same way read the input too: residual branches, skip connections.
+
+    Args:
+        network: whose first convolution, in the order of its modules, reads the input.
+        source: weights at hand.
+    """
+    grown: dict[str, tuple[int, int]] = {}
+    for prefix, module in network.named_modules():
+        name = f"{prefix}.weight" if prefix else "weight"
+        if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or name not in source:
+            continue
+        theirs, ours = source[name].shape, module.weight.shape
+        if len(theirs) == len(ours) and (theirs[0], *theirs[2:]) == (ours[0], *ours[2:]):
+            change = theirs[1], ours[1]
+            if not grown and change[0] >= change[1]:
+                return []
+            if not grown or change in grown.values():
+                grown[name] = change
+        elif not grown:
+            return []
+    return list(grown)
+
+
 def load_pretrained(
     network: nn.Module,
     path: str | Path,
     rename: Mapping[str, str] | None = None,
     min_share: float = 1.0,
     encoder: Sequence[str] | None = None,
+    add_channels: bool = False,
 ) -> TransferReport:
     """Copy weights into a network by name and shape, or say why not; all or nothing.
 
@@ -202,6 +244,8 @@ def load_pretrained(
         min_share: share of the encoder's parameters that must arrive, in (0, 1]; of all
             parameters if ``encoder`` is None.
         encoder: names of the encoder's parameters.
+        add_channels: the network may have more input channels than the file; the extra ones start
+            at zero weight, so that it computes what it did without them.
 
     Raises:
         ValueError: less than ``min_share`` fits; names the likely cause.
@@ -213,7 +257,8 @@ def load_pretrained(
     if not any(name in target for name in source) and all(n.startswith("module.") for n in source):
         source = {name.removeprefix("module."): value for name, value in source.items()}  # DDP's
     report = TransferReport(str(path), type(network).__name__)
-    fitting = match(source, target, report, dict(network.named_parameters()), encoder)
+    growing = growing_inputs(network, source) if add_channels else ()
+    fitting = match(source, target, report, dict(network.named_parameters()), encoder, growing)
     arrived = report.share if report.encoder_share is None else report.encoder_share
     if not fitting or arrived < min_share:
         of = "parameters" if encoder is None else "encoder's parameters"
@@ -242,9 +287,11 @@ def _cause(
             and (theirs[0], *theirs[2:]) == (ours[0], *ours[2:])
             and 4 > min(theirs[1], ours[1])
         ):
+            more = ", or let extra ones start at zero with add_channels=True"
             return (
                 f"{name} takes {theirs[1]} input channels in the file and {ours[1]} in the "
                 f"network; build the network with in_channels={theirs[1]}"
+                f"{more if theirs[1] < ours[1] else ''}"
             )
     if any("pos" in name for name in other):
         return (
@@ -274,6 +321,7 @@ class Transfer:
         rename: as in ``load_pretrained``.
         min_share: as in ``load_pretrained``.
         encoder: names of the encoder's parameters.
+        add_channels: as in ``load_pretrained``.
     """
 
     def __init__(
@@ -284,6 +332,7 @@ class Transfer:
         rename: Mapping[str, str] | None = None,
         min_share: float = 1.0,
         encoder: Sequence[str] | None = None,
+        add_channels: bool = False,
     ) -> None:
         self.network = network
         self.path = path
@@ -291,14 +340,16 @@ class Transfer:
         self.rename = rename
         self.min_share = min_share
         self.encoder = encoder
+        self.add_channels = add_channels
         self.report = TransferReport("", type(network).__name__)
 
     def load(self) -> TransferReport:
         """Fill the network, log the report and write it."""
         if self.path:
             self.report = load_pretrained(
-                self.network, self.path, self.rename, self.min_share, self.encoder
-            )
+                self.network, self.path, self.rename, self.min_share, self.encoder,
+                self.add_channels,
+            )  # fmt: skip
         if idist.get_rank() == 0:
             logger.info(str(self.report))
             text = json.dumps(asdict(self.report), indent=1)
@@ -362,7 +413,8 @@ def transfer_report(weights: str, network: str, **overrides: Any) -> None:
         parser.update({"bundle_root": ".", **overrides})
         ours = parser.get_parsed_content("transfer")
         least = torch.finfo().tiny  # anything that arrives is worth a report
-        print(load_pretrained(ours.network, weights, ours.rename, least, ours.encoder))
+        given = ours.rename, least, ours.encoder, ours.add_channels
+        print(load_pretrained(ours.network, weights, *given))
         return
     source, target = read_weights(weights), read_weights(network)
     report = TransferReport(weights, network)

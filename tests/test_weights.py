@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from ignite.engine import Engine
-from monai.networks.nets import UNETR, DenseNet, SegResNet, SwinUNETR, UNet, ViT
+from monai.networks.nets import UNETR, DenseNet, DynUNet, SegResNet, SwinUNETR, UNet, ViT
 from safetensors.torch import save_file
 from torch import nn
 
@@ -134,7 +134,7 @@ def test_a_rename_that_matches_nothing_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("source", "cause"),
     [
-        (unet(channels=2), "takes 2 input channels in the file and 1 in the network"),
+        (unet(channels=2), "takes 2 input channels .* and 1 in the .* with in_channels=2\n"),
         (unet(width=8), "another width or patch size"),
         (SegResNet(3, 8, 1, 1), "another backbone, or names with another prefix"),
     ],
@@ -147,6 +147,51 @@ def test_what_does_not_fit_names_the_cause(source: nn.Module, cause: str, tmp_pa
         path = saved(source, tmp_path / "a.pt")
         load_pretrained(target, path, encoder=encoder_parameters(target, SIZE))
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+GROWING = {
+    "SegResNet": lambda c: SegResNet(3, 8, c, 2),
+    "UNet": lambda c: unet(2, 8, c),  # two convolutions read the input: the residual one too
+    "SwinUNETR": lambda c: SwinUNETR(c, 2, feature_size=12),
+    "DynUNet": lambda c: DynUNet(3, c, 2, [3] * 3, [1, 2, 2], [2, 2], [4, 8, 8], res_block=True),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_extra_input_channels_start_without_effect(name: str, tmp_path: Path) -> None:
+    one, three = GROWING[name](1).eval(), GROWING[name](3).eval()
+    encoder = [n for n, _ in three.named_parameters()]
+    report = load_pretrained(three, saved(one, tmp_path / "a.pt"), None, 1.0, encoder, True)
+    readers = [n for n, p in three.named_parameters() if p.shape != one.get_parameter(n).shape]
+    assert list(report.extended) == readers and len(readers) == {
+        "SegResNet": 1,
+        "SwinUNETR": 3,
+    }.get(name, 2)
+    assert f"extended {readers[0]}: 2 extra input channels start at zero" in str(report)
+    volume, size = torch.rand(1, 3, 64, 32, 32), (64, 32, 32)
+    with torch.no_grad():
+        expected = one(volume[:, :1])
+        assert torch.allclose(three(volume), expected, atol=1e-5)
+        volume[:, 1:] = 0
+        assert torch.allclose(three(volume), expected, atol=1e-5)
+    assert report.encoder_share == 1 and expected.shape[2:] == size
+
+
+def test_extra_input_channels_are_refused_unless_asked_for(tmp_path: Path) -> None:
+    path = saved(unet(), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="start at zero with add_channels=True"):
+        load_pretrained(unet(channels=3), path)
+    with pytest.raises(ValueError, match="takes 3 input channels in the file and 1 in the"):
+        load_pretrained(unet(), saved(unet(channels=3), path), add_channels=True)
+
+
+def test_only_input_layers_take_extra_channels(tmp_path: Path) -> None:
+    def net(hidden: int) -> nn.Module:
+        return nn.Sequential(nn.Conv3d(1, 4, 3), nn.Conv3d(hidden, 4, 3, groups=1))
+
+    path = saved(net(2), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"skipped  1\.weight: its shape in the file is \(4, 2"):
+        load_pretrained(net(4), path, add_channels=True)
 
 
 def test_another_patch_size_is_named(tmp_path: Path) -> None:

@@ -23,10 +23,6 @@ from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
 
 OVERLAY = str(Path(__file__).parent / "sarcoma.yaml")
 PROMPTS = ["a large soft-tissue mass in the thigh", "hip joint, femoral head", "ribs and lung"]
-    "a large soft-tissue mass in the thigh",
-    "hip joint with the femoral head",
-    "ribs and lung",
-]
 FIGURES = Path(__file__).parent / "figures"
 KEYS = ("image_all_r1", "image_within_r1", "image_within_r5", "text_all_r10", "text_within_r1")
 
