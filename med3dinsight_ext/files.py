@@ -42,23 +42,23 @@ class HashMemo:
                 continue
             self._known[name, size, mtime] = digest
 
-    def knows(self, file: Path) -> bool:
+    def knows(self, file: str | Path) -> bool:
         """Whether the file need not be read."""
         return _identity(file) in self._known
 
-    def __call__(self, file: Path) -> str:
+    def __call__(self, file: str | Path) -> str:
         key = _identity(file)
         if key not in self._known:
-            self._known[key] = sha256(file)
+            self._known[key] = sha256(Path(file))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as memo:
                 memo.write("\n" + json.dumps([*key, self._known[key]]))
         return self._known[key]
 
 
-def _identity(file: Path) -> tuple[str, int, int]:
+def _identity(file: str | Path) -> tuple[str, int, int]:
     try:
-        stat = file.stat()
+        stat = os.stat(file)
     except OSError as error:
         raise ValueError(f"image must be a file, got {file}; correct the datalist") from error
-    return os.path.realpath(file), stat.st_size, stat.st_mtime_ns
+    return os.path.abspath(file), stat.st_size, stat.st_mtime_ns

@@ -135,7 +135,7 @@ class Store:
         # A fixed share: what is missing may look different to a rank that comes later.
         share = range(rank, len(items), ranks)
         paths = {i: self.path(items[i]) for i in share}
-        missing = [i for i in share if not paths[i].exists()]
+        missing = [i for i in share if not os.path.exists(paths[i])]
         bad: dict[str, str] = {}
         if missing:
             logger.info(
@@ -389,8 +389,8 @@ class Store:
         write_atomic(path, lambda draft: save_file(tensors, draft))  # last: it marks the entry done
 
 
-def _file(item: dict[str, Any]) -> Path:
-    return Path(item["image"].partition("::")[0])
+def _file(item: dict[str, Any]) -> str:
+    return item["image"].partition("::")[0]
 
 
 class _Prepared(NamedTuple):

@@ -87,7 +87,7 @@ def test_hashes_are_remembered_and_a_cut_line_is_survived(tmp_path: Path) -> Non
     file = tmp_path / "a"
     file.write_text("x")
     memo = HashMemo(tmp_path / "files.jsonl")
-    digest = memo(file)
+    digest = memo(str(file))
     with (tmp_path / "files.jsonl").open("a") as out:
         out.write('\n["half')
     again = HashMemo(tmp_path / "files.jsonl")
