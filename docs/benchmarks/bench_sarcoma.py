@@ -38,7 +38,7 @@ def main(data: str, out: str = "sarcoma_runs", seeds: int = 3) -> None:
             "bundle_root": str(folder), "store_dir": str(Path(out) / "store"),
             "dataset_dir": str(root), "datalist": str(root / "index.json"),
             "split": str(root / "split.json"), "captions": str(root / "captions.jsonl"),
-            "seed": seed,
+            "seed": seed, "store::seed": 0,  # one store for all
         }  # fmt: skip
         if not record.exists():
             begin = perf_counter()
