@@ -30,6 +30,7 @@ KEYS = ("image_all_r1", "image_within_r1", "image_within_r5", "text_all_r10", "t
 def main(data: str, out: str = "sarcoma_runs", seeds: int = 3) -> None:
     root = Path(data)
     runs = []
+    patient = json.loads((root / "split.json").read_text())["test"][0]  # to ask, by no other rule
     for seed in range(seeds):
         folder = Path(out) / f"seed{seed}"
         table = folder / "eval" / "retrieval.json"
@@ -50,7 +51,6 @@ def main(data: str, out: str = "sarcoma_runs", seeds: int = 3) -> None:
         runs.append({"seed": seed} | json.loads(record.read_text())
                     | json.loads(table.read_text()))  # fmt: skip
         if seed == 0:
-            patient = json.loads((root / "split.json").read_text())["test"][0]  # by no other rule
             images = [str(root / patient / f"{name}.nii.gz") for name in ("CT", "MR_T1")]
             listed = Path(out) / "asked.json"
             listed.write_text(json.dumps([{"image": image} for image in images]))
@@ -72,7 +72,8 @@ def main(data: str, out: str = "sarcoma_runs", seeds: int = 3) -> None:
             "volume_zero": {"mean": statistics.mean(zero), "min": min(zero), "max": max(zero)},
             "chance": statistics.mean(run["student"][f"{key}_chance"] for run in runs),
         }
-    write("sarcoma", {"test_patients": 12, "seeds": seeds, "summary": summary, "runs": runs})
+    figures = {"test_patients": 12, "seeds": seeds, "patient": patient}
+    write("sarcoma", figures | {"summary": summary, "runs": runs})
 
 
 if __name__ == "__main__":
