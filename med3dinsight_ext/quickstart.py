@@ -254,7 +254,7 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
                 "Held-out volumes. Within: candidates of the same modality, plane and depth only, "
                 "so that knowing where a slice lies is not enough. Volume zero: the same student "
                 "with every voxel set to zero, which answers from plane and position alone. Where "
-                "both agree, the student knows where slices lie, not whose they are; expect that of "
+                "both agree, the student knows where slices lie, not whose they are; so it is for "
                 "the built-in cohort, whose brains are copies of one. For real patients see "
                 "docs/benchmarks/README.md.",
                 report.retrieval_table(tables["student"], tables["volume_zero"]),

@@ -1,0 +1,323 @@
+"""The runner of docs/benchmarks/evidence on volumes of a second, and its statistics."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+from fakes import write_volumes
+
+from med3dinsight_ext.data import take
+
+EVIDENCE = Path(__file__).parents[1] / "docs" / "benchmarks" / "evidence"
+sys.path.insert(0, str(EVIDENCE))
+import planning  # noqa: E402
+import run as runner  # noqa: E402
+import tables  # noqa: E402
+
+PLAN = yaml.safe_load((EVIDENCE / "plan.yaml").read_text())
+SMALL = {"spacing": [2.0, 2.0, 2.0], "patch_size": [32, 32, 32], "device": "$torch.device('cpu')"}
+
+
+def small_plan() -> dict[str, Any]:
+    """plan.yaml with a fake teacher and a network of a few channels."""
+    plan = copy.deepcopy(PLAN)
+    plan["corpora"]["hippocampus"] |= SMALL
+    plan["tasks"]["hippocampus"] |= SMALL
+    plan["backbones"]["unet"]["backbone"] |= {"channels": [4, 8, 8, 8], "num_res_units": 1}
+    plan["pretrain"] |= {"teacher": {"_target_": "fakes.teacher"}, "per_plane": 2, "slices": 3}
+    return plan
+
+
+def write_hippocampus(root: Path) -> None:
+    """Volumes under the names that the plan has for the hippocampus: 8 to develop on, 2 to test."""
+    folder = write_volumes(root / "hippocampus", 10)
+    (folder / "segmentation.json").rename(folder / "dataset.json")
+    for path in (folder / "labels").glob("*.nii.gz"):  # the ball's upper half is the second class
+        image: Any = nib.load(path)
+        ball = np.asarray(image.dataobj)
+        middle = int(np.median(ball.nonzero()[2]))
+        ball[..., middle:] *= 2
+        nib.save(nib.Nifti1Image(ball, image.affine), path)
+    names = [f"v{i}" for i in range(10)]
+    split = {"development": names[:8], "test": names[8:]}
+    (folder / "split.json").write_text(json.dumps(split))
+    rows = [
+        {"image": f"{name}.nii.gz", "plane": "axial", "index": 13, "caption": f"a ball in {name}"}
+        for name in names[:6]
+    ]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Smoke(NamedTuple):
+    root: Path
+    call: Callable[..., None]
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        paths = sorted((self.root / "results" / "smoke").glob("*.json"))
+        return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Smoke:
+    """The smoke budget, run once."""
+    root = tmp_path_factory.mktemp("evidence")
+    write_hippocampus(root)
+    plan = root / "plan.yaml"
+    plan.write_text(yaml.safe_dump(small_plan()))
+
+    def call(**options: Any) -> None:
+        fixed = {"out": str(root / "out"), "results": str(root / "results"), "plan": str(plan)}
+        runner.main(str(root), "smoke", **(fixed | options))
+
+    call()
+    return Smoke(root, call)
+
+
+def test_every_run_of_the_smoke_budget_leaves_a_json_that_says_how_it_was_made(
+    smoke: Smoke,
+) -> None:
+    records = smoke.records()
+    assert set(records) == set(planning.planned(PLAN, "smoke"))
+    for record in records.values():
+        assert "error" not in record
+        assert record["steps"] >= 2 and record["seconds"] > record["train_seconds"] > 0
+        assert record["cpu_seconds"] > 0 and record["peak_megabytes"] > 50
+        assert {"commit", "device", "threads", "versions", "seed", "settings"} <= set(record)
+
+
+def test_a_json_holds_no_path_of_this_machine(smoke: Smoke) -> None:
+    records = smoke.records()
+    assert records and str(smoke.root) not in json.dumps(records)
+
+
+def test_fine_tuning_reports_what_arrived_and_every_judged_case(smoke: Smoke) -> None:
+    record = smoke.records()["hippocampus-unet-default-n3-s0"]
+    assert record["transfer"]["encoder_share"] == 1
+    assert record["transfer"]["file"] == "hippocampus-unet-default-pretrain-s0"
+    names = {row["case"] for row in record["cases"]}
+    assert len(record["cases"]) == 2 * 2 and len(names) == 2  # a quarter of 8 cases, two classes
+    assert all((smoke.root / name).exists() for name in names)
+    assert all(0 <= row["dice"] <= 1 for row in record["cases"] if row["class"] == "anterior")
+
+
+def test_matched_scratch_gets_the_time_of_pre_training_too(smoke: Smoke) -> None:
+    records = smoke.records()
+    before = records["hippocampus-unet-default-pretrain-s0"]["cpu_seconds"]
+    scratch = records["hippocampus-unet-scratch-n3-s0"]["cpu_seconds"]
+    steps = 2 * max(1, round(2 * (before + scratch) / scratch / 2))
+    assert records["hippocampus-unet-scratch_matched-n3-s0"]["steps"] == steps
+
+
+def test_finished_runs_are_not_repeated(smoke: Smoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "execute", lambda *_: pytest.fail("a run was repeated"))
+    smoke.call()
+    assert smoke.records()
+
+
+def test_finished_runs_tell_how_long_others_will_take(
+    smoke: Smoke, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = smoke.root / "results" / "smoke" / "hippocampus-unet-scratch-n3-s0.json"
+    kept = path.read_text()
+    path.unlink()
+    smoke.call(dry_run=True)
+    path.write_text(kept)
+    shown = capsys.readouterr().out
+    assert "scratch-n3-s0  " in shown and "1 runs to do" in shown and "nan" not in shown
+
+
+def test_other_settings_under_the_name_of_a_finished_run_are_an_error(smoke: Smoke) -> None:
+    plan = small_plan()
+    plan["finetune"]["learning_rate"] = 0.5
+    path = smoke.root / "other.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    with pytest.raises(ValueError, match="other learning_rate for hippocampus-unet-scratch-n3-s0"):
+        smoke.call(plan=str(path))
+
+
+def test_a_failed_run_leaves_its_error_and_is_tried_again_only_when_asked(
+    smoke: Smoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise ValueError("no room")
+
+    options = {"results": str(smoke.root / "failing"), "only": "*scratch-n3-s0"}
+    path = smoke.root / "failing" / "smoke" / "hippocampus-unet-scratch-n3-s0.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "bundle_run", fail)
+        smoke.call(**options)
+        smoke.call(**options)
+        assert len(calls) == 1 and json.loads(path.read_text())["error"] == "ValueError: no room"
+    smoke.call(**options, retry=True)
+    record = json.loads(path.read_text())
+    assert "error" not in record and record["failed_before"] == ["ValueError: no room"]
+
+
+def test_lost_weights_bring_their_pre_training_back(smoke: Smoke) -> None:
+    runs = planning.planned(small_plan(), "smoke")
+    folder = smoke.root / "results" / "smoke"
+    one = {name: run for name, run in runs.items() if "-default-" in name}
+    (name,) = (name for name in one if "pretrain" not in name)
+    kept = (folder / f"{name}.json").read_text()
+    (folder / f"{name}.json").unlink()
+    here = runner.unfinished(one, folder, smoke.root / "out" / "smoke", "*", False)
+    elsewhere = runner.unfinished(one, folder, smoke.root / "nowhere", "*", False)
+    (folder / f"{name}.json").write_text(kept)
+    assert [run.name for run in here] == [name]
+    assert [run.name for run in elsewhere] == list(one)
+
+
+@pytest.mark.parametrize("budget", PLAN["budgets"])
+def test_every_budget_of_the_plan_names_keys_of_the_bundles(budget: str) -> None:
+    runs = planning.planned(PLAN, budget)
+    names = list(runs)
+    assert all(names.index(need) < i for i, name in enumerate(names) for need in runs[name].needs)
+    assert names
+
+
+def test_a_misspelt_override_stops_before_the_first_run() -> None:
+    plan = small_plan()
+    plan["arms"]["default"] = {"loss::knd": "cosine", "slicess": 3}
+    with pytest.raises(SystemExit, match="slicess; did you mean slices"):
+        planning.planned(plan, "smoke")
+
+
+def test_an_unknown_budget_is_an_error() -> None:
+    with pytest.raises(ValueError, match="budget must be one of .*smoke.*, got 'big'"):
+        planning.planned(PLAN, "big")
+
+
+def test_arms_differ_in_their_own_overrides_alone() -> None:
+    runs = planning.planned(PLAN, "gpu").values()
+    common = []
+    for run in runs:
+        own = {"seed"} | set(PLAN["arms"][run.about["arm"]] or ()) | {"slices"}
+        if run.bundle == "pretrain":
+            common.append({key: v for key, v in run.settings.items() if key not in own})
+    assert len(common) > 30 and all(settings == common[0] for settings in common)
+    tuned = [run.settings | {"max_cases": 0, "seed": 0} for run in runs if run.bundle != "pretrain"]
+    assert all(settings == tuned[0] for settings in tuned)
+
+
+def test_fewer_labels_are_a_subset_and_seeds_choose_others(tmp_path: Path) -> None:
+    write_hippocampus(tmp_path)
+    train, _ = planning.items_of(PLAN["data"]["hippocampus"], tmp_path, "test")
+    chosen = {(n, s): {i["image"] for i in take(train, n, s)} for n in (3, 5) for s in range(4)}
+    assert all(chosen[3, s] < chosen[5, s] for s in range(4))
+    assert len({frozenset(chosen[3, s]) for s in range(4)}) > 1
+
+
+def test_data_sets_with_other_fields_make_one_corpus(tmp_path: Path) -> None:
+    write_hippocampus(tmp_path)
+    write_volumes(tmp_path / "more", 2)
+    rows = [{"image": f"v{i}.nii.gz", "patient": f"p{i}"} for i in range(2)]
+    (tmp_path / "more" / "rows.json").write_text(json.dumps(rows))
+    plan = small_plan()
+    plan["data"]["more"] = {"folder": "more", "datalist": "rows.json", "subsets": ["all", "all"]}
+    plan["corpora"]["hippocampus"]["data"].append("more")
+    run = next(iter(planning.planned(plan, "smoke").values()))
+    files = planning.case_lists(plan, run, tmp_path, tmp_path / "out")
+    rows = [json.loads(line) for line in Path(str(files["train"])).read_text().splitlines()]
+    assert len(rows) > 6 and {tuple(row) for row in rows} == {("image", "modality")}
+
+
+def test_choices_are_judged_on_development_cases_that_did_not_train(tmp_path: Path) -> None:
+    write_hippocampus(tmp_path)
+    about = PLAN["data"]["hippocampus"]
+    train, held = planning.items_of(about, tmp_path, "held_out")
+    development, test = planning.items_of(about, tmp_path, "test")
+    images = [{item["image"] for item in items} for items in (train, held, development, test)]
+    assert images[0] | images[1] == images[2] and not images[0] & images[1]
+    assert len(images[1]) == 2 and not images[1] & images[3]
+
+
+def records(arm: str, dice: list[list[float]]) -> list[dict[str, Any]]:
+    """Runs with the Dice of each case, one run a seed."""
+    return [
+        {"arm": arm, "seed": seed, "labels": 3, "settings": {},
+         "cases": [{"case": f"c{i}", "class": "a", "dice": d} for i, d in enumerate(row)]}
+        for seed, row in enumerate(dice)
+    ]  # fmt: skip
+
+
+def test_a_constant_gain_has_an_interval_of_no_width() -> None:
+    base = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) / 2
+    found = tables.difference(
+        records("default", (base + 0.1).tolist()), records("scratch", base.tolist())
+    )
+    assert found.cases == pytest.approx((0.1, 0.1)) and found.both == pytest.approx((0.1, 0.1))
+    assert found.above == pytest.approx(0.1) and found.score == pytest.approx(
+        float(base.mean()) + 0.1
+    )
+
+
+def test_a_gain_of_one_seed_alone_is_not_certain_over_seeds() -> None:
+    base = [[0.5] * 20] * 3
+    ours = [[0.8] * 20, [0.5] * 20, [0.45] * 20]
+    found = tables.difference(records("default", ours), records("scratch", base))
+    assert found.cases[0] > 0 > found.both[0]
+    assert found.seeds == pytest.approx([0.3, 0.0, -0.05])
+
+
+def test_only_seeds_of_both_arms_are_compared() -> None:
+    found = tables.difference(
+        records("default", [[0.6] * 4, [0.1] * 4]), records("scratch", [[0.5] * 4])
+    )
+    assert found.seeds == pytest.approx([0.1]) and found.score == pytest.approx(0.6)
+
+
+def test_runs_on_other_cases_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="must have scored the same cases"):
+        tables.difference(records("default", [[0.6] * 4]), records("scratch", [[0.5] * 5]))
+
+
+def test_a_class_that_a_case_lacks_does_not_count() -> None:
+    (record,) = records("default", [[0.6, 0.8]])
+    record["cases"].append({"case": "c0", "class": "b", "dice": None})
+    record["cases"].append({"case": "c1", "class": "b", "dice": 0.4})
+    ones = torch.ones(2, 1, dtype=torch.float64)
+    assert tables.statistic([record], ones).item() == pytest.approx((0.6 + 0.6) / 2)
+
+
+def test_a_classifier_is_compared_by_auroc() -> None:
+    rows = [("no", 0.1), ("no", 0.6), ("yes", 0.5), ("yes", 0.9)]
+    cases = [
+        {"case": f"c{i}", "label": label, "p_no": 1 - p, "p_yes": p}
+        for i, (label, p) in enumerate(rows)
+    ]
+    record = {"cases": cases, "settings": {"class_names": ["no", "yes"]}}
+    weight = torch.tensor([[1.0, 1], [1, 0], [1, 1], [1, 1]], dtype=torch.float64)
+    assert tables.statistic([record], weight)[0].tolist() == pytest.approx([0.75, 1.0])
+
+
+def test_the_page_has_each_arm_and_each_failed_run(smoke: Smoke) -> None:
+    (smoke.root / "results" / "smoke" / "odd.json").write_text(
+        json.dumps({"name": "odd", "bundle": "pretrain", "error": "ValueError: why", "seconds": 1,
+                    "device": "x", "commit": "y"})
+    )  # fmt: skip
+    page = tables.readme(smoke.root)
+    tables.draw(smoke.root)
+    (smoke.root / "results" / "smoke" / "odd.json").unlink()
+    assert "| scratch_matched | " in page and "- odd: ValueError: why" in page
+    (figure,) = (smoke.root / "figures").glob("*.png")
+    assert f"figures/{figure.name}" in page
+
+
+def test_the_page_in_the_repository_is_what_its_results_say() -> None:
+    pages = EVIDENCE / "README.md"
+    if not pages.exists():
+        pytest.skip("no budget has been run yet")
+    assert pages.read_text() == tables.readme()
