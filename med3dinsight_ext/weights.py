@@ -210,21 +210,20 @@ def growing_inputs(network: nn.Module, source: Mapping[str, Tensor]) -> list[str
         network: whose first convolution, in the order of its modules, reads the input.
         source: weights at hand.
     """
-    grown: dict[str, tuple[int, int]] = {}
-    for prefix, module in network.named_modules():
-        name = f"{prefix}.weight" if prefix else "weight"
-        if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or name not in source:
-            continue
-        theirs, ours = source[name].shape, module.weight.shape
-        if len(theirs) == len(ours) and (theirs[0], *theirs[2:]) == (ours[0], *ours[2:]):
-            change = theirs[1], ours[1]
-            if not grown and change[0] >= change[1]:
-                return []
-            if not grown or change in grown.values():
-                grown[name] = change
-        elif not grown:
-            return []
-    return list(grown)
+    shapes = {
+        f"{prefix}.weight".lstrip("."): module.weight.shape
+        for prefix, module in network.named_modules()
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    }
+    changes = {
+        name: (source[name].shape[1], ours[1])
+        for name, ours in shapes.items()
+        if name in source and source[name].shape[:1] + source[name].shape[2:] == ours[:1] + ours[2:]
+    }
+    first = changes.get(next(iter(shapes), ""))
+    if first is None or first[0] >= first[1]:
+        return []
+    return [name for name, change in changes.items() if change == first]
 
 
 def load_pretrained(
