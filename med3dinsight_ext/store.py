@@ -179,9 +179,7 @@ class Store:
         print(f"{count:,} volumes are in {self.root}")
         print(f"look at what the teacher says: python -m med3dinsight_ext captions {self.root}")
 
-    def plan(
-        self, items: Sequence[dict[str, Any]], skip_bad: bool = False, shard: str | None = None
-    ) -> dict[str, float]:
+    def plan(self, items: Sequence[dict[str, Any]], shard: str | None = None) -> dict[str, float]:
         """Print and return what ``fill`` would make: volumes, slices, calls and gigabytes.
 
         Slices and calls are upper bounds from the headers of at most 200 volumes: nearly empty
