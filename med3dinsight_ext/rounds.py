@@ -31,7 +31,7 @@ def run(
 ) -> None:
     """``workflow.run``, except where one of the handlers loads weights, as MONAI Label adds one.
 
-    Such a round starts anew from these weights: ``last.pt`` belongs to another run and is neither
+    Such a round starts anew from these weights: ``last.ckpt`` belongs to another run and is neither
     read nor written. The weights must fit as a whole, and an epoch replaces them only if it is
     better than they are on the validation cases, if there are any.
 
@@ -40,7 +40,7 @@ def run(
         judge: whose metric decides what ``best`` keeps; None keeps the last epoch's.
         best: savers from ``workflow.checkpoint``.
         state: with "network" and, if there is one, its moving "average".
-        ckpt_dir: folder of ``last.pt``.
+        ckpt_dir: folder of ``last.ckpt``.
         handlers: of the trainer.
     """
     loaders = [handler for handler in handlers if isinstance(handler, CheckpointLoader)]

@@ -141,7 +141,7 @@ class StopOnNan:
             raise ValueError(
                 f"loss must be finite, got {loss.item()} in epoch {engine.state.epoch} at step "
                 f"{engine.state.iteration} on {meta.get('filename_or_obj', 'this batch')}; lower "
-                "learning_rate, or look at these volumes; last.pt holds the epoch before"
+                "learning_rate, or look at these volumes; last.ckpt holds the epoch before"
             )
 
 
@@ -300,16 +300,16 @@ def run(
     state: Mapping[str, Any],
     ckpt_dir: str | Path,
 ) -> None:
-    """Train, from ``last.pt`` if there is one, writing it after every epoch.
+    """Train, from ``last.ckpt`` if there is one, writing it after every epoch.
 
     Args:
         trainer: runs.
         evaluator: whose metric decides what ``best`` keeps; None keeps the last epoch's.
         best: savers from ``checkpoint``.
         state: all that a resumed run needs, the trainer and the savers among it.
-        ckpt_dir: folder of ``last.pt``.
+        ckpt_dir: folder of ``last.ckpt``.
     """
-    path = Path(ckpt_dir) / "last.pt"
+    path = Path(ckpt_dir) / "last.ckpt"
     scaler = getattr(trainer, "scaler_", None)
     state = {**state, "scaler": scaler} if scaler else state
     resume(path, state, trainer)

@@ -55,7 +55,7 @@ def inference(trained: tuple[str, dict[str, Any]], volumes: Path, **changes: Any
 def test_training_writes_what_the_docs_say(trained: tuple[str, dict[str, Any]]) -> None:
     bundle, changes = trained
     root = Path(changes["bundle_root"])
-    files = {"model.pt", "last.pt"} | ({"student.pt"} if bundle == "pretrain" else set())
+    files = {"model.pt", "last.ckpt"} | ({"student.pt"} if bundle == "pretrain" else set())
     assert {p.name for p in (root / "models").iterdir()} == files
     rows = [json.loads(line) for line in (root / "eval" / "history.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -69,7 +69,9 @@ def test_training_writes_what_the_docs_say(trained: tuple[str, dict[str, Any]]) 
 
 def test_a_finished_run_is_left_as_it_is(trained: tuple[str, dict[str, Any]]) -> None:
     bundle, changes = trained
-    files = [Path(changes["bundle_root"]) / name for name in ("models/model.pt", "models/last.pt")]
+    files = [
+        Path(changes["bundle_root"]) / name for name in ("models/model.pt", "models/last.ckpt")
+    ]
     before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
     run(bundle, ["train.json"], **changes)
     assert [(file.stat().st_mtime_ns, file.read_bytes()) for file in files] == before
@@ -203,7 +205,7 @@ def test_the_paper_overlay_sets_the_papers_recipe() -> None:
 
 
 def weights(root: Path) -> dict[str, torch.Tensor]:
-    return torch.load(root / "models" / "last.pt", weights_only=True)
+    return torch.load(root / "models" / "last.ckpt", weights_only=True)
 
 
 @pytest.mark.slow

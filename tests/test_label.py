@@ -49,7 +49,7 @@ def start(root: Path, app: str) -> tuple[Server, Path, Path]:
     studies = write_studies(root / "studies")
     bundles = [small_bundle(root / PLAIN), small_bundle(root / CLICK, "ClickNet", overlays=True)]
     if app == "own":  # the stock app would take it for the model, as it has the shortest name
-        (bundles[0] / "models" / "last.pt").write_bytes(b"of a run from the command line")
+        (bundles[0] / "models" / "last.ckpt").write_bytes(b"of a run from the command line")
     starter = {"stock": start_stock, "own": start_own}[app]
     return starter(root, bundles, studies), bundles[0], studies
 
@@ -118,7 +118,7 @@ def test_a_saved_label_trains_the_model(served: Served) -> None:
     after = weights(bundle)
     assert before.keys() == after.keys() and before["threshold"] != after["threshold"]
     assert overlay(server, "v0").shape == (28, 32, 26)  # by the new weights
-    files = {"model.pt", "last.pt", ".gitkeep", ".training"}
+    files = {"model.pt", "last.ckpt", ".gitkeep", ".training"}
     assert {path.name for path in (bundle / "models").iterdir()} <= files
 
 

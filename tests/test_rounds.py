@@ -62,10 +62,10 @@ def change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> f
 def test_a_round_starts_at_the_loaded_weights_and_not_at_the_last_run(
     trained: Path, volumes: Path
 ) -> None:
-    before, last = weights(trained), (trained / "models" / "last.pt").read_bytes()
+    before, last = weights(trained), (trained / "models" / "last.ckpt").read_bytes()
     round_of(trained, volumes)
     assert 0 < change(before, weights(trained)) < 0.02  # a few steps of AdamW at 1e-3
-    assert (trained / "models" / "last.pt").read_bytes() == last
+    assert (trained / "models" / "last.ckpt").read_bytes() == last
 
 
 def test_a_worse_epoch_does_not_replace_the_weights(trained: Path, volumes: Path) -> None:

@@ -104,12 +104,12 @@ def test_a_lone_network_is_saved_flat(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     trainer = Engine(lambda *_: None)
-    torch.save({"net": nn.Linear(3, 1).state_dict()}, tmp_path / "last.pt")
+    torch.save({"net": nn.Linear(3, 1).state_dict()}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="checkpoint must fit this run"):
-        workflow.resume(tmp_path / "last.pt", {"net": nn.Linear(2, 1)}, trainer)
-    (tmp_path / "last.pt").write_bytes(b"")
+        workflow.resume(tmp_path / "last.ckpt", {"net": nn.Linear(2, 1)}, trainer)
+    (tmp_path / "last.ckpt").write_bytes(b"")
     with pytest.raises(ValueError, match="checkpoint must be readable"):
-        workflow.resume(tmp_path / "last.pt", {"net": nn.Linear(2, 1)}, trainer)
+        workflow.resume(tmp_path / "last.ckpt", {"net": nn.Linear(2, 1)}, trainer)
 
 
 class Evil:
@@ -120,9 +120,9 @@ class Evil:
 def test_a_pickle_with_code_is_never_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save({"net": Evil()}, tmp_path / "last.pt")
+    torch.save({"net": Evil()}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="checkpoint must be readable"):
-        workflow.resume(tmp_path / "last.pt", {"net": nn.Linear(2, 1)}, Engine(lambda *_: None))
+        workflow.resume(tmp_path / "last.ckpt", {"net": nn.Linear(2, 1)}, Engine(lambda *_: None))
     assert "ran" not in capsys.readouterr().out
 
 

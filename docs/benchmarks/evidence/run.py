@@ -179,7 +179,7 @@ def execute(run: Run, plan: dict[str, Any], root: Path, out: Path, results: Path
     record |= rounded({"seconds": seconds, "peak_megabytes": peak_megabytes()})
     write_atomic(path, lambda draft: draft.write_text(json.dumps(record) + "\n"))
     if "error" not in record:  # keep what others start from
-        (out / run.name / "models" / "last.pt").unlink(missing_ok=True)
+        (out / run.name / "models" / "last.ckpt").unlink(missing_ok=True)
         if run.bundle != "pretrain":
             shutil.rmtree(out / run.name)
 
