@@ -1,6 +1,7 @@
 """Train with simulated clicks, then click on the test cases through the inference configs.
 
 python docs/benchmarks/bench_clicks.py score ../shared/data/hippocampus [--out DIR]
+python docs/benchmarks/bench_clicks.py score ../shared/data/hippocampus --labelled 14 --epochs 60
 python docs/benchmarks/bench_clicks.py seconds
 
 Each click goes into the largest error, at its most interior voxel, in the stored file's voxels.
@@ -28,7 +29,7 @@ from monai.transforms import SaveImaged
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import RESULTS, spread, timed, write  # noqa: E402
+from common import spread, timed, write  # noqa: E402
 
 from med3dinsight_ext.clicks import worst_click  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES, bundle_run  # noqa: E402
@@ -38,7 +39,7 @@ from med3dinsight_ext.workflow import load_weights  # noqa: E402
 CONFIGS = BUNDLES / "seg-finetune" / "configs"
 OVERLAY = str(Path(__file__).parent / "hippocampus.yaml")
 CLICKS = 5
-EPOCHS = 14
+FIGURES = Path(__file__).parent / "figures"
 
 
 def inference(overlay: str, **overrides: Any) -> ConfigParser:
@@ -83,18 +84,21 @@ def correct(answer: Callable[[dict], np.ndarray], item: dict, names: list[str]) 
     return rows
 
 
-def draw(path: Path, steps: list[dict[str, Any]]) -> None:
+def draw(path: Path, steps: list[dict[str, Any]], title: str) -> None:
     """Mean Dice after each number of clicks, with its interval."""
     mean, low, high = (np.array([step[key] for step in steps]) for key in ("mean", "low", "high"))
-    figure, axes = plt.subplots(figsize=(4.5, 3), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
     axes.errorbar(range(len(steps)), mean, (mean - low, high - mean), marker="o", capsize=3)
-    axes.set(xlabel="clicks", ylabel="mean Dice", title="Hippocampus, test cases")
+    axes.set(xlabel="clicks", ylabel="mean Dice", title=title)
     figure.savefig(path, dpi=150)
 
 
-def score(data: str, out: str = "clicks_run") -> None:
-    """140 development cases for training, 60 test cases."""
-    root = Path(data)
+def score(
+    data: str, out: str = "clicks_run", labelled: int | None = None, epochs: int = 14
+) -> None:
+    """Training on the development cases, or as many of them as are labelled; 60 test cases."""
+    root, name = Path(data), f"clicks_{labelled}" if labelled else "clicks"
+    out = f"{out}_{labelled}" if labelled else out
     source = {
         "dataset_dir": data, "datalist": str(root / "dataset.json"),
         "split": str(root / "split.json"),
@@ -103,7 +107,8 @@ def score(data: str, out: str = "clicks_run") -> None:
     if not record.exists():
         begin = perf_counter()
         files = ["train.json", OVERLAY, "click.yaml"]
-        bundle_run("seg-finetune", files, bundle_root=out, max_epochs=EPOCHS, **source)
+        more = {"bundle_root": out, "max_epochs": epochs, "max_cases": labelled}
+        bundle_run("seg-finetune", files, **more, **source)
         record.write_text(json.dumps(perf_counter() - begin))
     parser = inference(OVERLAY, bundle_root=out, **source)
     names, items = (parser.get_parsed_content(key) for key in ("label_names", "items"))
@@ -115,13 +120,17 @@ def score(data: str, out: str = "clicks_run") -> None:
     gain = [mean_scores(c[-1])["dice"] - mean_scores(c[0])["dice"] for c in cases]
     figures = {
         "train_seconds": json.loads(record.read_text()),
-        "epochs": EPOCHS,
+        "labelled": labelled,
+        "epochs": epochs,
         "cases": len(cases),
         "clicks": {str(n): step for n, step in enumerate(steps)},
         "gain_of_dice": {"mean": float(np.mean(gain)), **spread(gain)},
     }
-    write("clicks", figures)
-    draw(RESULTS / "clicks.png", [step["dice"] for step in steps])
+    write(name, figures)
+    title = (
+        f"Hippocampus, {len(cases)} test cases; trained on {labelled or 'all'} development cases"
+    )
+    draw(FIGURES / f"{name}.png", [step["dice"] for step in steps], title)
 
 
 def seconds() -> None:

@@ -38,7 +38,7 @@ def dicom_slices(image: nib.Nifti1Image, patient: str) -> list[Dataset]:
         meta.MediaStorageSOPInstanceUID = generate_uid()
         meta.TransferSyntaxUID = ExplicitVRLittleEndian
         one = Dataset()
-        one.file_meta = meta
+        one.file_meta, one.preamble = meta, bytes(128)
         one.SOPClassUID, one.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
         one.StudyInstanceUID, one.SeriesInstanceUID, one.FrameOfReferenceUID = study, series, frame
         one.PatientName, one.PatientID = patient, patient.split()[-1]
