@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -107,6 +108,25 @@ def test_the_segmentation_follows_a_click(image: str, served: Served) -> None:
         params = json.dumps({"foreground": [click], "background": []})
         mask = np.asarray(overlay(served[0], image, CLICK, params).dataobj)
         assert np.linalg.norm(np.argwhere(mask).mean(0) - click) < 1.5
+
+
+@own_app
+@pytest.mark.parametrize(
+    ("clicks", "message"),
+    [
+        ({"foreground": [[40, 1, 1]]}, "click must be inside the volume, 0 to .27, 31, 25."),
+        ({"liver": [[1, 1, 1]]}, "clicks must be on one of the labels background, foreground"),
+    ],
+)
+def test_a_click_that_means_nothing_is_refused(clicks: dict, message: str, served: Served) -> None:
+    path = f"/infer/{CLICK}?image=v0&output=image"
+    answer = served[0].ask("POST", path, params=json.dumps(clicks))
+    assert answer.status == 400 and re.search(message, answer.body["detail"])
+
+
+def test_without_a_click_the_network_segments_alone(served: Served) -> None:
+    found = overlay(served[0], "v0", CLICK, json.dumps({"foreground": [], "background": []}))
+    assert found.shape == (28, 32, 26) and not np.asarray(found.dataobj).any()  # as ClickNet does
 
 
 def test_a_saved_label_trains_the_model(served: Served) -> None:

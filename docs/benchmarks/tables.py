@@ -287,6 +287,34 @@ def served(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def clicks(result: dict[str, Any]) -> list[str]:
+    steps = result["clicks"]
+    means = [step["dice"]["mean"] for step in steps.values()]
+    gain, rises = means[-1] - means[0], means == sorted(means)
+    labelled = result.get("labelled")
+    name = f"clicks_{labelled}" if labelled else "clicks"
+    return [
+        f"## Clicks, trained on {labelled or 'all 140'} labelled cases",
+        "",
+        f"`bench_clicks.py score{f' --labelled {labelled} --epochs ' + str(result['epochs']) if labelled else ''}`, `hippocampus.yaml` with "
+        f"`click.yaml` · {where(result)}",
+        "",
+        f"Simulated on {result['cases']} test cases: each click in the largest error, at its most interior voxel, in the stored file's voxels. "
+        f"Training took {result['train_seconds'] / 60:.0f} minutes of one thread on a busy machine. From 0 to {len(means) - 1} clicks mean "
+        f"Dice rises by {gain:.3f} (goal: by 0.03, each step upwards: {reached(gain >= 0.03 and rises)}).",
+        "",
+        "| clicks | Dice | NSD | HD95, mm |",
+        "|---|---|---|---|",
+        *(
+            f"| {n} | {ends(step['dice'])} | {ends(step['nsd'])} | {ends(step['hd95'], 2)} |"
+            for n, step in steps.items()
+        ),
+        "",
+        f"![mean Dice after each click](figures/{name}.png)",
+        "",
+    ]
+
+
 def backbones(result: dict[str, Any]) -> list[str]:
     lines = [
         "## Backbones",
@@ -307,7 +335,7 @@ def backbones(result: dict[str, Any]) -> list[str]:
 SECTIONS = {
     "pretrain": pretrain, "captions": captions, "served": served,
     "transport": transport, "sarcoma": sarcoma, "hippocampus": hippocampus,
-    "adrenal": adrenal, "finetune_speed": finetune_speed, "backbones": backbones,
+    "clicks": clicks, "clicks_14": clicks, "adrenal": adrenal, "finetune_speed": finetune_speed, "backbones": backbones,
 }  # fmt: skip
 
 

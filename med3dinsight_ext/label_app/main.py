@@ -95,7 +95,15 @@ class LabelApp(MONAILabelApp):
         # The server's own code would read its working folder in place of an image that it misses.
         if isinstance(image, str) and not os.path.exists(image) and not store.get_image_uri(image):
             raise HTTPException(404, f"image must be one of the datastore's, got {image!r}")
-        return super().infer(request, datastore)
+        try:
+            return super().infer(request, datastore)
+        except (ValueError, RuntimeError) as error:  # what transforms raise; the cause is inside
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if isinstance(cause, ValueError):
+                raise HTTPException(400, str(cause)) from error
+            raise
 
     def bundle_path(self, model: str) -> str:
         """Where a model's bundle is; what the server asks for before it starts a training."""
