@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,11 @@ class Questions(NamedTuple):
     prompts: list[str]
     images: list[Image.Image]
 
+    def known(self, log: AnswerLog) -> dict[int, str]:
+        """Row to answer, as far as the log has it."""
+        pairs = zip(self.rows, self.slots, strict=True)
+        return {row: log.known[slot] for row, slot in pairs if slot in log.known}
+
 
 class AnswerLog:
     """Raw answers about one volume: a line each, written as it comes, so that a kill loses none.
@@ -43,13 +47,18 @@ class AnswerLog:
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
         self.about = about
-        self.known: dict[Slot, str] = {}
-        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        self.known = self._read()
+
+    def _read(self) -> dict[Slot, str]:
+        found = {}
+        # As bytes: a line may be cut within a letter, and answers may hold odd line separators.
+        for line in self.path.read_bytes().split(b"\n") if self.path.exists() else ():
             try:
                 fields = json.loads(line)
-                self.known[fields["plane"], fields["index"]] = fields["answer"]
+                found[fields["plane"], fields["index"]] = fields["answer"]
             except (ValueError, KeyError, TypeError):
                 continue
+        return found
 
     def add(self, slot: Slot, answer: str) -> None:
         """Keep one answer."""
@@ -60,7 +69,8 @@ class AnswerLog:
             file.write("\n" + self._line(slot))
 
     def save(self) -> None:
-        """All answers, tidy, in the order of planes and indices."""
+        """All answers, another process's too, in the order of planes and indices."""
+        self.known = {**self._read(), **self.known}
         lines = [json.dumps(self.about, ensure_ascii=False)]
         lines += [self._line(slot) for slot in sorted(self.known)]
         text = "\n".join(lines) + "\n"
@@ -90,12 +100,11 @@ def interview(
 
     Args:
         captioner: the model.
-        volumes: number, questions and log.
+        volumes: number, questions and log; each lacks an answer.
         bar: counts slices, and shows tokens and what was not usable.
         expected: slices that ``bar.total`` counts for each volume; corrected here.
     """
     under_way: dict[int, _Open] = {}
-    complete: deque[int] = deque()
     unusable = 0
 
     def requests() -> Iterator[SliceRequest]:
@@ -104,36 +113,21 @@ def interview(
             left = {row for row, slot in slots.items() if slot not in log.known}
             under_way[number] = _Open(questions, log, left)
             bar.total += len(left) - expected
-            if not left:
-                complete.append(number)
             for row, prompt, image in zip(
                 questions.rows, questions.prompts, questions.images, strict=True
             ):
                 if row in left:
                     yield SliceRequest(number, row, prompt, image)
 
-    def finished() -> Iterator[tuple[int, dict[int, str]]]:
-        while complete:
-            number = complete.popleft()
-            questions, log, _ = under_way.pop(number)
-            yield (
-                number,
-                {
-                    row: log.known[slot]
-                    for row, slot in zip(questions.rows, questions.slots, strict=True)
-                },
-            )
-            log.save()
-
     for request, answer in captioner.answers(requests()):
         volume = under_way[request.volume]
         slot = volume.questions.slots[volume.questions.rows.index(request.row)]
         volume.log.add(slot, answer)
         volume.left.discard(request.row)
-        if not volume.left:
-            complete.append(request.volume)
         unusable += clean(answer).text is None
         bar.set_postfix(tokens=captioner.tokens, unusable=unusable, refresh=False)
         bar.update()
-        yield from finished()
-    yield from finished()
+        if not volume.left:
+            questions, log, _ = under_way.pop(request.volume)
+            yield request.volume, questions.known(log)
+            log.save()

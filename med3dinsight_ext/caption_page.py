@@ -108,7 +108,7 @@ def captions(store: str, out: str | None = None, sample: int = 200, seed: int = 
     for file in tqdm(files, "Reading entries", unit="volume", disable=None):
         try:
             found.add(read_entry(file))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError):
             found.skipped += 1
     if not found.images:
         ignored = f", and {found.skipped} JSON files that are none" if found.skipped else ""
@@ -402,7 +402,9 @@ def _jpeg(shown: Tensor, spacing: Sequence[float], row: Told) -> str:
     pixels = cut(shown, spacing, row.plane, torch.tensor([row.position]), PIXELS)[0]
     name = json.loads(row.source)["captioner"].get("ct_window")
     if len(pixels) == 3 and name != "all":
-        pixels = pixels[[list(WINDOWS).index(name) if name in WINDOWS else 0]]
+        pixels = pixels[
+            [list(WINDOWS).index(name) if isinstance(name, str) and name in WINDOWS else 0]
+        ]
     array = pixels.mul(255).round().byte().movedim(0, -1).squeeze(-1).contiguous().numpy()
     file = io.BytesIO()
     Image.fromarray(array).save(file, "JPEG", quality=85)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import nibabel as nib
 import torch
+from nibabel.filebasedimages import ImageFileError
 from torch import Tensor
 
 from med3dinsight_ext.data import read_rows
@@ -272,7 +273,8 @@ def _row(where: str, fields: dict) -> Row:
     except ValueError as error:
         raise ValueError(f"{error} (in {where})") from None
     position = float("nan") if position is None else position
-    return Row(where, plane, index, size, position, text.strip())
+    text = text.strip().encode("utf-8", "replace").decode()  # half a surrogate cannot be written
+    return Row(where, plane, index, size, position, text)
 
 
 def _key(image: str) -> str:
@@ -294,6 +296,9 @@ def shape_of(image: str) -> list[int]:
     """Voxels along x, y, z once the image is in RAS, from its header where it has one."""
     if "::" in image:
         return list(read_volume(image).shape[1:])
-    header: Any = nib.load(image)
-    axes = nib.io_orientation(header.affine)[:, 0].tolist()
-    return [header.shape[axes.index(axis)] for axis in range(3)]
+    try:
+        header: Any = nib.load(image)
+        axes = nib.io_orientation(header.affine)[:, 0].tolist()
+        return [header.shape[axes.index(axis)] for axis in range(3)]
+    except (ImageFileError, OSError, IndexError, ValueError, TypeError) as error:
+        raise ValueError(f"image must be a 3D volume, got {image}: {error}; mend it") from error

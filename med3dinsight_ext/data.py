@@ -109,7 +109,8 @@ def _sections(source: Path) -> dict[str, list]:
     """Rows of a source as written, in named sections; the first one is the default."""
     if source.is_dir():
         paths = [path.relative_to(source) for path in sorted(source.rglob("*.nii*"))]
-        return {"all": [str(path) for path in paths if _is_image(path)]}
+        found = [path for path in paths if _is_image(path) and (source / path).is_file()]
+        return {"all": [str(path) for path in found]}
     if not source.is_file():
         raise ValueError(f"source must exist, got {source}; name a folder or a file")
     if source.suffix in (".jsonl", ".csv"):

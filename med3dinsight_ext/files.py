@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from .encoders import sha256
+
+logger = logging.getLogger(__name__)
 
 
 def write_atomic(path: Path, write: Any) -> None:
@@ -35,10 +38,11 @@ class HashMemo:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[tuple[str, int, int], str] = {}
-        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        self._warned = False
+        for line in path.read_bytes().split(b"\n") if path.exists() else ():
             try:
                 name, size, mtime, digest = json.loads(line)
-            except ValueError:  # a line cut by a full disk
+            except (ValueError, TypeError):  # a line cut by a full disk
                 continue
             self._known[name, size, mtime] = digest
 
@@ -50,9 +54,14 @@ class HashMemo:
         key = _identity(file)
         if key not in self._known:
             self._known[key] = sha256(Path(file))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as memo:
-                memo.write("\n" + json.dumps([*key, self._known[key]]))
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as memo:
+                    memo.write("\n" + json.dumps([*key, self._known[key]]))
+            except OSError as error:  # a store that may only be read
+                if not self._warned:
+                    logger.warning(f"hashes of files are not remembered: {error}")
+                self._warned = True
         return self._known[key]
 
 

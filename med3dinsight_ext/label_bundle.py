@@ -36,6 +36,8 @@ def label_bundle(
         ValueError: the folder is there already, its name does not suit clicks, or the weights are
             not those of the network that the configs describe.
     """
+    if not isinstance(click, bool):
+        raise ValueError(f"click must be True or False, got {click!r}")
     folder, configs = Path(target), Path(bundle) / "configs"
     if folder.exists():
         raise ValueError(f"target must be a new folder, got {target}; choose another name")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import string
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -63,12 +62,15 @@ class MllmCaptions(ABC):
         size: int = 448,
         ct_window: str = "soft tissue",
     ) -> None:
-        used = {name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None}
-        if not used <= set(FIELDS):
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt must be text, got {prompt!r}; leave it out for the default")
+        try:
+            prompt.format(**dict.fromkeys(FIELDS, "text"))
+        except (ValueError, AttributeError, KeyError, IndexError) as error:
             raise ValueError(
-                f"prompt must use no field but {', '.join(FIELDS)}, got "
-                f"{', '.join(sorted(used - set(FIELDS)))}; double braces that are text"
-            )
+                f"prompt must use no field but {', '.join(FIELDS)}, got {prompt!r} ({error}); "
+                "double braces that are text"
+            ) from error
         least = {"max_tokens": (max_tokens, 1), "size": (size, 1), "temperature": (temperature, 0)}
         if per_plane is not None:
             least["per_plane"] = (per_plane, 1)

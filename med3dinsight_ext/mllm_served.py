@@ -78,10 +78,12 @@ class ServedCaptions(MllmCaptions):
                 raise ValueError(f"{name} must be at least {low}, got {value}; correct captioner")
         place = chat.place_of(url)
         self.url, self.loopback = place.url, chat.is_loopback(str(place.host))
+        if not isinstance(allow_upload, bool):
+            raise ValueError(f"allow_upload must be True or False, got {allow_upload!r}")
         if not self.loopback and not allow_upload:
             raise ValueError(
                 f"url must be on this machine (localhost), got the host {place.host}, to which "
-                "pixel data would go; set allow_upload to true if your data may leave"
+                "pixel data would go; set allow_upload to True if your data may leave"
             )
         self.model, self.revision, self.key_variable = model, revision, key_variable
         self.concurrency, self.retries, self.timeout = concurrency, retries, timeout

@@ -68,6 +68,8 @@ def clean(raw: str) -> Reply:
     """
     text = THOUGHT_BEGINS.split(THOUGHT_ENDS.split(raw)[-1])[0]
     text = "".join(c for c in text if c.isprintable() or c.isspace()).replace("�", "")
+    if len(text) > 10 * MAX_LETTERS:  # to clean that may take minutes
+        return Reply(None, "too long")
     before = None
     while text != before:  # taking one thing away may bare another
         before, text = text, _sentences(_plain(text))

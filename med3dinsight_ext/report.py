@@ -377,7 +377,7 @@ def save(path: str | Path, content: str | Figure) -> None:
     if isinstance(content, Figure):
         content.savefig(data, format="png", dpi=DPI)
     else:
-        data.write(content.encode())
+        data.write(content.encode("utf-8", "replace"))
     write_atomic(Path(path), lambda draft: draft.write_bytes(data.getvalue()))
 
 

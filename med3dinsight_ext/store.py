@@ -66,7 +66,9 @@ class Store:
         self.captioner = captioner
         self.per_plane = per_plane
         self.seed = seed
-        self.planes = sorted({slicing.plane_number(name) for name in planes})
+        self.planes = sorted(
+            {slicing.plane_number(p) for p in ([planes] if isinstance(planes, str) else planes)}
+        )
         if not self.planes:
             raise ValueError("planes must name at least one plane, got none; leave it out for all")
         self._teacher_print = teacher.fingerprint
@@ -102,7 +104,11 @@ class Store:
             text = self.teacher.encode_text(["image"]).shape[1]
             spaces = {"joint": image} if self.teacher.joint else {"image": image, "text": text}
             about = {"fingerprint": self._teacher_print, "spaces": spaces}
-            write_atomic(path, lambda draft: draft.write_text(json.dumps(about)))
+            try:
+                write_atomic(path, lambda draft: draft.write_text(json.dumps(about)))
+            except OSError as error:  # a store that may only be read
+                logger.warning(f"{path} could not be written: {error}")
+            return spaces
         return json.loads(path.read_text())["spaces"]
 
     def fill(
@@ -134,14 +140,23 @@ class Store:
         ranks = dist.get_world_size() if together else int(os.environ.get("WORLD_SIZE", 1))
         # A fixed share: what is missing may look different to a rank that comes later.
         share = range(rank, len(items), ranks)
-        paths = {i: self.path(items[i]) for i in share}
-        missing = [i for i in share if not os.path.exists(paths[i])]
         bad: dict[str, str] = {}
+        paths: dict[int, Path] = {}
+        for i in share:
+            try:
+                paths[i] = self.path(items[i])
+            except (OSError, ValueError) as error:
+                bad[items[i]["image"]] = str(error)
+        twins: dict[Path, list[int]] = {}  # copies of a volume share an entry
+        for i, path in paths.items():
+            twins.setdefault(path, []).append(i)
+        missing = [found[0] for path, found in twins.items() if not os.path.exists(path)]
         if missing:
             logger.info(
                 f"{len(missing)} of {len(items)} volumes are not in {self.root}: embedding them"
             )
-            prepared = self._sound(self._prepare([(i, items[i]) for i in missing]), bad)
+            faults: dict[int, str] = {}
+            prepared = self._sound(self._prepare([(i, items[i]) for i in missing]), faults)
             if isinstance(self.captioner, MllmCaptions):
                 self._fill_asking(prepared, items, paths, len(missing))
             else:
@@ -152,6 +167,7 @@ class Store:
                         replies = {n: Reply(t, "ok") for n, t in enumerate(texts) if t is not None}
                         self._write(paths[i], items[i], made, replies, {})
                         bar.update()
+            bad |= {items[j]["image"]: why for i, why in faults.items() for j in twins[paths[i]]}
         if together:
             for found in idist.all_gather(bad):
                 bad = {**bad, **found}
@@ -159,7 +175,7 @@ class Store:
                 paths |= {int(i): Path(path) for i, path in found.items()}
         if bad:
             listed = "\n".join(f"  {reason}" for reason in bad.values())
-            if not skip_bad or len(bad) == len(paths):
+            if not skip_bad or all(items[i]["image"] in bad for i in paths):
                 raise ValueError(
                     f"volumes must be readable and not empty, got {len(bad)} bad of {len(items)}; "
                     f"mend them, or set skip_bad to leave them out:\n{listed}"
@@ -191,8 +207,13 @@ class Store:
         missing = [i for i in items if not read[i["image"]] or not self.path(i).exists()]
         sample = missing[:: -(-len(missing) // 200) or 1]
         slices = calls = 0
+        unreadable = 0
         for item in sample:
-            shape = shape_of(item["image"])
+            try:
+                shape = shape_of(item["image"])
+            except ValueError:
+                unreadable += 1
+                continue
             given = torch.bincount(self.captioner.required(item, shape)[0], minlength=3).tolist()
             counts = [
                 min(size, given[p] + self.per_plane * (p in self.planes))
@@ -215,18 +236,19 @@ class Store:
             f"{found['volumes']:,} volumes, {found['missing']:,} of them not in {self.root}: "
             f"at most {found['slices']:,} slices, {found['calls']:,} model calls, "
             f"{found['gigabytes']:.3g} GB; nothing was made"
+            + (f"; {unreadable} of {len(sample)} looked at cannot be read" if unreadable else "")
         )
         return found
 
     def _sound(
         self,
-        prepared: Iterator[tuple[dict[str, Any], int, _Prepared | Exception]],
-        bad: dict[str, str],
+        prepared: Iterator[tuple[int, _Prepared | Exception]],
+        faults: dict[int, str],
     ) -> Iterator[tuple[int, _Prepared]]:
-        """Those that could be read; the others go into ``bad``."""
-        for item, i, made in prepared:
+        """Those that could be read; what is wrong with the others goes into ``faults``."""
+        for i, made in prepared:
             if isinstance(made, Exception):
-                bad[item["image"]] = str(made)
+                faults[i] = str(made)
             else:
                 yield i, made
 
@@ -245,30 +267,40 @@ class Store:
         def questions() -> Iterator[tuple[int, Questions, AnswerLog]]:
             for i, made in prepared:
                 assert made.questions is not None
+                log, asked = self.log(items[i]), made.questions
                 waiting[i] = made._replace(questions=None)
-                yield i, made.questions, self.log(items[i])
+                answers = asked.known(log)
+                if len(answers) < len(asked.rows):
+                    yield i, asked, log
+                else:  # at once: nothing is to be held until some other volume has a question
+                    bar.total -= expected
+                    finish(i, answers)
+                    log.save()  # a run that was killed may have left it untidy
+
+        def finish(i: int, answers: dict[int, str]) -> None:
+            replies = {row: clean(answer) for row, answer in answers.items()}
+            self._write(paths[i], items[i], waiting.pop(i), replies, answers)
+            found.update(reply.status for reply in replies.values())
 
         with tqdm(total=volumes * expected, unit="slice", desc="caption") as bar:
             for i, answers in interview(captioner, questions(), bar, expected):
-                replies = {row: clean(answer) for row, answer in answers.items()}
-                self._write(paths[i], items[i], waiting.pop(i), replies, answers)
-                found.update(reply.status for reply in replies.values())
+                finish(i, answers)
         logger.info("answers: " + ", ".join(f"{n:,} {status}" for status, n in found.most_common()))
 
     def _prepare(
         self, items: list[tuple[int, dict[str, Any]]]
-    ) -> Iterator[tuple[dict[str, Any], int, _Prepared | Exception]]:
+    ) -> Iterator[tuple[int, _Prepared | Exception]]:
         """Read and cut the next volume in a thread while the teacher works on this one."""
         with ThreadPoolExecutor(1) as pool:
             ahead = deque((pair, pool.submit(self._slices, pair[1])) for pair in items[:2])
             for n in range(len(items)):
-                (i, item), future = ahead.popleft()
+                (i, _), future = ahead.popleft()
                 if n + 2 < len(items):
                     ahead.append((items[n + 2], pool.submit(self._slices, items[n + 2][1])))
                 try:
-                    yield item, i, future.result()
+                    yield i, future.result()
                 except (ValueError, OSError, RuntimeError) as error:
-                    yield item, i, error
+                    yield i, error
 
     def _slices(self, item: dict[str, Any]) -> _Prepared:
         """Choose and cut the slices of one volume."""
@@ -382,8 +414,10 @@ class Store:
             "seed": self.seed,
             "slices": slices,
         }
-        readable = json.dumps(about, indent=1, ensure_ascii=False)
-        write_atomic(path.with_suffix(".json"), lambda draft: draft.write_text(readable, "utf-8"))
+        # A file name need not be UTF-8; JSON has an escape for such letters.
+        text = json.dumps(about, indent=1, ensure_ascii=False)
+        readable = text.encode("utf-8", "backslashreplace")
+        write_atomic(path.with_suffix(".json"), lambda draft: draft.write_bytes(readable))
         write_atomic(path, lambda draft: save_file(tensors, draft))  # last: it marks the entry done
 
 

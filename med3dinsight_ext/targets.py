@@ -51,7 +51,7 @@ def shuffle_captions(
     Returns:
         The items, with ``texts_from``: row to (entry, row of its text) for each changed caption.
     """
-    if not 0 <= share <= 1:
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise ValueError(f"share must lie in [0, 1], got {share}; 0.2 shuffles a fifth")
     if not share:
         return list(items)
@@ -59,7 +59,8 @@ def shuffle_captions(
     for number, item in enumerate(items):
         with safe_open(item["targets"], "pt") as file:
             places += [(number, row) for row in range(file.get_slice("text_row").get_shape()[0])]
-    order = np.random.default_rng(seed).permutation(len(places))[: round(share * len(places))]
+    count = round(share * len(places))
+    order = np.random.default_rng(seed).permutation(len(places))[: 2 if count == 1 else count]
     texts_from: list[dict[int, tuple[str, int]]] = [{} for _ in items]
     for place, other in zip(order, np.roll(order, 1), strict=True):  # one ring: none stays
         number, row = places[place]
@@ -133,6 +134,8 @@ class SampleTargetsd(MapTransform, Randomizable):
         min_similarity: float | None = None,
     ) -> None:
         super().__init__(keys)
+        if not isinstance(min_similarity, (int, float, type(None))):
+            raise TypeError(f"min_similarity must be a number or None, got {min_similarity!r}")
         if min_similarity is not None and "joint" not in spaces:
             raise ValueError(
                 f"min_similarity must be None, got {min_similarity}: this teacher's images and "

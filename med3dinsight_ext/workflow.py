@@ -56,9 +56,12 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
     if isinstance(files, str) and files.startswith("["):
         files = [name.strip(" '\"") for name in files.strip("[]").split(",")]
     config = ConfigParser.load_config_files(files)
-    for name in given:
+    for name, value in given.items():
         if name in RUN_ARGUMENTS:
             continue
+        if value in ("true", "false", "null", "none"):  # arrives as text, which is true
+            word = {"true": "True", "false": "False"}.get(value, "None")
+            raise SystemExit(f"override must be written as in Python, got --{name} {value}; {word}")
         parts = name.replace("#", "::").split("::")
         node: Any = config
         for depth, part in enumerate(parts):

@@ -80,9 +80,10 @@ def test_the_prompt_tells_modality_plane_depth_spacing_and_body_part(items: list
     assert "body" in FakeMllm().ask({"modality": "CT"}, 0, 0.1, [1, 1, 1])
 
 
-def test_a_prompt_with_an_unknown_field_is_an_error() -> None:
-    with pytest.raises(ValueError, match="prompt must use no field but modality.*got patient"):
-        FakeMllm(prompt="{patient} in {plane}")
+@pytest.mark.parametrize("prompt", ["{patient} in {plane}", "{", "{depth:d}", "{}"])
+def test_a_prompt_with_an_unknown_field_is_an_error(prompt: str) -> None:
+    with pytest.raises(ValueError, match="prompt must use no field but modality"):
+        FakeMllm(prompt=prompt)
 
 
 @pytest.mark.parametrize(
@@ -263,3 +264,49 @@ def test_ten_kills_at_random_moments_change_nothing(
     for draft in tmp_path.rglob(".*"):  # of writers that were killed
         draft.unlink()
     assert content(tmp_path) == undisturbed
+
+
+def test_answers_at_hand_become_entries_at_once(items: list[dict], tmp_path: Path) -> None:
+    filled(tmp_path, items)
+    other = teacher()
+    other.image.fingerprint = "other"
+    again = Store(tmp_path, other, FakeMllm(), per_plane=3)
+    ahead = []
+    prepare, write = again._slices, again._write
+    again._slices = lambda item: ahead.append(item) or prepare(item)  # type: ignore
+    waiting: list[int] = []
+    again._write = lambda *a: waiting.append(len(ahead)) or write(*a)  # type: ignore
+    again.fill(items)
+    assert [prepared - done for done, prepared in enumerate(waiting)][0] <= 3 < len(items)
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_line_cut_within_a_letter_is_asked_again(cut: int, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "a.jsonl", {})
+    log.add(("axial", 1), "Kept.")
+    log.add(("axial", 2), "3 µm")
+    whole = log.path.read_bytes()
+    log.path.write_bytes(whole[: whole.index("µ".encode()) + cut])
+    assert AnswerLog(log.path, {}).known == {("axial", 1): "Kept."}
+
+
+def test_an_answer_may_hold_any_separator(tmp_path: Path) -> None:
+    answer = "One.\u2028Two.\u0085Three.\r\nFour.\x1cFive."
+    AnswerLog(tmp_path / "a.jsonl", {}).add(("axial", 1), answer)
+    assert AnswerLog(tmp_path / "a.jsonl", {}).known == {("axial", 1): answer}
+
+
+def test_tidying_a_log_keeps_what_another_process_wrote(tmp_path: Path) -> None:
+    ours, theirs = (AnswerLog(tmp_path / "a.jsonl", {}) for _ in range(2))
+    ours.add(("axial", 1), "One.")
+    theirs.add(("axial", 2), "Two.")
+    ours.save()
+    assert set(AnswerLog(tmp_path / "a.jsonl", {}).known) == {("axial", 1), ("axial", 2)}
+
+
+def test_copies_of_a_volume_are_asked_about_once(items: list[dict], tmp_path: Path) -> None:
+    copy = tmp_path / "copy.nii.gz"
+    copy.write_bytes(Path(items[0]["image"]).read_bytes())
+    store = Store(tmp_path / "s", teacher(), captioner := FakeMllm(), per_plane=3)
+    ready = store.fill([items[0], {**items[0], "image": str(copy)}])
+    assert captioner.calls == 9 and ready[0]["targets"] == ready[1]["targets"]

@@ -239,6 +239,12 @@ def test_a_key_does_not_travel_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> 
     ServedCaptions("https://gpu7:8000/v1", "tiny", allow_upload=True)
 
 
+@pytest.mark.parametrize("word", ["false", "no", 1])
+def test_leave_is_a_boolean_and_no_word(word: Any) -> None:
+    with pytest.raises(ValueError, match="allow_upload must be True or False, got"):
+        ServedCaptions("https://gpu7/v1", "tiny", allow_upload=word)
+
+
 @pytest.mark.parametrize("host", ["LOCALHOST", "127.3.2.1", "[::1]"])
 def test_this_machine_needs_no_leave(host: str) -> None:
     assert ServedCaptions(f"http://{host}:8000/v1", "tiny", key_variable="").loopback
@@ -252,7 +258,7 @@ def test_this_machine_needs_no_leave(host: str) -> None:
     ],
 )  # fmt: skip
 def test_pixels_do_not_leave_unless_allowed(host: str) -> None:
-    with pytest.raises(ValueError, match=rf"{re.escape(host)}, .* set allow_upload to true"):
+    with pytest.raises(ValueError, match=rf"{re.escape(host)}, .* set allow_upload to True"):
         ServedCaptions(f"https://{host}/v1", "tiny")
     assert not ServedCaptions(f"https://{host}/v1", "tiny", allow_upload=True).loopback
 

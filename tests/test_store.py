@@ -177,3 +177,40 @@ def test_a_plan_counts_only_the_answers_that_are_missing(
 def test_a_plan_reads_no_volume_and_hashes_none(items: list[dict], store: Store) -> None:
     store.plan(items)
     assert not (store.root / "files.jsonl").exists()
+
+
+def test_a_plan_survives_bad_volumes_and_counts_them(
+    items: list[dict], store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(items[0]["image"]).write_bytes(b"no volume")
+    nib.save(nib.Nifti1Image(np.ones((4, 5), np.float32), np.eye(4)), items[1]["image"])
+    assert store.plan(items)["slices"] == 12
+    assert "2 of 3 looked at cannot be read" in capsys.readouterr().out
+
+
+def test_a_file_that_is_gone_is_a_bad_volume_like_others(items: list[dict], store: Store) -> None:
+    Path(items[0]["image"]).unlink()
+    with pytest.raises(ValueError, match="1 bad of 3.*(.|\n)*image must be a file"):
+        store.fill(items)
+    assert len(store.fill(items, skip_bad=True)) == 2
+
+
+def test_a_file_name_need_not_be_utf_8(tmp_path: Path, store: Store) -> None:
+    item = volume(tmp_path / os.fsdecode(b"M\xfcller.nii.gz"))
+    done = Path(store.fill([item])[0]["targets"])
+    assert "M\\udcfcller" in done.with_suffix(".json").read_text()
+
+
+def test_a_full_store_can_be_read_where_nothing_can_be_written(
+    items: list[dict], store: Store, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.fill(items)
+    (store.root / "files.jsonl").unlink()
+    (store.root / "files.jsonl").mkdir()  # cannot be appended to, even by root
+    monkeypatch.setattr(Path, "exists", lambda path: path.name != "files.jsonl")
+    again = Store(store.root, teacher, TemplateCaptions(), per_plane=4)
+    assert len(again.fill(items)) == 3
+
+
+def test_one_plane_may_be_named_without_a_list(tmp_path: Path, teacher: Teacher) -> None:
+    assert Store(tmp_path, teacher, TemplateCaptions(), planes="axial").planes == [2]

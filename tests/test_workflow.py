@@ -40,6 +40,14 @@ def test_a_mistyped_override_stops_the_run(config: str, argument: str, advice: s
         check_overrides(["run", "--config_file", config, argument, "1"])
 
 
+@pytest.mark.parametrize(
+    ("value", "word"), [("false", "False"), ("true", "True"), ("null", "None")]
+)
+def test_a_word_that_would_arrive_as_text_stops_the_run(config: str, value: str, word: str) -> None:
+    with pytest.raises(SystemExit, match=f"as in Python, got --learning_rate {value}; {word}"):
+        check_overrides(["run", "--config_file", config, "--learning_rate", value])
+
+
 def test_args_file_is_checked_too(config: str, tmp_path: Path) -> None:
     arguments = tmp_path / "args.json"
     arguments.write_text(json.dumps({"config_file": config, "learning_rat": 1}))
