@@ -1,4 +1,4 @@
-"""Our MONAI Label app over REST: seconds to the first overlay and of a click, and what a round brings.
+"""Our MONAI Label app over REST: seconds to an overlay and of a click, and what a round brings.
 
 ENV/bin/python docs/benchmarks/bench_label.py ../shared/data/hippocampus [--out DIR]
 
@@ -48,7 +48,9 @@ CLICKS = 10  # of each start
 CASES, CORRECTED, EPOCHS = 35, 5, 100
 
 
-def start(folder: Path, bundles: Sequence[Path], studies: Path, threads: int) -> Any:
+def start(
+    folder: Path, bundles: Sequence[Path], studies: Path, threads: int
+) -> label_running.Server:
     """A server of these bundles, by the command that a user types."""
     folder.mkdir(parents=True, exist_ok=True)
     port = label_running.free_port()
@@ -58,13 +60,19 @@ def start(folder: Path, bundles: Sequence[Path], studies: Path, threads: int) ->
     return label_running.Server([*words, "--port", str(port)], folder, port)
 
 
-def ask(server: Any, model: str, image: str, output: str, clicks: dict[str, Any]) -> Any:
-    """What the server answers: the file's bytes for "image", what it says for "json"."""
-    path = f"/infer/{model}?image={image}&output={output}"
-    answer = server.ask("POST", path, params=json.dumps(clicks))
+def granted(answer: label_running.Answer, server: label_running.Server) -> Any:
+    """The body of an answer that is no refusal."""
     if answer.status != 200:
         raise ValueError(f"the server must answer 200, got {answer.status}; read {server.log}")
     return answer.body
+
+
+def ask(
+    server: label_running.Server, model: str, image: str, output: str, clicks: dict[str, Any]
+) -> Any:
+    """What the server answers: the file's bytes for "image", what it says for "json"."""
+    path = f"/infer/{model}?image={image}&output={output}"
+    return granted(server.ask("POST", path, params=json.dumps(clicks)), server)
 
 
 def untrained(folder: Path, overlays: Sequence[Path], click: bool = False) -> Path:
@@ -132,7 +140,7 @@ def one_start(folder: Path, bundles: list[Path], studies: Path) -> dict[str, Any
     return {
         "load_average": load, "load_average_after": os.getloadavg()[0],
         "start": server.seconds, "first_answer": first, "command_to_overlay": command,
-        "first_click": seconds[0], "clicks": seconds[1:], "network_alone": floor(click),
+        "first_click": seconds[0], "click": seconds[1:], "network_alone": floor(click),
         "parts": parts(told[1:]),
     }  # fmt: skip
 
@@ -154,30 +162,26 @@ def answers(root: Path) -> dict[str, Any]:
     size = root / "size.json"
     size.write_text(json.dumps({"spacing": [1.0] * 3, "patch_size": [SIZE] * 3}))
     overlays = [CONFIGS / "quickstart.yaml", size]
-    bundles = [untrained(root / "small", overlays), untrained(root / "deepedit_small", overlays, True)]  # fmt: skip
+    bundles = [untrained(root / "small", overlays)]
+    bundles.append(untrained(root / "deepedit_small", overlays, click=True))
     rows = [one_start(root / "server", bundles, root / "studies") for _ in range(STARTS)]
     single = ("start", "first_answer", "command_to_overlay", "first_click")
-    network = [seconds for row in rows for seconds in row["network_alone"]]
-    return {
-        "threads": THREADS,
-        "size": SIZE,
-        "seconds": {key: spread([row[key] for row in rows]) for key in single},
-        "click_seconds": spread([statistics.median(row["clicks"]) for row in rows]),
-        "every_click_seconds": spread([seconds for row in rows for seconds in row["clicks"]]),
-        "network_alone_seconds": spread(network),
-        "starts": rows,
-    }
+    seconds = {key: spread([row[key] for row in rows]) for key in single}
+    for key in ("click", "network_alone"):
+        seconds[key] = spread([x for row in rows for x in row[key]])
+    return {"threads": THREADS, "size": SIZE, "seconds": seconds, "starts": rows}
 
 
-def dice(server: Any, bundle: Path, cases: Sequence[str], data: Path) -> list[float]:
+def dice(
+    server: label_running.Server, bundle: Path, cases: Sequence[str], data: Path
+) -> list[float]:
     """Mean Dice over the classes of each case, segmented by the server."""
     names, found = class_names(bundle), []
     for case in tqdm(cases, "Asking"):
-        mask: Any = nib.Nifti1Image.from_bytes(
-            gzip.decompress(ask(server, bundle.name, case, "image", {}))
-        )
+        file = gzip.decompress(ask(server, bundle.name, case, "image", {}))
+        mask: Any = nib.Nifti1Image.from_bytes(file)
         truth: Any = nib.load(data / "labelsTr" / f"{case}.nii.gz")
-        maps = [torch.from_numpy(np.asarray(x.dataobj).astype(np.int16))[None] for x in (mask, truth)]  # fmt: skip
+        maps = [torch.from_numpy(np.array(x.dataobj, np.int16))[None] for x in (mask, truth)]
         spacing = [float(mm) for mm in truth.header.get_zooms()[:3]]
         found.append(mean_scores(case_scores(maps[0], maps[1], spacing, names))["dice"])
     return found
@@ -197,28 +201,25 @@ def correct_and_train(root: Path, data: Path) -> dict[str, Any]:
     try:
         before = dice(server, bundle, rest, data)
         for case in corrected:
-            server.save_label(case, data / "labelsTr" / f"{case}.nii.gz")
-        begin = perf_counter()
-        server.start_training(bundle.name, max_epochs=EPOCHS)
-        ended = ("DONE", "ERROR")
+            granted(server.save_label(case, data / "labelsTr" / f"{case}.nii.gz"), server)
+        granted(server.start_training(bundle.name, max_epochs=EPOCHS), server)
+        begin, ended = perf_counter(), ("DONE", "ERROR")
         server.wait(lambda: server.ask("GET", "/train/").body["status"] in ended, 3600)
         seconds = perf_counter() - begin
+        if server.ask("GET", "/train/").body["status"] == "ERROR":
+            raise ValueError(f"the training must end well, got an error; read {server.log}")
         after = dice(server, bundle, rest, data)
     finally:
         server.stop()
     gain = torch.tensor(after) - torch.tensor(before)
     measured = {"before": torch.tensor(before), "after": torch.tensor(after), "gain": gain}
     return {
-        "start_from": "random weights",
-        "load_average": load,
-        "threads": 1,
-        "epochs": EPOCHS,
-        "corrected": len(corrected),
-        "cases": len(rest),
+        "start_from": "random weights", "load_average": load, "threads": 1,
+        "epochs": EPOCHS, "corrected": len(corrected), "cases": len(rest),
         "train_seconds": seconds,
         "dice": {k: bootstrap(v, torch.arange(len(v)))._asdict() for k, v in measured.items()},
         "dice_of_cases": {"before": before, "after": after},
-    }
+    }  # fmt: skip
 
 
 def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

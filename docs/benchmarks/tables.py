@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -315,6 +316,40 @@ def clicks(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def label(result: dict[str, Any]) -> list[str]:
+    asked, taught = result["answers"], result["round"]
+    seconds, dice, size = asked["seconds"], taught["dice"], asked["size"]
+    loads = [start["load_average"] for start in asked["starts"]]
+    steps = {
+        name: median(start["parts"][name] for start in asked["starts"])
+        for name in asked["starts"][0]["parts"]
+        if name != "total"
+    }
+    slow = sorted((step for step in steps.items() if step[1] >= 0.02), key=lambda step: -step[1])
+    return [
+        "## MONAI Label",
+        "",
+        f"`bench_label.py` · {where(result)}; MONAI Label {result['monailabel']}",
+        "",
+        f"Our app over REST on {size}³ voxels with the U-Net of `quickstart.yaml` in one window, {asked['threads']} threads, "
+        f"{len(asked['starts'])} starts at a load average of {min(loads):.1f} to {max(loads):.1f}; median (least–greatest).",
+        "",
+        f"**From the command to the first overlay**: {span(seconds['command_to_overlay'], 1)} s (goal under 30 s: "
+        f"{reached(seconds['command_to_overlay']['median'] < 30)}), of which {span(seconds['start'], 1)} s until the server answers.",
+        "",
+        f"**A click's answer**: {span(seconds['click'])} s (goal under 2 s: {reached(seconds['click']['median'] < 2)}); the bare network "
+        f"takes {span(seconds['network_alone'])} s, a model's first click {span(seconds['first_click'])} s. Where the server's time goes: "
+        + ", ".join(f"{name.split()[-1]} {step:.2f} s" for name, step in slow)
+        + ".",
+        "",
+        f"**A round of correcting and training**: {taught['cases']} hippocampus development cases by a network from "
+        f"{taught['start_from']}, before and after {taught['epochs']} epochs ({taught['train_seconds'] / 60:.0f} minutes) on "
+        f"{taught['corrected']} others that were corrected: mean Dice {ends(dice['before'])} and {ends(dice['after'])}, "
+        f"gain {ends(dice['gain'])}, 95 % intervals over cases (goal a rise: {reached(dice['gain']['low'] > 0)}).",
+        "",
+    ]
+
+
 def backbones(result: dict[str, Any]) -> list[str]:
     lines = [
         "## Backbones",
@@ -335,7 +370,7 @@ def backbones(result: dict[str, Any]) -> list[str]:
 SECTIONS = {
     "pretrain": pretrain, "captions": captions, "served": served,
     "transport": transport, "sarcoma": sarcoma, "hippocampus": hippocampus,
-    "clicks": clicks, "clicks_14": clicks, "adrenal": adrenal, "finetune_speed": finetune_speed, "backbones": backbones,
+    "clicks": clicks, "clicks_14": clicks, "label": label, "adrenal": adrenal, "finetune_speed": finetune_speed, "backbones": backbones,
 }  # fmt: skip
 
 
