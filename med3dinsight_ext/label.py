@@ -58,6 +58,9 @@ def label(
 
 def serve(app: str, studies: str, folders: list[Path], port: int, host: str) -> None:
     """Run the server in this process until it is told to stop, then end what it started."""
+    # The programs that come with this environment's packages, whether it is activated or not
+    own = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", "")])
     from monailabel.main import Main
     from monailabel.utils.async_tasks.task import AsyncTask
 

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
 import fire
 import nibabel as nib
 import numpy as np
 from dicomweb_client import DICOMwebClient
+from playwright.sync_api import Page, sync_playwright
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+FIGURES = Path(__file__).parent / "figures"
+CHROMIUM = [
+    "--no-sandbox", "--no-first-run", "--no-proxy-server", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-quic",
+    "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
+]  # fmt: skip
+# Scrolls the three views to a voxel, and says where it is on the page in the axial one.
+GO_TO = """voxel => {
+  const service = services.cornerstoneViewportService;
+  const axial = service.getCornerstoneViewport("mpr-axial");
+  const world = axial.getImageData().imageData.indexToWorld(voxel);
+  for (const name of ["mpr-axial", "mpr-sagittal", "mpr-coronal"])
+    service.getCornerstoneViewport(name).jumpToWorld(world);
+  const box = axial.canvas.getBoundingClientRect(), at = axial.worldToCanvas(world);
+  return [box.x + at[0], box.y + at[1]];
+}"""
 
 
 def upload(store: str, *images: str) -> None:
@@ -24,10 +47,11 @@ def upload(store: str, *images: str) -> None:
         print(path, slices[0].SeriesInstanceUID)
 
 
-def dicom_slices(image: nib.Nifti1Image, patient: str) -> list[Dataset]:
-    """One MR slice for each index of the last axis; DICOM's x and y point against those of NIfTI."""
+def dicom_slices(image: Any, patient: str) -> list[Dataset]:
+    """One MR slice an index of the last axis; DICOM's x and y point against those of NIfTI."""
     volume = np.asarray(image.dataobj, dtype=np.float64)
     volume = np.round((volume - volume.min()) * (4095 / np.ptp(volume))).astype(np.uint16)
+    window = int(np.quantile(volume, 0.995))
     affine = np.diag([-1.0, -1, 1, 1]) @ image.affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     study, series, frame = generate_uid(), generate_uid(), generate_uid()
@@ -60,11 +84,63 @@ def dicom_slices(image: nib.Nifti1Image, patient: str) -> list[Dataset]:
         one.Columns, one.Rows = volume.shape[:2]
         one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
         one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 12, 11, 0
-        one.WindowCenter, one.WindowWidth = 2048, 4096
+        one.WindowCenter, one.WindowWidth = str(window // 2), str(window)
         one.PixelData = volume[:, :, k].T.tobytes()
         slices.append(one)
     return slices
 
 
+def shoot(server: str, patient: str, label: str, voxel: tuple[int, int, int]) -> None:
+    """Segment a patient's image in the viewer, click, run again; a screenshot after each.
+
+    Args:
+        server: URL of MONAI Label with one bundle that takes clicks.
+        patient: as the study list shows it.
+        label: that the click says is there.
+        voxel: to click, an index into the stored image.
+    """
+    FIGURES.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
+        page = browser.new_page(viewport={"width": 1400, "height": 640})
+        page.set_default_timeout(120_000)
+        begin = perf_counter()
+        page.goto(f"{server}/ohif/")
+        page.get_by_text("Confirm and Hide").click()
+        page.get_by_text(patient).first.click()
+        page.get_by_text("MONAI Label").first.click()
+        page.locator("#monailabelServerURL").fill(f"{server}/")
+        page.locator(".settingsTable button").click()
+        page.get_by_text("Auto-Segmentation").wait_for()
+        page.wait_for_timeout(2000)  # the viewer colours its segments a second after connecting
+        page.evaluate(GO_TO, voxel)
+        run(page, "segmentation")
+        print(f"viewer opened to first overlay: {perf_counter() - begin:.1f} s")
+        page.wait_for_timeout(6000)  # until the viewer's messages have gone
+        page.screenshot(path=FIGURES / "ohif_segmentation.png")
+        page.get_by_text("Point Prompts").click()
+        page.get_by_text("Clear All Points").click()  # else labels without points break the viewer
+        for row in page.locator("tr.clickable-row").all():  # only labels that were visited change
+            row.click()
+        page.locator("tr.clickable-row", has_text=label).click()
+        page.mouse.click(*page.evaluate(GO_TO, voxel))
+        page.wait_for_timeout(1000)
+        run(page, "pointprompts")
+        page.wait_for_timeout(6000)
+        page.screenshot(path=FIGURES / "ohif_click.png")
+        browser.close()
+
+
+def run(page: Page, tab: str) -> None:
+    """Press a tab's Run, and wait until the viewer has drawn the answer."""
+    begin = perf_counter()
+    with page.expect_response(lambda response: "/infer/" in response.url) as answer:
+        page.locator(f".tab:has(input[value={tab}]) button").first.click()
+    if not answer.value.ok:
+        raise RuntimeError(f"{tab} must be answered, got {answer.value.status}; see /logs/")
+    page.get_by_text(re.compile("Running .* - Successful")).last.wait_for()
+    print(f"{tab}: {perf_counter() - begin:.1f} s")
+
+
 if __name__ == "__main__":
-    fire.Fire({"upload": upload})
+    fire.Fire({"upload": upload, "shoot": shoot})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -20,8 +21,6 @@ import numpy as np
 import torch
 from fastapi import HTTPException
 from filelock import FileLock, Timeout
-from monailabel.config import settings
-from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask
@@ -36,6 +35,7 @@ from monailabel.utils.others.generic import file_ext
 from med3dinsight_ext import __version__
 from med3dinsight_ext.label import class_names, find_bundles
 from med3dinsight_ext.label_app.farthest import Features, farthest
+from med3dinsight_ext.label_app.stores import CheckedDatastore, DicomStore, on_grid
 from med3dinsight_ext.labels import read_label
 
 logger = logging.getLogger(__name__)
@@ -66,10 +66,17 @@ class LabelApp(MONAILabelApp):
         )
 
     def init_datastore(self) -> Datastore:
-        if self.studies.startswith(("http://", "https://")):
-            return super().init_datastore()
         names = max(map(class_names, self.bundles.values()), key=len)
+        if self.studies.startswith(("http://", "https://")):
+            return DicomStore(super().init_datastore()._client, names)
         return CheckedDatastore(self.studies, names)
+
+    def _download_dcmqi_tools(self) -> None:
+        if not shutil.which("itkimage2segimage"):
+            raise ValueError(
+                "dcmqi must be there for a DICOMweb store, got no itkimage2segimage in PATH; "
+                "make the environment again by label-install, or pip install dcmqi"
+            )
 
     def init_infers(self) -> dict[str, InferTask]:
         infers: dict[str, InferTask] = {}
@@ -134,36 +141,6 @@ def end_with(server: int) -> None:
     os._exit(1)
 
 
-class CheckedDatastore(LocalDatastore):
-    """A folder of images that takes only labels that fit their image.
-
-    Args:
-        studies: the folder.
-        names: of the classes; the label value is the index.
-    """
-
-    def __init__(self, studies: str, names: list[str]) -> None:
-        self.names = names
-        super().__init__(
-            studies,
-            extensions=["*.nii.gz", "*.nii"],
-            auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
-            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
-        )
-
-    def save_label(
-        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]
-    ) -> str:
-        image = self.get_image_uri(image_id)
-        if not image:
-            raise HTTPException(404, f"image must be one of the datastore's, got {image_id!r}")
-        try:
-            read_label({"image": image, "label": label_filename}, self.names)
-        except ValueError as error:
-            raise HTTPException(400, f"refused, nothing was saved: {error}") from error
-        return super().save_label(image_id, label_filename, label_tag, label_info)
-
-
 class Inference(BundleInferTask):
     """A bundle's inference.json with its model.pt, which has to fit as a whole."""
 
@@ -208,6 +185,8 @@ class Round(BundleTrainTask):
         names = class_names(Path(self.bundle_path))
         items = []
         for item in super()._fetch_datalist(request, datastore):
+            if item["label"].endswith(".nrrd"):
+                item["label"] = on_grid(item["label"], item["image"])
             try:
                 read_label(item, names)
             except ValueError as error:
