@@ -1,4 +1,4 @@
-"""Puts NIfTI images into a DICOMweb store."""
+"""Puts NIfTI images into a DICOMweb store, and takes the guide's pictures of OHIF."""
 
 from __future__ import annotations
 
