@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -267,8 +268,10 @@ def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict]
 def take(items: list[dict], count: int | None, seed: int = 0) -> list[dict]:
     """The first items of a seeded order, so that a smaller ``count`` gives a subset of a larger.
 
+    Classes keep their shares, and each has an item before one has two too many.
+
     Args:
-        items: to choose from; kept in their order.
+        items: to choose from; kept in their order. Labels that are numbers are classes.
         count: how many, at least 1; None for all.
         seed: of the order.
     """
@@ -276,7 +279,14 @@ def take(items: list[dict], count: int | None, seed: int = 0) -> list[dict]:
         return items
     if count < 1:
         raise ValueError(f"max_cases must be at least 1, got {count}; null takes all")
-    return [items[i] for i in sorted(np.random.RandomState(seed).permutation(len(items))[:count])]
+    random = [int(i) for i in np.random.RandomState(seed).permutation(len(items))]
+    classes: dict[Any, list[int]] = {}
+    for i in random:
+        label = items[i].get("label")
+        classes.setdefault(label if isinstance(label, int) else None, []).append(i)
+    turn = {i: n / len(same) for same in classes.values() for n, i in enumerate(same)}
+    chosen = sorted(random, key=turn.__getitem__)[:count]
+    return [items[i] for i in sorted(chosen)]
 
 
 def class_weights(items: list[dict], classes: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from conftest import real_data
 from monai.data import MetaTensor
 
-from med3dinsight_ext.data import class_items, datalist, hold_out, modality_name
+from med3dinsight_ext.data import class_items, datalist, hold_out, modality_name, take
 from med3dinsight_ext.volumes import ScaleByModalityd, check_volumes, guess_modality, read_volume
 
 GOOD = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
@@ -399,3 +399,10 @@ def test_a_class_without_a_case_is_an_error_in_training_alone() -> None:
 def test_class_names_must_differ(names: list[str]) -> None:
     with pytest.raises(ValueError, match="class_names must be two or more different ones, got"):
         class_items([], names)
+
+
+def test_few_cases_hold_every_class_in_its_share() -> None:
+    items = [{"image": f"{i}.nii.gz", "label": int(i % 5 == 0)} for i in range(200)]
+    for seed in range(20):
+        counts = [sum(i["label"] for i in take(items, n, seed)) for n in (2, 10, 50)]
+        assert counts == [1, 2, 10]

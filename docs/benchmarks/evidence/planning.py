@@ -150,7 +150,9 @@ def items_of(about: dict[str, Any], root: Path, score: str) -> tuple[list[Any], 
         items = datalists.datalist(folder / about["datalist"], folder, split, subset)
         keep = about.get("keep", {}).items()
         parts.append([item for item in items if all(item.get(key) == v for key, v in keep)])
-    return datalists.hold_out(parts[0], HELD_OUT) if score == "held_out" else (parts[0], parts[1])
+    train, judge = datalists.hold_out(parts[0], HELD_OUT) if score == "held_out" else parts
+    first = about.get("first")
+    return datalists.take(train, first), datalists.take(judge, first)
 
 
 def case_lists(plan: dict[str, Any], run: Run, root: Path, out: Path) -> dict[str, str | None]:
