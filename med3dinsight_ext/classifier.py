@@ -12,9 +12,9 @@ from monai.visualize import GradCAM
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .features import evaluating, features_of, find_features
 from .files import write_atomic
 from .metrics import fit_linear, knn_probe
-from .student import evaluating, features_of, find_features
 
 logger = logging.getLogger(__name__)
 HEADS = ("pooled", "neighbours", "own")

@@ -17,16 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import sha256
+
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -96,6 +89,19 @@ def features_of(output: Any) -> Tensor:
     return hidden[:, 0] if hidden.ndim == 3 else hidden.flatten(2).mean(2)
 
 
+def redraw(network: nn.Module, seed: int) -> nn.Module:
+    """The same network with weights as before any training (matrices as in He et al., 2015)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in network.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        for parameter in network.parameters():
+            if parameter.ndim > 1:  # torch's own default fades from layer to layer
+                nn.init.kaiming_normal_(parameter)
+    return network
+
+
 class Tower(nn.Module):
     """A frozen encoder that is loaded at its first use.
 
@@ -106,6 +112,7 @@ class Tower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self._seed: int | None = None
         self._device = torch.device("cpu")
         self._model: list[nn.Module] = []  # in a list: not a submodule, so in no checkpoint
 
@@ -115,11 +122,17 @@ class Tower(nn.Module):
     @property
     def model(self) -> nn.Module:
         if not self._model:
-            self._model.append(self.load().eval().requires_grad_(False))
+            model = self.load() if self._seed is None else redraw(self.load(), self._seed)
+            self._model.append(model.eval().requires_grad_(False))
         return self._model[0].to(self._device)
 
     def on(self, device: str | torch.device) -> None:
         self._device = torch.device(device)
+
+    def forget(self, seed: int) -> None:
+        """Draw the weights anew at the first use."""
+        self._seed = seed
+        self.fingerprint = f"{self.fingerprint}-random-{seed}"
 
 
 class ImageTower(Tower):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -9,9 +10,16 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from .encoders import sha256
-
 logger = logging.getLogger(__name__)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_atomic(path: Path, write: Any) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,34 +80,6 @@ class SlidingTokens(Inferer):
         return StudentOutput({n: t / count[..., None] for n, t in total.items()}, None, None)
 
 
-class FlipInferer(Inferer):
-    """Averages what a network says of a volume and of its mirror images.
-
-    Args:
-        inferer: runs the network on each.
-        axes: spatial axes (0 x, 1 y, 2 z) to mirror, in all combinations; none changes nothing.
-    """
-
-    def __init__(self, inferer: Inferer, axes: Sequence[int] = ()) -> None:
-        self.inferer = inferer
-        self.flips = [
-            [axis + 2 for axis in chosen]
-            for count in range(len(axes) + 1)
-            for chosen in itertools.combinations(axes, count)
-        ]
-
-    def __call__(
-        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """The mean: volumes (b, c, x, y, z) flipped back, class scores (b, c) as they are."""
-        plain = inputs.as_subclass(Tensor)  # metadata slows every layer
-        outputs = []
-        for flip in self.flips:
-            output = self.inferer(plain.flip(flip), network, *args, **kwargs)
-            outputs.append(output.flip(flip) if output.ndim == inputs.ndim else output)
-        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(0)
-
-
 class SliceGridd(MapTransform):
     """Adds an even grid of slices, then pads the volume to at least one patch.
 
@@ -159,7 +131,7 @@ class TokenWriter:
 
     Args:
         output_dir: folder; it gets the subfolders that the images have below ``root``.
-        teacher: encodes the prompts; not woken without any.
+        teacher: encodes the prompts; None where there are none.
         prompts: texts.
         root: folder of the images; others are named by their file alone.
     """
@@ -167,7 +139,7 @@ class TokenWriter:
     def __init__(
         self,
         output_dir: str | Path,
-        teacher: Teacher,
+        teacher: Teacher | None,
         prompts: Sequence[str] = (),
         root: str | Path | None = None,
     ) -> None:
@@ -178,7 +150,12 @@ class TokenWriter:
         self.prompts = list(prompts)
         self.root = None if root is None else Path(root).resolve()
         self._written: dict[Path, str] = {}
-        self._texts: Tensor | None = None
+
+    @cached_property
+    def _texts(self) -> Tensor:
+        if self.teacher is None:
+            raise ValueError("teacher must be given for prompts, got None; name one in the config")
+        return self.teacher.encode_text(self.prompts)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
@@ -222,8 +199,6 @@ class TokenWriter:
         batch: dict[str, Any],
         row: int,
     ) -> None:
-        if self._texts is None:
-            self._texts = self.teacher.encode_text(self.prompts)
         space = "joint" if "joint" in tokens else "text"
         if space not in tokens:
             raise ValueError(

@@ -6,7 +6,7 @@ from monai.networks.nets import DenseNet, SegResNet, UNet, ViT
 from torch import nn
 
 from med3dinsight_ext.classifier import Classifier, Neighbours, grad_cam, pooled_features, probe
-from med3dinsight_ext.inference import FlipInferer
+from med3dinsight_ext.flips import FlipInferer
 from med3dinsight_ext.losses import DeepSupervision
 from med3dinsight_ext.metrics import fit_linear, knn_probe
 

@@ -6,8 +6,9 @@ from fakes import PlainNet
 from monai.networks import nets
 from torch import Tensor, nn
 
+from med3dinsight_ext.features import as_grid, find_features
 from med3dinsight_ext.psat import PSAT
-from med3dinsight_ext.student import Student, as_grid, block_mask, find_features
+from med3dinsight_ext.student import Student, block_mask
 
 SIZE = (32, 16, 48)
 SMALL = partial(PSAT, hidden=16, heads=4, ffn=16, layers=1)

@@ -9,7 +9,7 @@ from monai.networks.nets import UNETR, DenseNet, DynUNet, SegResNet, SwinUNETR, 
 from safetensors.torch import save_file
 from torch import nn
 
-from med3dinsight_ext.student import encoder_parameters
+from med3dinsight_ext.features import encoder_parameters
 from med3dinsight_ext.weights import (
     Transfer,
     load_pretrained,

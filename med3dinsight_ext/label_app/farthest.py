@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.classifier import Classifier
-from med3dinsight_ext.encoders import sha256
-from med3dinsight_ext.files import HashMemo, write_atomic
+from med3dinsight_ext.files import HashMemo, sha256, write_atomic
 from med3dinsight_ext.workflow import load_weights
 
 logger = logging.getLogger(__name__)
