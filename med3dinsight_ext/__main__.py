@@ -1,4 +1,4 @@
-"""Command line: quickstart, doctor, captions, transfer-report, label."""
+"""Command line: quickstart, doctor, captions, transfer-report, label, publish."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import fire
 
 from .caption_page import captions
 from .doctor import doctor
+from .exports import export
 from .label import install, label
 from .label_bundle import label_bundle
+from .publish import publish, push
 from .quickstart import quickstart
+from .verify import verify
 from .weights import transfer_report
 
 if __name__ == "__main__":
@@ -21,5 +24,9 @@ if __name__ == "__main__":
             "label": label,
             "label-install": install,
             "label-bundle": label_bundle,
+            "publish": publish,
+            "verify": verify,
+            "export": export,
+            "push": push,
         }
     )

@@ -1,15 +1,17 @@
-"""Makes a trained segmentation network a folder that annotation servers and viewers can use."""
+"""Makes a trained network a folder that annotation servers, viewers and strangers can use."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from torch import Tensor, nn
 
 from .files import write_atomic
 from .weights import read_weights
@@ -36,36 +38,14 @@ def label_bundle(
         ValueError: the folder is there already, its name does not suit clicks, or the weights are
             not those of the network that the configs describe.
     """
-    if not isinstance(click, bool):
-        raise ValueError(f"click must be True or False, got {click!r}")
     folder, configs = Path(target), Path(bundle) / "configs"
     if folder.exists():
         raise ValueError(f"target must be a new folder, got {target}; choose another name")
-    if click and "deepedit" not in folder.name.lower():
-        raise ValueError(
-            f"target must have a name with deepedit for a network that takes clicks, got "
-            f"{folder.name}; call it deepedit_{folder.name}"
-        )
-    paths = overlays.split(",") if isinstance(overlays, str) else list(overlays)
-    for path in [path for path in map(str, paths) if path and not Path(path).is_file()]:
-        raise ValueError(f"overlays must be files, got {path}; correct the path")
-    merged = {}
-    for name, last in (("train", "click.yaml"), ("inference", "click_inference.yaml")):
-        files = [configs / f"{name}.json", *(path for path in paths if path)]
-        files += [configs / last] if click else []
-        merged[name] = dict(ConfigParser.load_config_files([str(file) for file in files]))
+    check_click("target", folder.name, click)
+    merged = merged_configs(configs, overlays, click)
     network = ConfigParser(merged["inference"]).get_parsed_content("network_def")
-    state = read_weights(weights)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"weights must be those of the network that the configs describe, got {weights}: "
-            f"{str(error).splitlines()[-1].strip()} Name the overlays of its training"
-        ) from error
-    metadata = _metadata(
-        json.loads((configs / "metadata.json").read_text("utf-8")), merged["train"]
-    )
+    state = fill(network, weights)
+    metadata = measured(configs / "metadata.json", network, merged["inference"])
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     (draft / "configs").mkdir(parents=True)
@@ -74,19 +54,110 @@ def label_bundle(
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, draft / name)
     for name, content in {**merged, "metadata": metadata}.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (draft / "configs" / f"{name}.json").write_text(text, "utf-8")
-    write_atomic(draft / "models" / "model.pt", lambda path: torch.save(state, path))
+        (draft / "configs" / f"{name}.json").write_text(as_json(content), "utf-8")
+    write_atomic(draft / "models" / "model.pt", lambda path: path.write_bytes(saved(state)))
     draft.rename(folder)
     print(f"wrote {folder}; python -m med3dinsight_ext label --studies DIR --bundles {folder}")
 
 
-def _metadata(metadata: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
-    """The bundle's, with the classes and sizes of the merged config."""
-    pred, image = (metadata["network_data_format"][side][name]
-                   for side, name in (("outputs", "pred"), ("inputs", "image")))  # fmt: skip
-    names = train["label_names"]
-    pred |= {"num_channels": len(names), "channel_def": {str(i): n for i, n in enumerate(names)}}
-    for part in (pred, image):
-        part["spatial_shape"] = train["patch_size"]
+def check_click(argument: str, name: str, click: bool) -> None:
+    """Whether a network's name tells what it takes; ``argument`` is what the name came as."""
+    if not isinstance(click, bool):
+        raise ValueError(f"click must be True or False, got {click!r}")
+    if click and "deepedit" not in name.lower():
+        raise ValueError(
+            f"{argument} must have a name with deepedit for a network that takes clicks, got "
+            f"{name}; call it deepedit_{name}"
+        )
+
+
+def merged_configs(
+    configs: Path, overlays: str | Sequence[str], click: bool
+) -> dict[str, dict[str, Any]]:
+    """A bundle's train and inference configs with the overlays that a network was trained with.
+
+    Args:
+        configs: folder of the bundle's.
+        overlays: files, separated by commas.
+        click: click.yaml and click_inference.yaml come last.
+    """
+    paths = overlays.split(",") if isinstance(overlays, str) else list(overlays)
+    for path in [path for path in map(str, paths) if path and not Path(path).is_file()]:
+        raise ValueError(f"overlays must be files, got {path}; correct the path")
+    merged = {}
+    for name, last in (("train", "click.yaml"), ("inference", "click_inference.yaml")):
+        files = [configs / f"{name}.json", *(path for path in paths if path)]
+        files += [configs / last] if click else []
+        merged[name] = dict(ConfigParser.load_config_files([str(file) for file in files]))
+    return merged
+
+
+def fill(network: nn.Module, weights: str | Path) -> dict[str, Tensor]:
+    """Load weights into a network, all of them; returns its state."""
+    state = read_weights(weights)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"weights must be those of the network that the configs describe, got {weights}: "
+            f"{str(error).splitlines()[-1].strip()} Name the overlays of its training"
+        ) from error
+    return network.state_dict()
+
+
+def saved(state: Mapping[str, Tensor]) -> bytes:
+    """A weights file whose bytes depend on nothing but the weights."""
+    stream = io.BytesIO()  # a path's name would stand in the archive
+    torch.save({name: value.detach().cpu().clone() for name, value in state.items()}, stream)
+    return stream.getvalue()
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def measured(path: Path, network: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A bundle's metadata with the sizes, channels and classes of one network, which is run once.
+
+    Args:
+        path: metadata.json of the bundle.
+        network: of ``config``.
+        config: inference config.
+
+    Raises:
+        ValueError: the network returns no tensor, or other channels than there are names.
+    """
+    metadata = json.loads(path.read_text("utf-8"))
+    parser = ConfigParser(dict(config))
+    size = list(parser.get_parsed_content("patch_size"))
+    backbone = config.get("backbone")
+    counted = isinstance(backbone, Mapping) and "in_channels" in backbone
+    channels = parser.get_parsed_content("backbone::in_channels") if counted else 1
+    with torch.no_grad():
+        output = network.eval()(torch.zeros(1, channels, *size))
+    if not isinstance(output, Tensor):
+        raise ValueError(f"network must return a tensor, got {type(output).__name__}")
+    names = config.get("label_names") or config.get("class_names") or ["reconstruction"]
+    if output.shape[1] != len(names):
+        raise ValueError(
+            f"network must return a channel for each of {names}, got {output.shape[1]}; "
+            "name the overlay with their names"
+        )
+    image, pred = (metadata["network_data_format"][side][name]
+                   for side, name in (("inputs", "image"), ("outputs", "pred")))  # fmt: skip
+    inputs = ["image"] if channels == 1 else ["image", *(f"clicks: {name}" for name in names)]
+    image |= _shape(torch.Size((1, channels, *size)), torch.float32, inputs)
+    pred |= _shape(output.shape, output.dtype, names)
+    if "label_names" in config:
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        metadata["label_classes"] = f"one channel: {listed}"
     return metadata
+
+
+def _shape(shape: torch.Size, dtype: torch.dtype, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "num_channels": shape[1],
+        "spatial_shape": list(shape[2:]),
+        "dtype": str(dtype).removeprefix("torch."),
+        "channel_def": {str(i): name for i, name in enumerate(names)},
+    }

@@ -24,19 +24,25 @@ from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
 HERE = Path(__file__).parent
 
 
-def measure(name: str, bundle: str, out: str, train: dict[str, Any], test: dict[str, Any]) -> None:
-    """Train and evaluate one config, and write results/<name>.json."""
-    folder = Path(out)
-    overlay, scores = str(HERE / f"{name}.yaml"), folder / "eval" / "metrics.json"
-    record = folder / "seconds.json"
+def trained(name: str, bundle: str, out: str, train: dict[str, Any], test: dict[str, Any]) -> Path:
+    """Train and evaluate with the overlay <name>.yaml what is not finished; the file of scores."""
+    folder, overlay = Path(out), str(HERE / f"{name}.yaml")
+    scores = folder / "eval" / ("retrieval" if bundle == "pretrain" else "metrics")
+    scores, record = scores.with_suffix(".json"), folder / "seconds.json"
     if not record.exists():
         begin = perf_counter()
         bundle_run(bundle, ["train.json", overlay], bundle_root=out, **train)
         record.write_text(json.dumps(perf_counter() - begin))
     if not scores.exists():
         bundle_run(bundle, ["train.json", overlay, "evaluate.json"], bundle_root=out, **test)
-    metrics = json.loads(scores.read_text())
-    write(name, {"train_seconds": json.loads(record.read_text()), "test": metrics})
+    return scores
+
+
+def measure(name: str, bundle: str, out: str, train: dict[str, Any], test: dict[str, Any]) -> None:
+    """Train and evaluate one config, and write results/<name>.json."""
+    metrics = json.loads(trained(name, bundle, out, train, test).read_text())
+    seconds = json.loads((Path(out) / "seconds.json").read_text())
+    write(name, {"train_seconds": seconds, "test": metrics})
 
 
 def hippocampus(data: str, out: str = "hippocampus_run") -> None:

@@ -367,10 +367,62 @@ def backbones(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def exports(result: dict[str, Any]) -> list[str]:
+    rows, files = result["rows"], ("model.ts", "model.onnx")
+    missing = [
+        f"{name} {file}" for name, row in rows.items() for file in files if "way" not in row[file]
+    ]
+    worst = {file: max((row[file]["max_relative_error"] for row in rows.values() if "way" in row[file]), default=0.0)
+             for file in files}  # fmt: skip
+    lines = [
+        "## TorchScript and ONNX of every backbone",
+        "",
+        f"`bench_exports.py` · {where(result)}; onnx {result['exporters']['onnx']}, onnxruntime {result['exporters']['onnxruntime']}",
+        "",
+        f"`export` on {len(rows)} backbones of the fine-tuning bundles at their own width, with random weights, in eval mode (without the "
+        "outputs of deep supervision). Largest difference from PyTorch as a share of the largest output, on the CPU: TorchScript "
+        f"{worst['model.ts']:.1e}, ONNX {worst['model.onnx']:.1e}; a file above {result['tolerance']:g} would not be kept. Batch: what "
+        "the file was seen to take; spatial sizes of a trace and of ONNX are those of the input. Seconds: of exporting, on a busy machine. Not exported: "
+        f"{', '.join(missing) or 'none'}.",
+        "",
+        "| backbone | input | TorchScript | batch | difference | s | ONNX | batch | difference | s | MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        cells = [name, " × ".join(map(str, row["size"]))]
+        for file in files:
+            made = row[file]
+            if "way" in made:
+                cells += [
+                    made["way"],
+                    str(made["shape"][0]),
+                    f"{made['max_relative_error']:.1e}",
+                    f"{made['seconds']:.0f}",
+                ]
+            else:
+                cells += ["none", "", "", ""]
+        onnx = row["model.onnx"]
+        lines.append(
+            f"| {' | '.join(cells)} | {onnx['bytes'] / 1e6:.1f} |"
+            if "way" in onnx
+            else f"| {' | '.join(cells)} | |"
+        )
+    reasons: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        for file in files:
+            for way, why in row[file].get("failed", {}).items():
+                text = why if len(why) <= 140 else why[:140] + " …"
+                reasons.setdefault(f"{file}, {way}: `{text}`", []).append(name)
+    lines += ["", "What did not work, and the first line of why:", ""]
+    lines += [f"- {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+    return [*lines, ""]
+
+
 SECTIONS = {
     "pretrain": pretrain, "captions": captions, "served": served,
     "transport": transport, "sarcoma": sarcoma, "hippocampus": hippocampus,
     "clicks": clicks, "clicks_14": clicks, "label": label, "adrenal": adrenal, "finetune_speed": finetune_speed, "backbones": backbones,
+    "exports": exports,
 }  # fmt: skip
 
 
