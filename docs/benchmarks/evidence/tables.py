@@ -5,239 +5,298 @@ python docs/benchmarks/evidence/tables.py
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Sequence
 from itertools import groupby
+from math import isnan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from torch import Tensor
+import yaml
+from differences import Cell, Difference, Record, cells, holm, level, results
+from drawing import curves, forest, metric
+from questions import SHARE, answers, compared, few, points, span, verdict
 
-from med3dinsight_ext.classification import auroc_of
-from med3dinsight_ext.report import STYLE
+from med3dinsight_ext.files import write_atomic
 
 HERE = Path(__file__).parent
-DRAWS = 2000
-Record = dict[str, Any]
+ORDER = list(yaml.safe_load((HERE / "plan.yaml").read_text())["arms"])
+REFERENCES = ("scratch", "reconstruction")
+JUDGED = {"test": "test cases", "held_out": "development cases that were held out"}
+ARMS = {
+    "scratch": "no pre-training",
+    "scratch_matched": "no pre-training; trained for as long as `default` took for both",
+    "reconstruction": "masked reconstruction alone",
+    "cosine_image": "cosine to the image embeddings alone",
+    "info_nce_image": "InfoNCE with images",
+    "info_nce_text": "InfoNCE with texts",
+    "info_nce": "InfoNCE with both",
+    "siglip_image": "SigLIP with images",
+    "siglip_text": "SigLIP with texts",
+    "siglip": "SigLIP with both",
+    "transport_paper": "partial transport as the papers have it: ε 0.03, mass 0.95, Mahalanobis; "
+    "unmasked reconstruction",
+    "transport": "partial transport, ε 0.1, cosine",
+    "transport_sharp": "partial transport, ε 0.03, cosine",
+    "transport_reconstruction": "`transport` and masked reconstruction",
+    "default": "the defaults of bundles/pretrain: SigLIP with both, and masked reconstruction",
+    "default_shuffled": "control: all captions are of other slices",
+    "default_template": "control: texts that name modality, plane and depth alone",
+    "default_untrained_teacher": "control: a teacher with random weights",
+    "default_blank": "control: `siglip` whose student sees zeros",
+    "default_1_slice": "1 slice a volume and step in place of 16",
+    "default_4_slices": "4 slices a volume and step in place of 16",
+    "default_near": "negatives of the same plane and depth alone",
+    "default_pooling": "in PSAT's place the mean of the features at the slice",
+    "default_no_positions": "PSAT asked about planes alone",
+    **{
+        f"{arm}_noise_{share}": f"`{arm}`, {share} % of the captions are of other slices"
+        for arm in ("info_nce", "siglip", "transport", "transport_sharp")
+        for share in (20, 40)
+    },
+}
+RULE = f"""The aim counts as reached if, on test cases, the default is above scratch on two of the
+three data sets with few labels (at most {SHARE:.0%}, or 3 cases) by an interval over cases and
+seeds that excludes zero, on none below scratch with all labels, and on none below masked
+reconstruction with few. Of the sarcomas, CT or MR must win and neither may lose."""
+SET_UP = """## Question and set-up
+
+Does pre-training that a frozen 2D image model and a frozen text model guide improve a 3D network,
+when, and which part of it does? All arms of a table have one network, one schedule and, a seed, the
+same labelled cases; they differ in what `plan.yaml` says of them. The teacher comes by pip:
+EfficientNet-Lite0 (ImageNet) at 128 pixels for images, MiniLM for the captions that a multimodal
+model wrote. Pre-training sees the images of the development cases and no label of them. Whatever
+was chosen was chosen on development cases that were held out."""
+READING = """Scores are per cent, differences are points. A score is the mean over seeds, with its
+95 % interval over cases. Differences are paired by case and by seed: the first interval is over
+cases (how sure for these trainings), the second over cases and seeds (how sure for the next one);
+2000 bootstrap draws each. p is of a paired test over cases, averaged over seeds: for Dice the signs
+of the cases' differences are flipped at random (10 000 times), for AUROC it is DeLong's; corrected
+by Holm for all p of a table. In the figures thick lines are intervals over cases, thin ones over
+cases and seeds."""
+THREATS = """## Threats to validity
+
+- **Small**: small networks, hundreds of steps, low resolution and at most a few hundred volumes. A
+  pre-training of this size may show nothing that a long one would show, and the other way round.
+- **The teacher is no medical model.** An ImageNet tower at 128 pixels sees less in a slice than
+  BiomedCLIP or MedSigLIP would; a line of `plan.yaml` changes it. Captions are those of one
+  multimodal model, and there are some for a part of the slices alone.
+- **In-domain**: pre-training and fine-tuning use the same volumes' images, so that gains on other
+  data may be smaller. Test cases are in neither.
+- **Three to five seeds** make the interval over seeds coarse, and drawing so few again makes it too
+  narrow. A seed also chooses the labelled cases, so that with few labels it is much of the spread.
+- **One fine-tuning schedule** for all arms: what is best for random weights need not be for others.
+- **Few test cases** of sarcoma (12 CT, 12 MR): only large differences can be seen there.
+- **Many comparisons**: p is corrected within a table and not over tables; the answers to the
+  questions are not corrected at all.
+- **Matched compute** counts processor (or device) seconds of the trainings; making the teacher's
+  embeddings once is not in it."""
 
 
-class Difference(NamedTuple):
-    """An arm's mean score, and what it is above scratch, over the seeds that both have.
-
-    cases: 95 % interval of ``above`` over cases. both: over cases and seeds, drawn apart. seeds:
-    ``above`` of each seed.
-    """
-
-    score: float
-    above: float
-    cases: tuple[float, float]
-    both: tuple[float, float]
-    seeds: list[float]
+def pair_cells(d: Difference | None, p: float | None) -> str:
+    if d is None or p is None:
+        return "– | –"
+    small = "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    return f"{points(d.above)} ({span(d.cases)}; {span(d.both)}) | {small}"
 
 
-def statistic(records: list[Record], weight: Tensor) -> Tensor:
-    """Score of each run (s, b) under b weightings of the cases (n, b): mean Dice, or AUROC."""
-    found = []
-    for record in records:
-        rows = sorted(record["cases"], key=lambda row: row["case"])
-        if "dice" in rows[0]:
-            groups = groupby(rows, key=lambda row: row["case"])
-            dice = torch.tensor(
-                [[float("nan") if r["dice"] is None else r["dice"] for r in g] for _, g in groups],
-                dtype=torch.float64,
-            ).nanmean(1)
-            found.append(dice @ weight / weight.sum(0))
-        else:
-            names = record["settings"]["class_names"]
-            label = torch.tensor([names.index(row["label"]) for row in rows])
-            score = torch.tensor([[row[f"p_{n}"] for n in names] for row in rows])
-            found.append(auroc_of(score, label, weight, len(names) - 1))
-    return torch.stack(found)
-
-
-def difference(arm: list[Record], scratch: list[Record], seed: int = 0) -> Difference:
-    """Paired by case and by seed."""
-    shared = sorted({r["seed"] for r in arm} & {r["seed"] for r in scratch})
-    pair = [sorted((r for r in a if r["seed"] in shared), key=lambda r: r["seed"])
-            for a in (arm, scratch)]  # fmt: skip
-    names = [{row["case"] for row in record["cases"]} for records in pair for record in records]
-    if any(other != names[0] for other in names):
-        raise ValueError("runs of a table must have scored the same cases; move odd ones away")
-    n, s = len(names[0]), len(shared)
-    generator = torch.Generator().manual_seed(seed)
-
-    def counts(size: int) -> Tensor:
-        drawn = torch.randint(size, (size, DRAWS), generator=generator)
-        zeros = torch.zeros(size, DRAWS, dtype=torch.float64)
-        return zeros.scatter_add(0, drawn, torch.ones(size, DRAWS, dtype=torch.float64))
-
-    one, cases = torch.ones(n, 1, dtype=torch.float64), counts(n)
-    ours, theirs = (statistic(records, one)[:, 0] for records in pair)
-    above = statistic(pair[0], cases) - statistic(pair[1], cases)
-
-    def interval(values: Tensor) -> tuple[float, float]:
-        low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return low, high
-
-    seeds = (ours - theirs).tolist()
-    return Difference(
-        float(ours.mean()), float((ours - theirs).mean()), interval(above.mean(0)),
-        interval((above * counts(s)).sum(0) / s), seeds,
-    )  # fmt: skip
-
-
-def results(folder: Path) -> list[Record]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-def grouped(records: list[Record], *keys: str) -> dict[Any, list[Record]]:
-    """Records by the values of keys; in the order of their first."""
-    found: dict[Any, list[Record]] = {}
-    for record in records:
-        found.setdefault(tuple(record[key] for key in keys), []).append(record)
-    return found
-
-
-def by_labels(records: list[Record]) -> list[tuple[str, list[Record]]]:
-    """Records of each number of labelled cases, few first."""
-    found = grouped(records, "labels")
-    return [(str(k[0] or "all"), found[k]) for k in sorted(found, key=lambda k: k[0] or 10**9)]
-
-
-def table(records: list[Record]) -> list[str]:
-    """An arm a row, a number of labels a column."""
-    columns = [(name, grouped(rows, "arm")) for name, rows in by_labels(records)]
+def table(cell: Cell) -> list[str]:
+    """An arm a row: score, and what it is above each reference."""
+    references = [arm for arm in REFERENCES if arm in cell.arms]
+    found = {
+        (arm, other): d
+        for arm in cell.arms
+        for other in references
+        if arm not in (other, "scratch") and (d := compared(cell, arm, other))
+    }
+    p = dict(zip(found, holm([d.p for d in found.values()]), strict=True))
+    second = "balanced accuracy" if metric(cell) == "AUROC" else "NSD"
+    heads = [f"above {name} | p" for name in references]
     lines = [
-        "| arm | " + " | ".join(f"{name} labelled" for name, _ in columns) + " |",
-        "|---" * (1 + len(columns)) + "|",
+        " | ".join(["| arm | seeds", metric(cell), second, *heads]) + " |",
+        "|---|" + "---:|" * (3 + 2 * len(references)),
     ]
-    for (arm,) in grouped(records, "arm"):
-        cells = []
-        for _, arms in columns:
-            rows, scratch = arms.get((arm,), []), arms.get(("scratch",), [])
-            if not {r["seed"] for r in rows} & {r["seed"] for r in scratch}:
-                cells.append("–")
-                continue
-            d = difference(rows, scratch)
-            text = f"{100 * d.score:.1f}"
-            if arm != "scratch":
-                text += (
-                    f"; {100 * d.above:+.1f} ({100 * d.cases[0]:+.1f} to {100 * d.cases[1]:+.1f}; "
-                    f"{100 * d.both[0]:+.1f} to {100 * d.both[1]:+.1f})"
-                )
-            cells.append(f"{text}, {len(d.seeds)} seeds")
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    for arm, outcomes in cell.arms.items():
+        score, ends = level(outcomes)
+        other = sum(found.second for found in outcomes) / len(outcomes)
+        row = [
+            f"| {arm} | {len(outcomes)}",
+            f"{points(score, False)} ({span(ends, False)})",
+            "–" if isnan(other) else points(other, False),
+            *(pair_cells(found.get((arm, r)), p.get((arm, r))) for r in references),
+        ]
+        lines.append(" | ".join(row) + " |")
     return lines
 
 
-@rc_context(STYLE)
-def curves(records: list[Record]) -> Figure:
-    """What each arm is above scratch at each number of labels, with both intervals."""
-    figure = Figure((6.4, 3.6), layout="constrained")
-    ax = figure.subplots()
-    columns = [(name, grouped(rows, "arm")) for name, rows in by_labels(records)]
-    arms = [arm for (arm,) in grouped(records, "arm") if arm != "scratch"]
-    for i, arm in enumerate(arms):
-        at, found = [], []
-        for x, (_, column) in enumerate(columns):
-            if (arm,) in column and ("scratch",) in column:
-                at.append(x + 0.6 * ((i + 0.5) / len(arms) - 0.5))
-                found.append(difference(column[(arm,)], column[("scratch",)]))
-        color = f"C{i % 10}"
-        ax.plot(at, [100 * d.above for d in found], "o", ms=4, color=color, label=arm)
-        ax.vlines(at, *zip(*(d.both for d in _percent(found)), strict=True), color=color, lw=0.8)
-        ax.vlines(at, *zip(*(d.cases for d in _percent(found)), strict=True), color=color, lw=2.4)
-    ax.axhline(0, color="gray", lw=0.8)
-    ax.set_xticks(range(len(columns)), [name for name, _ in columns])
-    ax.set(xlabel="labelled cases", ylabel="points above scratch")
-    figure.legend(loc="outside right upper")
-    return figure
+def mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
-def _percent(found: list[Difference]) -> list[Difference]:
-    def scaled(ends: tuple[float, float]) -> tuple[float, float]:
-        return 100 * ends[0], 100 * ends[1]
-
-    return [d._replace(cases=scaled(d.cases), both=scaled(d.both)) for d in found]
-
-
-def comparisons(records: list[Record]) -> dict[str, list[Record]]:
-    """Fine-tuning runs that belong in one table, by the name of their figure."""
-    fine = [r for r in records if "error" not in r and r["bundle"] != "pretrain"]
-    found = grouped(fine, "task", "backbone", "variant", "score")
-    return {"-".join(part for part in key[:3] if part): rows for key, rows in found.items()}
-
-
-def drawable(rows: list[Record]) -> bool:
-    arms = grouped(rows, "arm")
-    return len(arms) > 1 and ("scratch",) in arms
-
-
-def section(folder: Path) -> list[str]:
-    """What a budget's runs say."""
-    records = results(folder)
-    failed = [f"- {r['name']}: {r['error']}" for r in records if "error" in r]
+def pre_training(records: Sequence[Record]) -> list[str]:
+    """Cost, loss and retrieval of each arm's pre-trainings, means over seeds."""
+    done = [r for r in records if r["bundle"] == "pretrain" and "error" not in r]
+    if not done:
+        return []
     lines = [
-        f"## {folder.name}",
+        "Pre-training, means over seeds. Retrieval: R@5 in per cent within modality, plane and "
+        "depth, on cases that it did not see; then that of the same student on a volume of zeros, "
+        "and chance. An arm without images (or texts) has not trained that head. Losses of "
+        "different kinds have different scales.",
         "",
-        f"`run.py DATA --budget {folder.name}`: {len(records)} runs, {len(failed)} failed; "
-        f"{sum(r['seconds'] for r in records) / 3600:.1f} hours of "
-        f"{', '.join(sorted({r['device'] for r in records}))}; commit "
-        f"{', '.join(sorted({r['commit'] for r in records}))}.",
+        "| corpus | arm | seeds | steps | CPU s | s | MB | loss | slice → image | zero | chance | "
+        "slice → text | zero | chance |",
+        "|---|---|" + "---:|" * 12,
+    ]  # fmt: skip
+    rank = {arm: i for i, arm in enumerate(ORDER)}
+
+    def key(record: Record) -> tuple[Any, ...]:
+        return (
+            record["corpus"],
+            record["backbone"],
+            rank.get(record["arm"], len(rank)),
+            record["arm"],
+        )
+
+    for (corpus, backbone, _, arm), group in groupby(sorted(done, key=key), key=key):
+        runs = list(group)
+        cost = [
+            mean(r[name] for r in runs)
+            for name in ("steps", "cpu_seconds", "train_seconds", "peak_megabytes")
+        ]
+        loss = mean(r["last_epoch"]["loss"] for r in runs)
+        found = []
+        for target in ("image", "text"):
+            name = f"{target}_within_r5"
+            for part, k in (
+                ("student", name),
+                ("volume_zero", name),
+                ("student", f"{name}_chance"),
+            ):
+                value = mean(r["retrieval"].get(part, {}).get(k) for r in runs)
+                found.append("–" if value is None else points(value, False))
+        numbers = [f"{value:.0f}" for value in cost if value is not None]
+        row = [f"{corpus} {backbone}", arm, str(len(runs)), *numbers, f"{loss:.3f}", *found]
+        lines.append(f"| {' | '.join(row)} |")
+    return [*lines, ""]
+
+
+def failures(records: Sequence[Record]) -> list[str]:
+    lines = [f"- {r['name']}: {r['error']}" for r in records if "error" in r]
+    for r in records:
+        lines += [f"- {r['name']}, before it went well: {e}" for e in r.get("failed_before", [])]
+    return ["Failed:", "", *lines, ""] if lines else []
+
+
+def panels(found: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that differ in the number of labels alone."""
+    return [list(group) for _, group in groupby(found, key=lambda cell: cell.table)]
+
+
+def figures(found: Sequence[Cell]) -> dict[str, tuple[str, list[list[Cell]]]]:
+    """What can be drawn of a budget: name of the file, what it shows, its panels."""
+    made = {}
+    grown = [g for g in panels(found) if len(g) > 1]
+    against = [
+        g for group in panels(found)
+        if (g := [c for c in group if "scratch" in c.arms and len(c.arms) > 1])
+    ]  # fmt: skip
+    if against:
+        made["forest"] = ("points above scratch", against)
+    if grown:
+        made["curves"] = ("scores by labelled cases", grown)
+    return made
+
+
+def section(folder: str, found: Sequence[Cell], records: Sequence[Record]) -> list[str]:
+    """Figures, tables, pre-trainings and failures of a budget."""
+    scores = dict.fromkeys(r["score"] for r in records if "score" in r)
+    judged = " and ".join(JUDGED[score] for score in scores)
+    lines = [f"### Budget {folder}" + (f", judged on {judged}" if judged else ""), ""]
+    for name, (shown, _) in figures(found).items():
+        lines += [f"![{folder}: {shown}](figures/{folder}-{name}.png)", ""]
+    for cell in found:
+        about = f"{cell.task}, {cell.backbone}, {few(cell.labels)} labelled"
+        about += f", {cell.variant}" if cell.variant else ""
+        lines += [f"**{about}**", "", *table(cell), ""]
+    return [*lines, *pre_training(records), *failures(records)]
+
+
+def costs(budgets: dict[str, list[Record]]) -> list[str]:
+    lines = [
+        "## Commands and costs",
         "",
+        "From nothing but the data folder; what has its JSON is not repeated. Then `python "
+        "docs/benchmarks/evidence/tables.py` writes this page.",
+        "",
+        "| command | runs | failed | hours, summed over runs | CPU hours of training | device | "
+        "commit |",
+        "|---|---:|---:|---:|---:|---|---|",
     ]
-    for name, rows in comparisons(records).items():
-        metric = "Mean Dice" if "dice" in rows[0]["cases"][0] else "AUROC"
-        judged = {"test": "test cases", "held_out": "held-out development cases"}[rows[0]["score"]]
-        lines += [
-            f"**{name}**: {metric} in per cent on {judged}; then what it is above scratch, with "
-            "its 95 % interval over cases, and over cases and seeds.",
-            "",
-            *table(rows),
-            "",
-        ]
-        if drawable(rows):
-            lines += [f"![{name}](figures/{folder.name}-{name}.png)", ""]
-    before = [r for r in records if "error" not in r and r["bundle"] == "pretrain"]
-    if before:
-        lines += [
-            "Slice → image within plane and depth, R@1 in per cent:",
-            "",
-            "| pre-training | steps | minutes | student | volume zero | chance |",
-            "|---|---|---|---|---|---|",
-        ]
-    for r in before:
-        student, zero = r["retrieval"]["student"], r["retrieval"]["volume_zero"]
-        key = "image_within_r1"
-        values = (student.get(key), zero.get(key), student.get(f"{key}_chance"))
-        cells = " | ".join("–" if value is None else f"{100 * value:.1f}" for value in values)
-        lines.append(f"| {r['name']} | {r['steps']} | {r['train_seconds'] / 60:.1f} | {cells} |")
-    lines += [""] if before else []
-    return [*lines, *(["Failed:", "", *failed, ""] if failed else [])]
-
-
-def folders(root: Path) -> list[Path]:
-    return sorted(path for path in (root / "results").iterdir() if any(path.glob("*.json")))
+    for folder, records in budgets.items():
+        failed = sum("error" in r for r in records)
+        hours = sum(r["seconds"] for r in records) / 3600
+        cpu = sum(r.get("cpu_seconds", 0) for r in records) / 3600
+        words = [", ".join(sorted({r[key] for r in records})) for key in ("device", "commit")]
+        lines.append(
+            f"| `python docs/benchmarks/evidence/run.py ../shared/data --budget {folder}` | "
+            f"{len(records)} | {failed} | {hours:.2f} | {cpu:.2f} | {' | '.join(words)} |"
+        )
+    return lines
 
 
 def readme(root: Path = HERE) -> str:
-    lines = ["# Evidence", "", "Written by `tables.py` from `results/*/*.json`.", ""]
-    for folder in folders(root):
-        lines += section(folder)
-    return "\n".join(lines)
+    budgets = by_budget(root)
+    found = {name: cells(name, records, ORDER) for name, records in budgets.items()}
+    tested = [c for group in found.values() for c in group if c.score == "test"]
+    held = [c for group in found.values() for c in group if c.score != "test"]
+    present = {arm for group in found.values() for cell in group for arm in cell.arms}
+    lines = ["# Evidence: does it help, when, and which part?", "", *verdict(tested)]
+    lines += [RULE, "", "Written by `tables.py` from `results/*/*.json`.", "", SET_UP, ""]
+    lines += ["| arm | what it is |", "|---|---|"]
+    shown = [arm for arm in ORDER if arm in present]
+    lines += [f"| {arm} | {ARMS.get(arm, 'as `plan.yaml` says')} |" for arm in shown] + [""]
+    lines += [
+        "## Which part?", "",
+        "On test cases. Points and 95 % intervals over cases and seeds; an interval that excludes "
+        "zero decides. Means are over tasks, backbones, variants and pairs of arms.", "",
+        *answers(tested), "",
+    ]  # fmt: skip
+    lines += ["## Results", "", READING, ""]
+    for name, records in budgets.items():
+        if any(cell.score == "test" for cell in found[name]):
+            lines += section(name, found[name], records)
+    if not tested:
+        lines += ["Not run yet.", ""]
+    lines += [
+        "## Choices", "",
+        "Judged on development cases; kept apart, since these runs favour what they chose.", "",
+    ]  # fmt: skip
+    if held:
+        lines += ["<details><summary>The questions above, on these runs</summary>", ""]
+        lines += [line for line in answers(held) if not line.endswith("Not run yet.")]
+        lines += ["", "</details>", ""]
+    for name, records in budgets.items():
+        if not any(cell.score == "test" for cell in found[name]):
+            lines += section(name, found[name], records)
+    return "\n".join([*lines, THREATS, "", *costs(budgets), ""])
+
+
+def by_budget(root: Path) -> dict[str, list[Record]]:
+    folders = sorted(path for path in (root / "results").iterdir() if any(path.glob("*.json")))
+    return {path.name: results(path) for path in folders}
 
 
 def draw(root: Path = HERE) -> None:
     """Write the figures that the page shows."""
     (root / "figures").mkdir(exist_ok=True)
-    for folder in folders(root):
-        for name, rows in comparisons(results(folder)).items():
-            if drawable(rows):
-                curves(rows).savefig(root / "figures" / f"{folder.name}-{name}.png", dpi=150)
+    for folder, records in by_budget(root).items():
+        for name, (_, groups) in figures(cells(folder, records, ORDER)).items():
+            figure = curves(groups) if name == "curves" else forest(groups, ORDER)
+            figure.savefig(root / "figures" / f"{folder}-{name}.png", dpi=150)
 
 
 if __name__ == "__main__":
     draw()
-    (HERE / "README.md").write_text(readme())
+    text = readme()
+    write_atomic(HERE / "README.md", lambda draft: draft.write_text(text))

@@ -1,0 +1,207 @@
+"""The issue's questions and the verdict, as sentences that the runs decide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import isnan
+from typing import NamedTuple
+
+import torch
+from differences import Cell, Difference, Interval, difference, interval
+
+CASES = {  # that may train, in each task
+    "hippocampus": 140, "sarcoma_ct": 29, "sarcoma_mr": 29, "adrenal": 1188,
+    "adrenal_from_both": 1188,
+}  # fmt: skip
+DATA_SETS = {
+    "hippocampus": ("hippocampus",), "sarcoma": ("sarcoma_ct", "sarcoma_mr"),
+    "adrenal": ("adrenal",),
+}  # fmt: skip
+MAIN = ("", "finetune")  # variants of the fine-tuning that the verdict looks at
+SHARE = 0.1  # of the labels, or 3 cases: few
+QUESTIONS = {  # pairs of arms that differ in one thing
+    "Does pre-training help beyond the time it takes?": [("default", "scratch_matched")],
+    "Do the 2D models add to masked reconstruction?": [("default", "reconstruction")],
+    "Does reconstruction add to alignment?": [
+        ("default", "siglip"),
+        ("transport_reconstruction", "transport"),
+    ],
+    "Does text add to images?": [("siglip", "siglip_image"), ("info_nce", "info_nce_image")],
+    "Do images add to text?": [("siglip", "siglip_text"), ("info_nce", "info_nce_text")],
+    "Does a contrast with other slices add to the cosine?": [
+        ("siglip_image", "cosine_image"),
+        ("info_nce_image", "cosine_image"),
+    ],
+    "Does partial transport add to SigLIP?": [
+        ("transport", "siglip"),
+        ("transport_reconstruction", "default"),
+    ],
+    "Does our default beat the loss of the paper?": [("default", "transport_paper")],
+    "Does PSAT add to pooling at the slice?": [("default", "default_pooling")],
+    "Do positions add to planes?": [("default", "default_no_positions")],
+    "Do more slices a volume help?": [
+        ("default", "default_1_slice"),
+        ("default", "default_4_slices"),
+    ],
+    "Do negatives from the same plane and depth help?": [("default_near", "default")],
+    "Does what the teacher has learnt matter?": [("default", "default_untrained_teacher")],
+    "Does it matter that a caption is of its slice?": [("default", "default_shuffled")],
+    "Do the captions of a model add to templates?": [("default", "default_template")],
+    "Does it matter what the volume shows?": [("siglip", "default_blank")],
+    **{
+        f"Do captions of other slices (20 %, 40 %) cost {name} anything?": [
+            (arm, f"{arm}_noise_{share}") for share in (20, 40)
+        ]
+        for arm, name in {
+            "info_nce": "InfoNCE",
+            "siglip": "SigLIP",
+            "transport_sharp": "partial transport at ε 0.03",
+            "transport": "partial transport at ε 0.1",
+        }.items()
+    },
+}
+
+
+def points(value: float, sign: bool = True) -> str:
+    """A share as points of a hundred."""
+    rounded = round(100 * value, 1)
+    if not rounded:
+        return "0.0"
+    return (f"{rounded:+.1f}" if sign else f"{rounded:.1f}").replace("-", "−")
+
+
+def span(ends: Interval, sign: bool = True) -> str:
+    if isnan(ends[0]):
+        return "one seed"
+    return f"{points(ends[0], sign)} to {points(ends[1], sign)}"
+
+
+def compared(cell: Cell, one: str, other: str) -> Difference | None:
+    if one not in cell.arms or other not in cell.arms:
+        return None
+    return difference(cell.arms[one], cell.arms[other])
+
+
+def few(labels: int | None) -> str:
+    return "all" if labels is None else str(labels)
+
+
+def place(cell: Cell, backbones: bool) -> str:
+    words = [cell.task, cell.variant, *([cell.backbone] if backbones else [])]
+    return f"{' '.join(word for word in words if word)}, {few(cell.labels)} labelled"
+
+
+def answers(cells: Sequence[Cell]) -> Iterator[str]:
+    """A list item for each question: the mean where labels are fewest, then all comparisons."""
+    many = len({cell.backbone for cell in cells}) > 1
+    fewest: dict[tuple[str, ...], Cell] = {}
+    for cell in cells:
+        fewest.setdefault(cell.table, cell)
+    for question, pairs in QUESTIONS.items():
+        lines, small, better, worse, total = [], [], 0, 0, 0
+        for pair in pairs:
+            found = [(cell, d) for cell in cells if (d := compared(cell, *pair))]
+            small += [d for c, d in found if fewest[c.table] is c and len(d.seeds) > 1]
+            better += sum(d.both[0] > 0 for _, d in found)
+            worse += sum(d.both[1] < 0 for _, d in found)
+            total += len(found)
+            texts = [f"{place(cell, many)} {points(d.above)} ({span(d.both)})" for cell, d in found]
+            if texts:
+                lines.append(f"  - `{pair[0]}` − `{pair[1]}`: {'; '.join(texts)}")
+        if not small:
+            yield f"- **{question}** {'Not known from one seed.' if lines else 'Not run yet.'}"
+            yield from lines
+            continue
+        mean = sum(d.above for d in small) / len(small)
+        ends = interval(torch.stack([d.drawn for d in small]).mean(0))
+        word = "Yes" if ends[0] > 0 else "On the contrary" if ends[1] < 0 else "Not seen"
+        yield (
+            f"- **{question}** {word}: {points(mean)} ({span(ends)}) with the fewest labels"
+            + (f", mean of {len(small)} comparisons" if len(small) > 1 else "")
+            + f"; in all, higher in {better} and lower in {worse} of {total}."
+        )
+        yield from lines
+
+
+class Judgement(NamedTuple):
+    """Of one data set. None is not run yet.
+
+    wins: above scratch at few labels. keeps: not below scratch with all labels. level: not below
+    masked reconstruction at few labels.
+    """
+
+    wins: bool | None
+    keeps: bool | None
+    level: bool | None
+    text: str
+
+
+def certain(cell: Cell, other: str) -> Difference | None:
+    """What the default is above another arm, if two seeds or more can say."""
+    d = compared(cell, "default", other)
+    return d if d and len(d.seeds) > 1 else None
+
+
+def judgement(cells: Sequence[Cell], tasks: Sequence[str]) -> Judgement:
+    """Of the tasks of a data set: one wins and none loses."""
+    wins, keeps, level, texts = [], [], [], []
+    for task in tasks:
+        here = [cell for cell in cells if cell.task == task]
+        small = [c for c in here if c.labels and c.labels <= max(3, SHARE * CASES[task])]
+        for cell in small[:1]:
+            if d := certain(cell, "scratch"):
+                wins.append((d.both[0] > 0, d.both[1] < 0))
+                texts.append(f"{task} {points(d.above)} ({span(d.both)}) with {cell.labels}")
+            if d := certain(cell, "reconstruction"):
+                level.append(d.both[1] >= 0)
+                texts.append(f"{points(d.above)} ({span(d.both)}) to masked reconstruction")
+        for cell in (c for c in here if c.labels is None):
+            if d := certain(cell, "scratch"):
+                keeps.append(d.both[1] >= 0)
+                texts.append(f"{points(d.above)} ({span(d.both)}) with all")
+    return Judgement(
+        any(w for w, _ in wins) and not any(loses for _, loses in wins) if wins else None,
+        all(keeps) if keeps else None, all(level) if level else None, ", ".join(texts),
+    )  # fmt: skip
+
+
+def verdict(cells: Sequence[Cell]) -> list[str]:
+    """The first lines: is the aim reached on test cases? One paragraph a budget."""
+    lines = []
+    for folder in dict.fromkeys(cell.folder for cell in cells if cell.score == "test"):
+        here = [c for c in cells if (c.folder, c.score) == (folder, "test") and c.variant in MAIN]
+        if not here:
+            continue
+        backbones = [cell.backbone for cell in here for _ in cell.arms]
+        main = max(dict.fromkeys(backbones), key=backbones.count)
+        found = {
+            name: judgement([c for c in here if c.backbone == main], tasks)
+            for name, tasks in DATA_SETS.items()
+        }
+        wins = [name for name, j in found.items() if j.wins]
+        unknown = [name for name, j in found.items() if None in j[:3]]
+        could = [name for name, j in found.items() if j.wins or j.wins is None]
+        lost = [name for name, j in found.items() if False in (j.keeps, j.level)]
+        word = "Not complete yet" if unknown else "Reached"
+        if lost or len(could) < 2:
+            word = "Not reached"
+        said = f" ({', '.join(wins)})" if wins else ""
+        parts = [
+            f"**{word}** (budget `{folder}`, {main}): with few labels the default beats training "
+            f"from scratch on {len(wins)} of {len(DATA_SETS)} data sets{said}",
+            f"it falls behind (scratch with all labels, or masked reconstruction) on "
+            f"{' and '.join(lost)}" if lost else "",
+            f"not complete: {', '.join(unknown)}" if unknown else "",
+        ]  # fmt: skip
+        lines += [
+            f"{'; '.join(part for part in parts if part)}. Points above scratch with the 95 % "
+            "interval over cases and seeds: "
+            + "; ".join(j.text or f"{name} not run" for name, j in found.items())
+            + ".",
+            "",
+        ]
+    return lines or [
+        "**Not known yet**: no run has been judged on test cases. What stands below was judged on "
+        "development cases that were held out, and served to choose; it is no evidence.",
+        "",
+    ]
