@@ -108,7 +108,9 @@ def carry_out(run: Run, plan: dict[str, Any], root: Path, out: Path, results: Pa
         "steps": sum(row["steps"] for row in history),
         "train_seconds": sum(row["seconds"] for row in history),
         "cpu_seconds": json.loads(cost.read_text()) * steps,
-        "resumed_at": already, "first_epoch": history[0], "last_epoch": history[-1],
+        "resumed_at": already,
+        "first_epoch": history[0] if history else None,  # a probe has no epochs
+        "last_epoch": history[-1] if history else None,
     }  # fmt: skip
     if run.bundle == "pretrain":
         return report | {"retrieval": json.loads((found / "retrieval.json").read_text())}
@@ -221,7 +223,7 @@ def expected_seconds(run: Run, results: Path) -> float:
     for path in results.parent.glob("*/*.json"):
         record = json.loads(path.read_text())
         same = kind == [record.get(key) for key in ("task", "corpus", "backbone")]
-        if same and "steps" in record:
+        if same and record.get("steps"):
             step = record["train_seconds"] / record["steps"]
             found.append(step * run.settings["steps"] + record["seconds"] - record["train_seconds"])
     return statistics.median(found) if found else float("nan")
