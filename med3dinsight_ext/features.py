@@ -35,6 +35,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 def token_grid(tokens: int, size: Sequence[int]) -> tuple[int, ...] | None:
     """Grid of a flat token sequence: the input shrunk by one factor along every axis, if any."""
+    tokens, size = int(tokens), [int(n) for n in size]  # under a trace they are tensors
     factor = (math.prod(size) / tokens) ** (1 / 3)
     grid = tuple(round(n / factor) for n in size)
     even = all(g > 0 and n % g == 0 for g, n in zip(grid, size, strict=True))
