@@ -211,15 +211,18 @@ def test_a_segmentation_lies_where_the_image_shows_it(
     assert 2 * (mask & ball).sum() / (mask.sum() + ball.sum()) > 0.9
 
 
-def test_evaluation_scores_on_the_labels_own_grid(tmp_path: Path, volumes: Path) -> None:
+@pytest.mark.parametrize(("val_share", "cases"), [(0.5, 2), (0, 4)])
+def test_evaluation_scores_held_out_cases_or_all_on_the_labels_own_grid(
+    val_share: float, cases: int, tmp_path: Path, volumes: Path
+) -> None:
     (tmp_path / "models").mkdir()
     torch.save(fakes.Bright().state_dict(), tmp_path / "models" / "model.pt")
-    changes = settings("seg-finetune", tmp_path, volumes, val_share=0.5, spacing=[2.3, 2.3, 2.3])
+    changes = settings("seg-finetune", tmp_path, volumes, val_share=val_share, spacing=[2.3] * 3)
     changes["backbone"] = {"_target_": "fakes.Bright"}
     run("seg-finetune", ["train.json", "evaluate.json"], **changes)
     results = tmp_path / "eval"
     rows = list(csv.DictReader((results / "cases.csv").open()))
-    assert len(rows) == 2 and all(0.5 < float(row["dice"]) < 1 for row in rows)
+    assert len(rows) == cases and all(0.5 < float(row["dice"]) < 1 for row in rows)
     names = {"cases.csv", "metrics.json", "report.html", "overlays.png", "boxes.png"}
     assert names <= {p.name for p in results.iterdir()}
 
