@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from .files import write_atomic
 from .weights import read_weights
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "seg-finetune"
+NAMES = {"segmentation": "label_names", "classification": "class_names"}  # keys of configs
 COPIED = ("LICENSE", "docs", "configs/multi_gpu_train.json", "configs/logging.conf")
 
 
@@ -81,15 +83,63 @@ def merged_configs(
         overlays: files, separated by commas.
         click: click.yaml and click_inference.yaml come last.
     """
-    paths = overlays.split(",") if isinstance(overlays, str) else list(overlays)
-    for path in [path for path in map(str, paths) if path and not Path(path).is_file()]:
-        raise ValueError(f"overlays must be files, got {path}; correct the path")
+    listed = overlays.split(",") if isinstance(overlays, str) else overlays
+    paths = [path for path in (str(path).strip() for path in listed) if path]
+    for path in paths:
+        _check_overlay(path)
     merged = {}
     for name, last in (("train", "click.yaml"), ("inference", "click_inference.yaml")):
-        files = [configs / f"{name}.json", *(path for path in paths if path)]
+        files = [configs / f"{name}.json", *paths]
         files += [configs / last] if click else []
         merged[name] = dict(ConfigParser.load_config_files([str(file) for file in files]))
     return merged
+
+
+def _check_overlay(path: str) -> None:
+    if not Path(path).is_file():
+        raise ValueError(f"overlays must be files, got {path}; correct the path")
+    try:
+        content = ConfigParser.load_config_file(path)
+    except (ValueError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"overlays must be JSON or YAML, got {path}: {cause}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"overlays must be mappings, got {type(content).__name__} in {path}; write key: value"
+        )
+
+
+def kind_of(configs: Path) -> str:
+    """What a bundle is for, whatever overlays hold: a key of ``NAMES``, or "pretraining".
+
+    Args:
+        configs: folder of the bundle's.
+    """
+    own = ConfigParser.load_config_file(configs / "inference.json")
+    return next((kind for kind, key in NAMES.items() if key in own), "pretraining")
+
+
+def channel_names(kind: str, config: Mapping[str, Any]) -> list[str]:
+    """Names of what a network returns, one a channel.
+
+    Args:
+        kind: from ``kind_of``.
+        config: inference config.
+
+    Raises:
+        ValueError: they are not different, non-empty texts.
+    """
+    if kind not in NAMES:
+        return ["reconstruction"]
+    names = ConfigParser(dict(config)).get_parsed_content(NAMES[kind])
+    listed = isinstance(names, (list, tuple))
+    texts = listed and all(isinstance(name, str) and name.strip() for name in names)
+    if not texts or len(set(names)) < len(names):
+        raise ValueError(
+            f"{NAMES[kind]} must be a list of different texts, got {names}; quote them, as YAML "
+            "reads no, on and 0 otherwise"
+        )
+    return list(names)
 
 
 def fill(network: nn.Module, weights: str | Path) -> dict[str, Tensor]:
@@ -120,12 +170,13 @@ def measured(path: Path, network: nn.Module, config: Mapping[str, Any]) -> dict[
     """A bundle's metadata with the sizes, channels and classes of one network, which is run once.
 
     Args:
-        path: metadata.json of the bundle.
+        path: metadata.json of the bundle, in the folder of its configs.
         network: of ``config``.
         config: inference config.
 
     Raises:
-        ValueError: the network returns no tensor, or other channels than there are names.
+        ValueError: the network returns no tensor, or other channels than there are names; or these
+            are no names.
     """
     metadata = json.loads(path.read_text("utf-8"))
     parser = ConfigParser(dict(config))
@@ -137,7 +188,8 @@ def measured(path: Path, network: nn.Module, config: Mapping[str, Any]) -> dict[
         output = network.eval()(torch.zeros(1, channels, *size))
     if not isinstance(output, Tensor):
         raise ValueError(f"network must return a tensor, got {type(output).__name__}")
-    names = config.get("label_names") or config.get("class_names") or ["reconstruction"]
+    kind = kind_of(path.parent)
+    names = channel_names(kind, config)
     if output.shape[1] != len(names):
         raise ValueError(
             f"network must return a channel for each of {names}, got {output.shape[1]}; "
@@ -148,7 +200,7 @@ def measured(path: Path, network: nn.Module, config: Mapping[str, Any]) -> dict[
     inputs = ["image"] if channels == 1 else ["image", *(f"clicks: {name}" for name in names)]
     image |= _shape(torch.Size((1, channels, *size)), torch.float32, inputs)
     pred |= _shape(output.shape, output.dtype, names)
-    if "label_names" in config:
+    if kind == "segmentation":
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
         metadata["label_classes"] = f"one channel: {listed}"
     return metadata

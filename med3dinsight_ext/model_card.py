@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from monai.bundle import ConfigParser
 
-from .vendor import PACKAGE
+from .verify import PACKAGE
 
 METADATA = ("task", "description", "authors", "copyright", "data_source", "references",
             "intended_use")  # fmt: skip
@@ -39,7 +40,11 @@ def read_card(path: str | Path | None) -> dict[str, Any]:
         return {}
     if not Path(path).is_file():
         raise ValueError(f"card must be a YAML file, got no file at {path}; correct the path")
-    card = yaml.safe_load(Path(path).read_text("utf-8"))
+    try:
+        card = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"card must be a YAML file, got {path}: {cause}; correct it") from error
     if not isinstance(card, dict):
         raise ValueError(f"card must be a mapping, got {type(card).__name__} in {path}")
     for key, value in card.items():
@@ -63,12 +68,16 @@ class Scores(NamedTuple):
     table: str
 
 
-def read_scores(path: str | Path | None, kind: str) -> Scores:
+def read_scores(path: str | Path | None, kind: str, classes: Sequence[str] = ()) -> Scores:
     """What a bundle's own ``evaluate`` found.
 
     Args:
         path: eval/metrics.json of the two fine-tuning bundles, eval/retrieval.json of pretrain.
         kind: of ``TASKS``.
+        classes: that the model has, without a background; none in pre-training.
+
+    Raises:
+        ValueError: it is another file, or of a model with other classes.
     """
     if path is None:
         return Scores({}, "")
@@ -76,10 +85,16 @@ def read_scores(path: str | Path | None, kind: str) -> Scores:
         found = json.loads(Path(path).read_text("utf-8"))
         read = {"segmentation": _segmentation, "classification": _classification}
         flat, rows = read.get(kind, _retrieval)(found)
+        scored = list(found.get("classes") or found.get("per_class") or ())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"metrics must be the file that evaluate wrote of this {kind}, got {path}: {error!r}"
         ) from error
+    if scored != list(classes):
+        raise ValueError(
+            f"metrics must be of a model with the classes {list(classes)}, got {scored} in {path}; "
+            "evaluate this one"
+        )
     flat = {key: round(x, 4) for key, x in flat.items() if x is not None and math.isfinite(x)}
     return Scores(flat, _table(rows))
 
@@ -113,10 +128,13 @@ def _classification(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[list
               "ece": "calibration error"}  # fmt: skip
     per_class = found["per_class"]
     flat = {key: found[key] for key in (*titles, "accuracy")}
-    flat |= {f"auroc_{name}": row["auroc"] for name, row in per_class.items()}
+    if several := len(per_class) > 2:  # of two classes both have the same
+        flat |= {f"auroc_{name}": row["auroc"] for name, row in per_class.items()}
     rows = [["score", "cases", "all classes", *per_class]]
     for key, title in titles.items():
-        cells = [_interval(row.get(key), None, None) for row in per_class.values()]
+        told = several or key != "auroc"
+        cells = [_interval(row.get(key) if told else None, None, None)
+                 for row in per_class.values()]  # fmt: skip
         ends = found[key], found[f"{key}_low"], found[f"{key}_high"]
         rows.append([title, str(found["n"]), _interval(*ends), *cells])
     for key in ("sensitivity", "specificity"):
@@ -183,6 +201,8 @@ Give `models/model.pt` as `--pretrained` to the bundles `seg-finetune` and `cls-
 the `backbone` of this one.
 
 """
+USED = ("spacing", "ct_range", "batch_size", "max_epochs", "learning_rate", "seed")  # of train
+ONNX = "onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.23.2"  # also of Python 3.10
 RUN = "python -m monai.bundle run --config_file"
 TORCHRUN = "torchrun --standalone --nnodes=1 --nproc_per_node=8 -m monai.bundle run --config_file"
 EXPORT = (
@@ -194,7 +214,7 @@ EXPORT = (
 
 def readme(
     name: str, kind: str, metadata: Mapping[str, Any], train: Mapping[str, Any],
-    card: Mapping[str, Any], table: str, fault: str,
+    card: Mapping[str, Any], table: str, fault: str, traced: bool,
 ) -> str:  # fmt: skip
     """The text in the section order of MONAI's Model Zoo.
 
@@ -206,12 +226,22 @@ def readme(
         card: from ``read_card``.
         table: of the scores; "" if there are none.
         fault: why TorchScript cannot take the network; "" if it can.
+        traced: whether a trace can.
+
+    Raises:
+        ValueError: spacing or ct_range do not have the numbers that they need.
     """
     data = metadata["network_data_format"]
     image, pred = data["inputs"]["image"], data["outputs"]["pred"]
     size = " × ".join(map(str, image["spatial_shape"]))
-    spacing = " × ".join(map(str, train["spacing"]))
-    low, high = train["ct_range"]
+    part = "volumes" if kind == "classification" else "patches"
+    parser = ConfigParser(dict(train))
+    used = {key: parser.get_parsed_content(key) for key in USED}
+    for key, count in (("spacing", 3), ("ct_range", 2)):
+        if not isinstance(used[key], (list, tuple)) or len(used[key]) != count:
+            raise ValueError(f"{key} must be {count} numbers, got {used[key]}; correct the overlay")
+    spacing = " × ".join(map(str, used["spacing"]))
+    low, high = used["ct_range"]
     backbone = train["backbone"]
     network = backbone.get("_target_") if isinstance(backbone, Mapping) else backbone
     pins = {"monai": "monai_version", "torch": "pytorch_version", "numpy": "numpy_version"}
@@ -221,9 +251,13 @@ def readme(
     score, fit = DATA[kind]
     performance = f"{table}\n\n{READ[kind]}" if table else f"{UNTOLD} scores it reaches."
     more = PRETRAINED.format(embed=_run(fit, "train", "embed")) if kind == "pretraining" else ""
-    code = "TorchScript: `models/model.ts`.\n\n" + _block(EXPORT.format(kind="ckpt", end="ts"))
+    script = EXPORT.format(kind="ckpt", end="ts")
+    code = f"TorchScript: `models/model.ts`.\n\n{_block(script)}"
     if fault:
         code = f"{NO_TORCHSCRIPT}: {fault}"
+        if traced:
+            code = f"{NO_TORCHSCRIPT} by scripting ({fault}); a trace works:\n\n"
+            code += _block(f"{script} --use_trace True")
     elsewhere = ""
     if PACKAGE in str(train["network_def"]):
         elsewhere = "\n\nFrom another folder set `PYTHONPATH` to this one for exports and for "
@@ -253,9 +287,9 @@ Licence of the data: `docs/data_license.txt`.
 
 {card.get("training", f"{UNTOLD} hardware and commands made it.").strip()}
 
-From `configs/train.json`: patches or volumes of {size} voxels at {spacing} mm, batch size \
-{train["batch_size"]}, {train["max_epochs"]} epochs, learning rate {train["learning_rate"]}, seed \
-{train["seed"]}.
+From `configs/train.json`: {part} of {size} voxels at {spacing} mm, batch size \
+{used["batch_size"]}, {used["max_epochs"]} epochs, learning rate {used["learning_rate"]}, seed \
+{used["seed"]}.
 
 ### Input
 
@@ -310,7 +344,7 @@ network = load("{name}", bundle_dir="<folder above>")
 
 {code}
 
-ONNX: `models/model.onnx`; needs `pip install onnx onnxscript`.
+ONNX: `models/model.onnx`; needs `pip install {ONNX}`.
 
 {_block(EXPORT.format(kind="onnx", end="onnx"))}{elsewhere}
 
@@ -320,8 +354,8 @@ ONNX: `models/model.onnx`; needs `pip install onnx onnxscript`.
 
 # License
 
-Code: Apache License 2.0, see `LICENSE`. Weights: {card.get("license", "apache-2.0")}. Data: see \
-`docs/data_license.txt`.
+Code: Apache License 2.0, see `LICENSE`. Weights: `{card.get("license", "apache-2.0")}` (SPDX). \
+Data: see `docs/data_license.txt`.
 """
 
 

@@ -17,9 +17,19 @@ import yaml
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-from .label_bundle import as_json, check_click, fill, measured, merged_configs, saved
+from .label_bundle import (
+    as_json,
+    channel_names,
+    check_click,
+    fill,
+    kind_of,
+    measured,
+    merged_configs,
+    saved,
+)
 from .model_card import METADATA, front_matter, read_card, read_scores, readme
-from .vendor import PACKAGE, reached_modules, requirements, vendored
+from .vendor import reached_modules, requirements, vendored
+from .verify import LARGE, PACKAGE, TASKS
 
 SCHEMA = (
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"
@@ -29,8 +39,8 @@ COPIED = ("LICENSE", "configs/logging.conf")
 OVERLAYS = ("evaluate", "multi_gpu_train", "embed")  # of train.json
 PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretrained", "ckpt_dir",
           "output_dir", "store_dir")  # fmt: skip
-LARGE = 25_000_000  # bytes; what is larger, the Model Zoo keeps elsewhere
-HOME = re.compile(r"(?<![\w.>])(?:/(?:home|Users|root|mnt|tmp)/|~/|[A-Z]:\\\w)[^\s\"']*")
+BEFORE = r"(?<![\w.>])(?<!\+ ['\"])"  # the path goes on from a name, or joins what a key holds
+HOME = re.compile(BEFORE + r"(?:/(?:home|Users|root|mnt|tmp)/|~/|[A-Z]:\\\w)[^\s\"']*")
 
 
 def publish(
@@ -64,7 +74,7 @@ def publish(
     check_names(source, folder, click, version)
     files = contents(
         source, Path(weights), folder.name, overlays, click, metrics, card, version,
-        changes if isinstance(changes, str) else ", ".join(map(str, changes)),
+        change_text(changes),
     )  # fmt: skip
     check_places(files, (bundle, weights, out, ".", *(path for path in (card, metrics) if path)))
     large = [path for path, data in files.items() if len(data) > LARGE]
@@ -78,19 +88,31 @@ def check_names(source: Path, folder: Path, click: bool, version: str) -> None:
     """What can be told before anything is read."""
     if not (source / "configs" / "inference.json").is_file():
         raise ValueError(f"bundle must hold configs/inference.json, got {source}; correct the path")
-    if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", folder.name):
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)+", folder.name):
         raise ValueError(
             f"name must be task_modality in lower case, got {folder.name}; for instance "
             "hippocampus_mr_segmentation"
         )
+    if not any(task in folder.name for task in TASKS):
+        raise ValueError(f"name must tell the task, got {folder.name}; add one of {TASKS}")
     check_click("name", folder.name, click)
     if click and not (source / "configs" / "click_inference.yaml").is_file():
         raise ValueError(f"click must be False for {source}, got True; seg-finetune takes clicks")
     if not re.fullmatch(r"\d+\.\d+\.\d+", str(version)):
         raise ValueError(f"version must be three numbers, got {version}; for instance 0.1.0")
+    if files := [path for path in folder.parents if path.is_file()]:
+        raise ValueError(f"out must be a folder, got the file {files[0]}; choose another")
     for path in (folder, folder.with_name(f"{folder.name}.zip")):
         if path.exists():
             raise ValueError(f"out must not hold {path.name} yet, got {path}; choose another")
+
+
+def change_text(changes: object) -> str:
+    """What is new in a version; the command line makes a tuple of "a, b" and a number of "2"."""
+    text = ", ".join(map(str, changes)) if isinstance(changes, (list, tuple)) else changes
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"changes must be text, got {changes!r}; say what is new in this version")
+    return text
 
 
 def contents(
@@ -103,10 +125,14 @@ def contents(
     for stem, config in merged.items():
         own = _read(source / "configs" / f"{stem}.json")
         config |= {key: own[key] for key in PLACES if key in own}
+        given, asked = own.get("teacher"), config.get("teacher")
+        if isinstance(given, dict) and isinstance(asked, dict) and "_disabled_" in given:
+            asked.setdefault("_disabled_", given["_disabled_"])
     train, inference = merged["train"], merged["inference"]
-    kind = "classification" if "class_names" in inference else "segmentation"
-    kind = "pretraining" if "student" in inference else kind
-    scores = read_scores(metrics, kind)
+    kind = kind_of(source / "configs")
+    names = channel_names(kind, inference)
+    classes = {"segmentation": names[1:], "classification": names}
+    scores = read_scores(metrics, kind, classes.get(kind, ()))
     network = ConfigParser(dict(inference)).get_parsed_content("network_def")
     state = fill(network, weights)
     files = {"models/model.pt": saved(state)}
@@ -125,7 +151,8 @@ def contents(
         "eval_metrics": scores.flat,
     }
     fault = torchscript_fault(network)
-    text = readme(name, kind, metadata, train, told, scores.table, fault)
+    traced = bool(fault) and traces(network, metadata["network_data_format"]["inputs"]["image"])
+    text = readme(name, kind, metadata, train, told, scores.table, fault, traced)
     licence = (source / "docs" / "data_license.txt").read_text("utf-8")
     licence = told.get("data_license", licence.replace("no data and no weights", "no data"))
     texts = {
@@ -193,6 +220,25 @@ def torchscript_fault(network: nn.Module) -> str:
     return ""
 
 
+def traces(network: nn.Module, image: Mapping[str, Any]) -> bool:
+    """Whether a trace of a network returns what the network does, of another input too.
+
+    Args:
+        network: that scripting cannot take.
+        image: metadata of its input.
+    """
+    shape = 1, image["num_channels"], *image["spatial_shape"]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            trace = torch.jit.trace(network.eval(), torch.zeros(shape), check_trace=False)
+            other = torch.rand(shape, generator=generator)
+            return torch.allclose(trace(other), network(other), rtol=1e-4, atol=1e-4)
+    except Exception:  # whatever its tracer runs into
+        return False
+
+
 def check_places(files: Mapping[str, bytes], given: Iterable[str]) -> None:
     """Whether a text names a place on this machine.
 
@@ -206,7 +252,8 @@ def check_places(files: Mapping[str, bytes], given: Iterable[str]) -> None:
     for path, data in sorted(files.items(), key=lambda file: not file[0].startswith("configs/")):
         text = "" if path.startswith("models/") else data.decode()
         found = [match.group() for match in HOME.finditer(text)]
-        for place in found + [place for place in known if f"{place}/" in text]:
+        found += [place for place in known if re.search(f"{BEFORE}{re.escape(place)}/", text)]
+        for place in found:
             raise ValueError(
                 f"{path} must not name a place on this machine, got {place}; take it out of the "
                 "overlays or the card"
@@ -274,10 +321,10 @@ def push(folder: str, repo: str, dry_run: bool = True) -> None:
     for key, value in (("library_name", card.library_name), ("license", card.license)):
         if not value:
             raise ValueError(f"README.md must tell its {key} between dashes, got none in {folder}")
-    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    paths = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
     paths = [path for path in paths if not {"__pycache__", "eval"} & set(path.parts)]
     for path in paths:
-        print(f"{path.stat().st_size:>12,}  {path.relative_to(root).as_posix()}")
+        print(f"{(root / path).stat().st_size:>12,}  {path.as_posix()}")
     scores = {score.metric_type: score.metric_value for score in card.eval_results or ()}
     print(f"card: {card.library_name}, {card.license}, tags {card.tags}, scores {scores}")
     if dry_run:
@@ -293,6 +340,6 @@ def push(folder: str, repo: str, dry_run: bool = True) -> None:
         repo_id=repo,
         folder_path=root,
         commit_message=f"{version}: {metadata['changelog'][version]}",
-        allow_patterns=[path.relative_to(root).as_posix() for path in paths],
+        allow_patterns=[path.as_posix() for path in paths],
     )
     print(f"uploaded {len(paths)} files to {repo}")

@@ -10,10 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-PACKAGE = __name__.partition(".")[0]
+from .verify import NAMED_OTHERWISE, PACKAGE
+
 SOURCE = Path(__file__).parent
 LINE = 120  # columns in the Model Zoo
-DISTRIBUTIONS = {"ignite": "pytorch-ignite", "PIL": "pillow", "yaml": "pyyaml"}  # else: the name
 WITHIN_MONAI = {"monai.metrics": "scipy", "TensorBoard": "tensorboard"}  # MONAI imports it lazily
 OWN_KEYS = ("torch", "monai", "numpy")  # pinned by keys of their own in metadata.json
 
@@ -99,7 +99,7 @@ def requirements(modules: Iterable[str], configs: Iterable[Mapping[str, Any]]) -
         names |= {target.split(".")[0]} if "." in target else set()
     names -= {*sys.stdlib_module_names, *OWN_KEYS, PACKAGE, ""}
     lazily = {need for mark, need in WITHIN_MONAI.items() if any(mark in t for t in code + texts)}
-    return sorted({DISTRIBUTIONS.get(name, name) for name in names} | lazily | {"fire"})
+    return sorted({NAMED_OTHERWISE.get(name, name) for name in names} | lazily | {"fire"})
 
 
 def targets(node: Any) -> Iterator[str]:

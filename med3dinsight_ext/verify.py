@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 PACKAGE = "med3dinsight_ext"
 FILES = (
-    "configs/metadata.json", "LICENSE", "models/model.pt", "docs/README.md",
+    "configs/metadata.json", "LICENSE", "models/model.pt", "README.md", "docs/README.md",
     "docs/data_license.txt", "configs/logging.conf",
 )  # fmt: skip
 SUFFIXES = ("json", "yaml", "yml")  # of configs and of large_files, as MONAI looks for them
@@ -48,17 +48,25 @@ SECTIONS = (
     "MONAI Bundle Commands", "References", "License",
 )  # fmt: skip
 LARGE = 25_000_000  # bytes
+HASHES = ("md5", "sha1", "sha256", "sha512")  # that MONAI takes
 PINS = {"monai": "monai_version", "torch": "pytorch_version", "numpy": "numpy_version"}
+PACKAGES = ("required_packages_version", "optional_packages_version")
 NAMED_OTHERWISE = {  # import name to distribution, for what need not be installed here
     "ignite": "pytorch-ignite", "PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn",
     "skimage": "scikit-image", "open_clip": "open-clip-torch", "cv2": "opencv-python",
 }  # fmt: skip
+IGNORED = {".git", "__pycache__", "eval"}  # folders; the last two, push ignores
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
 UNWANTED = (".pkl", ".pickle", ".joblib", ".dill", ".pyc", ".so", ".dll", ".exe")
+MODELS = (".pt", ".ts", ".onnx", ".json", ".safetensors")  # all that models/ may hold
+ABSOLUTE = re.compile(  # how a config names a place; "~5 mm" is none
+    r"""(?:%|\$['"])?(?:/|~(?![\d\s])|\\\\|[a-z]:[\\/]|file://)""", re.IGNORECASE
+)
 PERSONAL = re.compile(
-    r"""(?<!\+\ ['"])          # joined to a key: $@bundle_root + '/data'
-        (?<![\w.}~/-])         # inside a longer path or a URL
-        (?:/(?:home|Users|root|mnt)\b|/data\w*(?=/|\b)|file://|[A-Z]:(?:\\{1,2}|/)\w)[^\s'"`,)]*
+    r"""(?<![\w.}>)\]*%~/-])  # inside a longer path, a placeholder's or a URL
+        (?:/(?:home|Users|root|mnt|media|scratch|Volumes)/\w
+          |[A-Za-z]:(?:\\{1,2}|/)[\w.-]+(?:\\{1,2}|/)\w
+          |file:/{2,3}\w|~/\w)[^\s'"`,)]*
     """,
     re.VERBOSE,
 )
@@ -199,16 +207,28 @@ def _settle(faults: Sequence[str], good: str) -> str:
 
 
 def _paths(root: Path) -> list[str]:
-    """Files of the bundle, relative, without git's own."""
+    """Files of the bundle, relative."""
     found = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file())
-    return [path.as_posix() for path in found if path.parts[0] != ".git"]
+    return [path.as_posix() for path in found if not IGNORED & set(path.parts)]
+
+
+def _load(root: Path, name: str) -> dict[str, Any]:
+    """A JSON or YAML file of the bundle; errors name it."""
+    try:
+        return dict(ConfigParser.load_config_file(root / name))
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {_cause(error)}") from None
 
 
 def _metadata(root: Path) -> dict[str, Any]:
-    path = root / "configs" / "metadata.json"
-    if not path.is_file():
-        raise ValueError("configs/metadata.json is missing")
-    return json.loads(path.read_text("utf-8"))
+    name = "configs/metadata.json"
+    if not (root / name).is_file():
+        raise ValueError(f"{name} is missing")
+    metadata = _load(root, name)
+    for key in ("changelog", *PACKAGES, "network_data_format"):
+        if not isinstance(metadata.get(key, {}), dict):
+            raise ValueError(f"{name} has {key} {metadata[key]}, which is no mapping")
+    return metadata
 
 
 def _config(root: Path, name: str) -> str | None:
@@ -220,7 +240,7 @@ def _config(root: Path, name: str) -> str | None:
 def _configs(root: Path) -> dict[str, Any]:
     names = [f"configs/{path.name}" for path in sorted((root / "configs").glob("*"))
              if path.suffix[1:] in SUFFIXES and path.name != "metadata.json"]  # fmt: skip
-    return {name: ConfigParser.load_config_file(root / name) for name in names}
+    return {name: _load(root, name) for name in names}
 
 
 def _texts(node: Any, place: str = "") -> Iterator[tuple[str, str]]:
@@ -264,16 +284,33 @@ def _needed(root: Path) -> dict[str, str]:
 def _listed(root: Path) -> dict[str, dict[str, Any]]:
     """Entries of large_files by their path."""
     name = _config(root, "large_files")
-    entries = ConfigParser.load_config_file(root / name)["large_files"] if name else []
+    if name is None:
+        return {}
+    entries = _load(root, name).get("large_files")
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in entries
+    ):
+        raise ValueError(f"{name} holds no list large_files of entries with a path")
     return {entry["path"]: entry for entry in entries}
 
 
 def _files(root: Path) -> str:
-    listed = _listed(root)
-    missing = [name for name in FILES if not (root / name).is_file() and name not in listed]
-    if _config(root, "configs/inference") is None:
-        missing.append("configs/inference.json")
-    return _settle([f"{name} is missing" for name in missing], f"all {len(FILES) + 1} are there")
+    listed, faults = _listed(root), []
+    due = [*FILES, _config(root, "configs/inference") or "configs/inference.json"]
+    for name in dict.fromkeys([*due, *_paths(root)]):
+        path = root / name
+        if not path.is_file():
+            faults += [f"{name} is missing"] if name not in listed else []
+        elif not path.resolve().is_relative_to(root):
+            faults.append(f"{name} lies outside of the bundle; put the file in the link's place")
+        elif name in due and not _filled(path):
+            faults.append(f"{name} is empty")
+    return _settle(faults, f"all {len(due)} are there")
+
+
+def _filled(path: Path) -> bool:
+    with path.open("rb") as file:
+        return bool(file.read(80).strip())
 
 
 def _name(root: Path) -> str:
@@ -296,25 +333,30 @@ def _readme(root: Path) -> str:
     if not faults and order != list(SECTIONS):
         late = next(got for got, due in zip(order, SECTIONS, strict=True) if got != due)
         faults = [f"docs/README.md has {late} out of the order {', '.join(SECTIONS)}"]
+    card = root / "README.md"
+    if card.is_file() and not card.read_text("utf-8").rstrip().endswith(text.strip()):
+        faults.append("README.md does not end with the text of docs/README.md")
     return _settle(faults, f"{len(SECTIONS)} sections in the zoo's order")
 
 
 def _version(root: Path) -> str:
     metadata = _metadata(root)
-    now, log = metadata.get("version"), metadata.get("changelog", {})
+    now, log = str(metadata.get("version")), metadata.get("changelog", {})
     faults = []
-    if not re.fullmatch(r"\d+\.\d+\.\d+", str(now)):
+    if not re.fullmatch(r"\d+\.\d+\.\d+", now):
         faults.append(f"configs/metadata.json has version {now}, which is not x.y.z")
     if now not in log:
         known = ", ".join(log) or "no version"
         faults.append(f"configs/metadata.json has version {now}, its changelog has {known}")
+    elif not str(log[now] or "").strip():
+        faults.append(f"configs/metadata.json has a changelog that says nothing of {now}")
     return _settle(faults, f"{now}: {log.get(now)}")
 
 
 def _schema(root: Path, schema: str | None) -> str:
     metadata = _metadata(root)
     url = metadata.get("schema")
-    if not url:
+    if not url or not isinstance(url, str):
         raise ValueError("configs/metadata.json names no schema, which the zoo would download")
     if schema is None:
         raise Skipped(f"offline; download {url} and give it as --schema FILE")
@@ -333,7 +375,7 @@ def _schema(root: Path, schema: str | None) -> str:
 def _packages(root: Path) -> str:
     metadata = _metadata(root)
     pins = {name: metadata.get(key) for name, key in PINS.items()}
-    for key in ("required_packages_version", "optional_packages_version"):
+    for key in PACKAGES:
         pins |= {canonicalize_name(name): pin for name, pin in metadata.get(key, {}).items()}
     faults = [f"configs/metadata.json pins {name} to {pin}, which is not an exact version"
               for name, pin in pins.items() if not _exact(pin)]  # fmt: skip
@@ -341,13 +383,14 @@ def _packages(root: Path) -> str:
                for file in _paths(root) if file.endswith(".py")]  # fmt: skip
     wanted = {name: file for file, source in sources for name in _imports(source)}
     tops = {name.split(".")[0]: where for name, where in {**_needed(root), **wanted}.items()}
-    own = {PACKAGE, *sys.stdlib_module_names, *(path.name for path in root.iterdir())}
+    here = (Path(file).parts[0].removesuffix(".py") for file, _ in sources)
+    own = {PACKAGE, *sys.stdlib_module_names, *here}
     third = {top: where for top, where in tops.items() if top not in own}
     loose = {top: where for top, where in sorted(third.items())
              if canonicalize_name(NAMED_OTHERWISE.get(top, top)) not in pins}  # fmt: skip
-    here = packages_distributions() if loose else {}
+    installed = packages_distributions() if loose else {}
     for top, where in loose.items():
-        if not any(canonicalize_name(name) in pins for name in here.get(top, [])):
+        if not any(canonicalize_name(name) in pins for name in installed.get(top, [])):
             faults.append(f"{where} needs {top}, which no pin of configs/metadata.json covers")
     other = [name for name, pin in pins.items() if _installed(name) not in (None, pin)]
     note = f"; these checks ran with other versions of {', '.join(other)}" if other else ""
@@ -372,17 +415,21 @@ def _large(root: Path) -> str:
     listed, faults = _listed(root), []
     absent = [name for name in listed if not (root / name).is_file()]
     for name, entry in listed.items():
-        kind, due = entry.get("hash_type") or "md5", entry.get("hash_val")
+        kind, due = str(entry.get("hash_type") or "md5"), entry.get("hash_val")
         if not (root / name).resolve().is_relative_to(root):
             faults.append(f"large_files lists {name}, which is outside of the bundle")
         elif not entry.get("url") or not due:
             faults.append(f"large_files lists {name} without url or hash_val")
+        elif (root / name).is_dir():
+            faults.append(f"large_files lists {name}, which is a folder")
+        elif kind not in HASHES:
+            faults.append(f"large_files lists {name} with hash_type {kind}, which is unknown")
         elif name not in absent:
             with (root / name).open("rb") as file:
                 digest = hashlib.new(kind)
                 while block := file.read(1 << 20):
                     digest.update(block)
-            if digest.hexdigest() != due:
+            if digest.hexdigest() != str(due):
                 faults.append(f"{name} has {kind} {digest.hexdigest()}, large_files says {due}")
     for name in _paths(root):
         size = (root / name).stat().st_size
@@ -397,7 +444,10 @@ def _large(root: Path) -> str:
 
 
 def _personal(root: Path) -> str:
-    faults, read = [], 0
+    configs = _configs(root) | {"configs/metadata.json": _metadata(root)}
+    faults = [f"{name} has {place} {text}" for name, config in configs.items()
+              for place, text in _texts(config) if ABSOLUTE.match(text)]  # fmt: skip
+    read = 0
     for name in _paths(root):
         content = (root / name).read_bytes()
         if b"\0" in content[:8192]:
@@ -445,7 +495,7 @@ def _format(root: Path) -> str:
 
 def _tensors_only(root: Path) -> str:
     names, faults = _paths(root), []
-    weights = [name for name in names if name.endswith(CHECKPOINTS)]
+    weights = [name for name in names if name.lower().endswith(CHECKPOINTS)]
     for name in weights:
         try:
             torch.load(root / name, map_location="cpu", weights_only=True)
@@ -458,7 +508,8 @@ def _tensors_only(root: Path) -> str:
         except Exception as error:
             faults.append(f"{name} is broken: {_cause(error)}")
     faults += [f"{name} does not belong here; delete it" for name in names
-               if name.endswith(UNWANTED)]  # fmt: skip
+               if name.lower().endswith(UNWANTED)
+               or (name.startswith("models/") and not name.lower().endswith(MODELS))]  # fmt: skip
     return _settle(faults, f"{len(weights)} files of tensors, no pickles")
 
 
@@ -495,13 +546,18 @@ class _Bundle:
     def __init__(self, root: Path, scratch: Path) -> None:
         self.root = root
         self.scratch = scratch
-        self.meta = str(root / "configs" / "metadata.json")
+
+    @cached_property
+    def meta(self) -> str:
+        _metadata(self.root)
+        return str(self.root / "configs" / "metadata.json")
 
     @cached_property
     def config(self) -> str:
         name = _config(self.root, "configs/inference")
         if name is None:
             raise ValueError("configs/inference.json is missing")
+        _load(self.root, name)
         return str(self.root / name)
 
     @cached_property
@@ -522,7 +578,7 @@ class _Bundle:
         return parser
 
     def misfits(self, network: nn.Module) -> list[str]:
-        """How the weights differ from a network's."""
+        """How the weights differ from what a network can take."""
         state, due = self.state, network.state_dict()
         if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
             return ["models/model.pt is not a flat dict of tensors; save network.state_dict()"]
@@ -533,6 +589,8 @@ class _Bundle:
             *(f"models/model.pt has {name} {tuple(state[name].shape)}, network_def "
               f"{tuple(value.shape)}" for name, value in due.items()
               if name in state and state[name].shape != value.shape),
+            *(f"models/model.pt has {name} with values that are not finite"
+              for name, value in state.items() if not value.isfinite().all()),
         ]  # fmt: skip
 
 
@@ -544,22 +602,31 @@ def _weights(bundle: _Bundle) -> str:
 
 
 def _in_out(bundle: _Bundle) -> str:
-    data, faults = _metadata(bundle.root)["network_data_format"], []
-    for side in ("inputs", "outputs"):
-        for name, part in data[side].items():
-            names, count = part.get("channel_def", {}), part["num_channels"]
-            if set(names) != {str(i) for i in range(count)}:
-                faults.append(f"configs/metadata.json {side} {name} has {count} num_channels, "
-                              f"channel_def names {', '.join(names) or 'none'}")  # fmt: skip
+    data, faults = _metadata(bundle.root).get("network_data_format", {}), []
+    try:
+        for side in ("inputs", "outputs"):
+            for name, part in data[side].items():
+                names, count = part.get("channel_def", {}), part["num_channels"]
+                if set(names) != {str(i) for i in range(count)}:
+                    faults.append(f"configs/metadata.json {side} {name} has {count} num_channels, "
+                                  f"channel_def names {', '.join(names) or 'none'}")  # fmt: skip
+        image, pred = data["inputs"]["image"], data["outputs"]["pred"]
+        shape = " x ".join(map(str, image["spatial_shape"]))
+        good = f"{image['num_channels']} x {shape} to {pred['num_channels']} channels"
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"configs/metadata.json network_data_format: {_cause(error)}") from None
+    parser = bundle.parser()
+    if "patch_size" in parser:
+        patch = parser.get_parsed_content("patch_size")
+        if list(image["spatial_shape"]) != list(patch):
+            faults.append(f"configs/metadata.json inputs image has spatial_shape {shape}, "
+                          f"{Path(bundle.config).name} has patch_size {patch}")  # fmt: skip
     try:
         verify_net_in_out(
             "network_def", bundle.meta, bundle.config, bundle_root=str(bundle.root)
         )  # fmt: skip
     except Exception as error:
         faults.append(f"configs/metadata.json: {_cause(error)}")
-    image, pred = data["inputs"]["image"], data["outputs"]["pred"]
-    shape = " x ".join(map(str, image["spatial_shape"]))
-    good = f"{image['num_channels']} x {shape} to {pred['num_channels']} channels"
     return _settle(faults, good)
 
 
@@ -572,13 +639,17 @@ def _torchscript(bundle: _Bundle) -> str:
     network = parser.get_parsed_content("network_def")
     if bundle.misfits(network):
         raise Skipped("models/model.pt does not fit network_def, see weights")
+    try:
+        shape = _get_fake_input_shape(parser)
+    except Exception as error:
+        raise Skipped("network_data_format is broken, see network in and out") from error
     path = str(bundle.scratch / "model.ts")
     ckpt_export(
         "network_def", path, str(bundle.root / "models" / "model.pt"), bundle.meta, bundle.config,
         bundle_root=str(bundle.root),
     )  # fmt: skip
     network.load_state_dict(bundle.state)
-    image = torch.rand(_get_fake_input_shape(parser))
+    image = torch.rand(shape)
     with torch.no_grad():
         due, got = network.eval()(image), torch.jit.load(path, map_location="cpu").eval()(image)
     due, got = (value if isinstance(value, Tensor) else value[0] for value in (due, got))
@@ -602,6 +673,7 @@ def _properties(bundle: _Bundle) -> str:
     logs = bundle.root / "configs" / "logging.conf"
     jobs = {"infer": bundle.config}
     if (train := _config(bundle.root, "configs/train")) is not None:
+        _load(bundle.root, train)
         jobs["train"] = str(bundle.root / train)
     faults = []
     for kind, path in jobs.items():

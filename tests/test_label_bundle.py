@@ -12,7 +12,7 @@ from fakes import write_volumes
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from med3dinsight_ext.label import class_names, find_bundles
-from med3dinsight_ext.label_bundle import label_bundle
+from med3dinsight_ext.label_bundle import BUNDLE, label_bundle, measured, merged_configs
 
 SMALL = {
     "label_names": ["background", "Ball"], "spacing": [2.0] * 3, "patch_size": [32] * 3,
@@ -77,3 +77,38 @@ def test_what_cannot_be_made_is_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         label_bundle(str(tmp_path / target), "m.pt", overlays, click)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [", "overlays must be JSON or YAML, got .*over.yaml: while parsing"),
+        (b"\xff\x00", "overlays must be JSON or YAML, got .*over.yaml: "),
+        (b"- a", "overlays must be mappings, got list in .*over.yaml"),
+    ],
+)
+def test_an_overlay_that_cannot_be_read_is_an_error(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "over.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        merged_configs(BUNDLE / "configs", str(tmp_path / "over.yaml"), False)
+
+
+def test_overlays_may_have_spaces_behind_the_commas(overlay: str, tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text("batch_size: 7")
+    merged = merged_configs(BUNDLE / "configs", f"{overlay}, {tmp_path / 'more.yaml'}", False)
+    assert merged["train"]["batch_size"] == 7
+
+
+def test_a_segmentation_has_the_names_of_its_labels_whatever_an_overlay_names() -> None:
+    configs = BUNDLE / "configs"
+    config = {
+        **SMALL,
+        "out_channels": 2,
+        "class_names": ["a", "b", "c"],
+        "network_def": "@backbone",
+    }
+    network = ConfigParser(dict(config)).get_parsed_content("network_def")
+    metadata = measured(configs / "metadata.json", network, config)
+    assert metadata["label_classes"] == "one channel: 0 background, 1 Ball"

@@ -20,11 +20,12 @@ from fakes import write_volumes
 from huggingface_hub import ModelCard
 from monai.bundle import ConfigParser
 from running import ROOT, configs
+from torch import Tensor, nn
 
 from med3dinsight_ext import publish as publishing
 from med3dinsight_ext import vendor
 from med3dinsight_ext.model_card import read_card, read_scores
-from med3dinsight_ext.publish import publish, push
+from med3dinsight_ext.publish import check_places, publish, push, traces
 
 SMALL: dict[str, Any] = {
     "spacing": [2.0] * 3, "patch_size": [32, 16, 24],
@@ -38,16 +39,17 @@ NAMES = {
     "ball_pretraining": ("pretrain", {}),
 }
 TIED = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 7, "std": None, "median": None}
-SEGMENTATION = {
+SEGMENTATION: dict[str, Any] = {
     "cases": 7, "tolerance_mm": 1.0, "mean": dict.fromkeys(("dice", "nsd", "hd95"), TIED),
     "classes": {"Ball": {"dice": {**TIED, "mean": 0.25}, "nsd": TIED,
                          "hd95": {**TIED, "mean": None, "low": None, "high": None}}},
 }  # fmt: skip
-CLASSIFICATION = {
+CLASSIFICATION: dict[str, Any] = {
     **{f"{key}{end}": 0.75 for key in ("auroc", "balanced_accuracy", "f1", "ece")
        for end in ("", "_low", "_high")},
     "accuracy": 0.5, "n": 9, "confusion": [[1]],
-    "per_class": {"odd": {"auroc": 0.7, "sensitivity": 0.6, "specificity": 0.5, "f1": 0.4, "n": 3}},
+    "per_class": {name: {"auroc": 0.7, "sensitivity": 0.6, "specificity": 0.5, "f1": 0.4, "n": 3}
+                  for name in ("even", "odd", "none")},
 }  # fmt: skip
 RETRIEVAL = {
     "student": {"image_within_r1": 0.3, "image_within_r1_low": 0.2, "image_within_r1_high": 0.4,
@@ -229,11 +231,76 @@ def test_pins_are_those_of_what_is_imported(published: Path) -> None:
     assert not {"urllib3", "pillow", "packaging"} & set(found)
 
 
+@pytest.mark.parametrize("name", ["ball_segmentation", "ball_classification"])
+def test_a_bundle_is_of_its_kind_whatever_an_overlay_names(name: str, tmp_path: Path) -> None:
+    given = trained(tmp_path / "training", name) | {"out": str(tmp_path / "out")}
+    ((key, names),) = NAMES[name][1].items()
+    other = {"label_names": "class_names", "class_names": "label_names"}[key]
+    overlay(tmp_path / "training", name, **{other: ["u", "v", "w", "x"]})
+    publish(**given)
+    metadata = json.loads((tmp_path / "out" / name / "configs" / "metadata.json").read_text())
+    channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+    assert list(channels.values()) == names
+    assert (
+        f"- {name.removeprefix('ball_')}\n" in (tmp_path / "out" / name / "README.md").read_text()
+    )
+
+
+def test_expressions_in_overlays_are_told_as_their_values(
+    ball: dict[str, Any], tmp_path: Path
+) -> None:
+    told = {"spacing": "$[2.0] * 3", "ct_range": "$[-50 * 2, 200]",
+            "label_names": "$['background'] + ['Ball']"}  # fmt: skip
+    overlay(Path(ball["overlays"]).parent, ball["name"], **told)
+    publish(**ball)
+    folder = tmp_path / "out" / "ball_segmentation"
+    text = (folder / "docs" / "README.md").read_text()
+    assert "at 2.0 × 2.0 × 2.0 mm" in text and "-100..200 HU" in text
+    metadata = json.loads((folder / "configs" / "metadata.json").read_text())
+    channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+    assert list(channels.values()) == ["background", "Ball"]
+
+
+def test_an_overlays_teacher_is_still_disabled_without_prompts(tmp_path: Path) -> None:
+    given = trained(tmp_path / "training", "ball_pretraining") | {"out": str(tmp_path / "out")}
+    teacher = {"_target_": "med3dinsight_ext.teacher.bundled", "size": 128}
+    overlay(tmp_path / "training", "ball_pretraining", teacher=teacher)
+    publish(**given)
+    found = tmp_path / "out" / "ball_pretraining" / "configs"
+    inference, train = (json.loads((found / f"{name}.json").read_text())["teacher"]
+                        for name in ("inference", "train"))  # fmt: skip
+    assert inference == {**teacher, "_disabled_": "$not @prompts"} and train == teacher
+
+
 def test_the_readme_says_where_torchscript_fails(published: Path) -> None:
     texts = {name: (published / name / "docs" / "README.md").read_text() for name in NAMES}
-    assert "\nTorchScript: not supported: " in texts["ball_deepedit"]
+    assert "\nTorchScript: not supported by scripting (" in texts["ball_deepedit"]
+    assert "--bundle_root . --use_trace True" in texts["ball_deepedit"]
     assert "not supported" not in texts["ball_segmentation"]
     assert "ckpt_export" in texts["ball_segmentation"]
+
+
+def test_a_trace_that_returns_something_else_does_not_count() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if x.sum() > 0 else x
+
+    image = {"num_channels": 1, "spatial_shape": [2, 2, 2]}
+    assert traces(nn.Conv3d(1, 1, 1), image) and not traces(Branch(), image)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("ball_segmentation", "patches of 32 × 16 × 24 voxels"),
+        ("ball_pretraining", "patches of 32 × 16 × 24 voxels"),
+        ("ball_classification", "volumes of 32 × 16 × 24 voxels"),
+        ("ball_classification", "pip install onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.23.2"),
+        ("ball_classification", "Weights: `apache-2.0` (SPDX)."),
+    ],
+)
+def test_the_readme_is_exact(name: str, part: str, published: Path) -> None:
+    assert part in (published / name / "docs" / "README.md").read_text()
 
 
 SECTIONS = ["# Model Overview", "## Data", "## Training configuration", "### Input", "### Output",
@@ -250,22 +317,54 @@ def test_the_readme_has_the_zoos_sections_in_order(name: str, published: Path) -
 
 
 @pytest.mark.parametrize(
-    ("name", "scores", "flat", "row"),
+    ("name", "scores", "classes", "flat", "row"),
     [
-        ("segmentation", SEGMENTATION, {"mean_dice": 0.5, "dice_Ball": 0.25},
+        ("segmentation", SEGMENTATION, ["Ball"], {"mean_dice": 0.5, "dice_Ball": 0.25},
          "| Ball | 7 | 0.250 (0.400 to 0.600) | 0.500 (0.400 to 0.600) | – |"),
-        ("classification", CLASSIFICATION, {"auroc": 0.75, "accuracy": 0.5, "auroc_odd": 0.7},
-         "| AUROC | 9 | 0.750 (0.750 to 0.750) | 0.700 |"),
-        ("pretraining", RETRIEVAL, {"image_within_r1": 0.3},
+        ("classification", CLASSIFICATION, ["even", "odd", "none"],
+         {"auroc": 0.75, "accuracy": 0.5, "auroc_odd": 0.7},
+         "| AUROC | 9 | 0.750 (0.750 to 0.750) | 0.700 | 0.700 | 0.700 |"),
+        ("pretraining", RETRIEVAL, [], {"image_within_r1": 0.3},
          "| image within R@1 | 48 | 0.300 (0.200 to 0.400) | 0.110 | 0.100 |"),
     ],
 )  # fmt: skip
 def test_scores_of_evaluate_become_numbers_and_a_table(
-    name: str, scores: dict[str, Any], flat: dict[str, float], row: str, tmp_path: Path
+    name: str, scores: dict[str, Any], classes: list[str], flat: dict[str, float], row: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "metrics.json").write_text(json.dumps(scores))
+    found = read_scores(tmp_path / "metrics.json", name, classes)
+    assert flat.items() <= found.flat.items() and row in found.table
+
+
+def test_of_two_classes_the_auroc_stands_once(tmp_path: Path) -> None:
+    rows = {name: CLASSIFICATION["per_class"][name] for name in ("even", "odd")}
+    (tmp_path / "metrics.json").write_text(json.dumps({**CLASSIFICATION, "per_class": rows}))
+    found = read_scores(tmp_path / "metrics.json", "classification", ["even", "odd"])
+    assert "| AUROC | 9 | 0.750 (0.750 to 0.750) | – | – |" in found.table
+    assert [key for key in found.flat if key.startswith("auroc")] == ["auroc"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scores", "message"),
+    [
+        ("segmentation", SEGMENTATION, r"with the classes \['Cube'\], got \['Ball'\]"),
+        ("classification", CLASSIFICATION, r"\['Cube'\], got \['even', 'odd', 'none'\]"),
+    ],
+)
+def test_scores_of_a_model_with_other_classes_are_an_error(
+    kind: str, scores: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(scores))
-    found = read_scores(tmp_path / "metrics.json", name)
-    assert flat.items() <= found.flat.items() and row in found.table
+    with pytest.raises(ValueError, match=f"metrics must be of a model .*{message}"):
+        read_scores(tmp_path / "metrics.json", kind, ["Cube"])
+
+
+def test_scores_of_another_model_are_not_published(ball: dict[str, Any], tmp_path: Path) -> None:
+    other = {**SEGMENTATION, "classes": {"Cube": SEGMENTATION["classes"]["Ball"]}}
+    (tmp_path / "metrics.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"the classes \['Ball'\], got \['Cube'\]"):
+        publish(**ball, metrics=str(tmp_path / "metrics.json"))
 
 
 def test_card_and_scores_stand_in_the_folder(ball: dict[str, Any], tmp_path: Path) -> None:
@@ -274,7 +373,8 @@ def test_card_and_scores_stand_in_the_folder(ball: dict[str, Any], tmp_path: Pat
             "license": "cc-by-sa-4.0", "training": "Seed 3.", "limits": "Only balls.",
             "data_source": "drawn balls", "references": ["A, B"]}  # fmt: skip
     (tmp_path / "card.yaml").write_text(yaml.safe_dump(told))
-    given = {"metrics": str(tmp_path / "metrics.json"), "card": str(tmp_path / "card.yaml")}
+    told_in = {"metrics": "metrics.json", "card": "card.yaml"}
+    given: dict[str, Any] = {key: str(tmp_path / name) for key, name in told_in.items()}
     publish(**ball, **given, version="0.2.0", changes="rounder")
     folder = tmp_path / "out" / "ball_segmentation"
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
@@ -328,6 +428,11 @@ def test_large_files_are_listed_with_their_hash_and_not_packed(
     ("changes", "message"),
     [
         ({"name": "Balls"}, "name must be task_modality in lower case, got Balls"),
+        ({"name": "3_segmentation"}, "name must be task_modality in lower case, got 3_"),
+        ({"name": "ball_mr"}, "name must tell the task, got ball_mr; add one of .*segmentation"),
+        ({"changes": 2}, "changes must be text, got 2; say what is new"),
+        ({"changes": " "}, "changes must be text, got ' '"),
+        ({"changes": ()}, r"changes must be text, got \(\)"),
         ({"click": True}, "name must have a name with deepedit"),
         ({"version": "1"}, "version must be three numbers, got 1"),
         ({"bundle": "nowhere"}, "bundle must hold configs/inference.json, got nowhere"),
@@ -354,6 +459,12 @@ def test_what_cannot_be_published_is_an_error_and_leaves_nothing(
         ({"extra": {"_target_": "mynet.MyNet"}}, r"must pin .* got none for \['mynet'\]"),
         ({"extra": {"_target_": "med3dinsight_ext.mynet.N"}}, "must name modules of .* got mynet"),
         ({"label_names": ["a", "b", "c"], "out_channels": 2}, "a channel for each of .* got 2"),
+        ({"label_names": [False, True]}, r"label_names must be .* got \[False, True\]; quote them"),
+        ({"label_names": ["a", "a"]}, "label_names must be a list of different texts"),
+        ({"label_names": ["a", ""]}, "label_names must be a list of different texts"),
+        ({"label_names": "ab"}, "label_names must be a list of different texts, got ab"),
+        ({"ct_range": None}, "ct_range must be 2 numbers, got None"),
+        ({"spacing": 2.0}, "spacing must be 3 numbers, got 2.0"),
     ],
 )
 def test_overlays_that_would_not_work_elsewhere_are_an_error(
@@ -364,6 +475,27 @@ def test_overlays_that_would_not_work_elsewhere_are_an_error(
     with pytest.raises(ValueError, match=message):
         publish(**ball)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["$@bundle_root + '/configs/a.json'", "ball/configs/a.json", "x.configs/a.json"]
+)
+def test_a_path_that_goes_on_from_another_is_no_place_of_this_machine(text: str) -> None:
+    check_places({"configs/train.json": text.encode()}, ["/configs"])
+
+
+@pytest.mark.parametrize(
+    "text", ['"/configs/a.json"', "open('/configs/a.json')", "at /configs/a.json"]
+)
+def test_a_whole_path_is_a_place_of_this_machine(text: str) -> None:
+    with pytest.raises(ValueError, match="train.json must not name a place .* got /configs"):
+        check_places({"configs/train.json": text.encode()}, ["/configs"])
+
+
+def test_a_file_is_no_folder_to_publish_in(ball: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(ValueError, match="out must be a folder, got the file .*taken"):
+        publish(**ball | {"out": str(tmp_path / "taken")})
 
 
 def test_a_failure_while_writing_leaves_nothing(
@@ -403,17 +535,19 @@ def test_pretraining_needs_the_student_of_the_same_training(tmp_path: Path) -> N
         ("license: CC BY", "card license must be SPDX in lower case"),
         ("limits: 3", "card limits must be a str, got 3"),
         ("- x", "card must be a mapping, got list"),
+        ("data: [x", "card must be a YAML file, got .*card.yaml: while parsing"),
+        ("data: \xff", "card must be a YAML file, got .*card.yaml: 'utf-8' codec"),
     ],
 )
 def test_a_card_that_cannot_be_read_is_an_error(content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "card.yaml").write_text(content)
+    (tmp_path / "card.yaml").write_text(content, "latin-1")
     with pytest.raises(ValueError, match=message):
         read_card(tmp_path / "card.yaml")
 
 
 def test_imports_in_functions_count_and_those_for_type_checkers_do_not() -> None:
     code = "if TYPE_CHECKING:\n  import a\nelse:\n  import b\ndef f():\n  import c\n"
-    found = [node.names[0].name for node in vendor.imports(ast.parse(code))]  # type: ignore
+    found = [node.names[0].name for node in vendor.imports(ast.parse(code))]
     assert found == ["b", "c"]
 
 
@@ -432,6 +566,17 @@ def test_a_dry_push_lists_the_files_and_sends_nothing(
     push(str(published / "ball_segmentation"), "ann/ball")
     told = capsys.readouterr().out
     assert "models/model.pt" in told and "apache-2.0" in told and "nothing was sent" in told
+
+
+def test_a_folder_inside_of_eval_is_pushed_whole(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(published / "ball_segmentation", tmp_path / "eval" / "ball")
+    (folder / "eval").mkdir()
+    (folder / "eval" / "mine.json").touch()
+    push(str(folder), "ann/ball")
+    told = capsys.readouterr().out
+    assert "models/model.pt" in told and "mine.json" not in told
 
 
 @pytest.mark.parametrize(

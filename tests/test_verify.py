@@ -77,6 +77,7 @@ class Odd(torch.nn.Module):
     def forward(self, image):
         return torch.cat([getattr(image, name)() for name in ("relu", "sin")], 1)
 """
+README = "".join(f"# {section}\n\nText.\n\n" for section in SECTIONS)
 OTHER_AS_SCRIPT = """import torch
 
 
@@ -112,7 +113,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "configs/metadata.json": json.dumps(METADATA, indent=2),
         "configs/logging.conf": LOGGING,
         "LICENSE": "Apache License",
-        "docs/README.md": "".join(f"# {section}\n\nText.\n\n" for section in SECTIONS),
+        "README.md": f"---\nlibrary_name: monai\n---\n\n{README}",
+        "docs/README.md": README,
         "docs/data_license.txt": "CC BY-SA",
         "med3dinsight_ext/__init__.py": "",
         "med3dinsight_ext/volumes.py": VOLUMES,
@@ -129,6 +131,13 @@ def save_network(root: Path, **changes: Any) -> None:
     network = ConfigParser({"net": {**BACKBONE, **changes}}).get_parsed_content("net")
     (root / "models").mkdir(exist_ok=True)
     torch.save(network.state_dict(), root / "models" / "model.pt")
+
+
+def not_finite(root: Path) -> None:
+    readmes("Text.", "TorchScript: not supported")(root)
+    state = torch.load(root / "models" / "model.pt")
+    state["model.0.conv.bias"][0] = torch.inf
+    torch.save(state, root / "models" / "model.pt")
 
 
 @pytest.fixture
@@ -157,6 +166,20 @@ def replace(name: str, old: str, new: str) -> Callable[[Path], Any]:
     return lambda root: (root / name).write_text((root / name).read_text().replace(old, new))
 
 
+def readmes(old: str, new: str) -> Callable[[Path], Any]:
+    """The same in both, of which one is the other's end."""
+    first, second = (replace(name, old, new) for name in ("README.md", "docs/README.md"))
+    return lambda root: (first(root), second(root))
+
+
+def linked(name: str) -> Callable[[Path], Any]:
+    def damage(root: Path) -> None:
+        (root / name).rename(root.parent / "elsewhere")
+        (root / name).symlink_to(root.parent / "elsewhere")
+
+    return damage
+
+
 def listed(**entry: str) -> Callable[[Path], Any]:
     entry = {"path": "models/model.pt", "url": "https://host.invalid/m"} | entry
     return write("large_files.yml", json.dumps({"large_files": [entry]}))
@@ -180,7 +203,7 @@ def odd_network(root: Path, source: str = ODD) -> None:
 
 def odd_network_that_says_so(root: Path) -> None:
     odd_network(root)
-    replace("docs/README.md", "Text.", "TorchScript: not supported, for it is odd.")(root)
+    readmes("Text.", "TorchScript: not supported, for it is odd.")(root)
 
 
 def test_a_sound_folder_passes_and_stays_as_it_was(
@@ -205,11 +228,19 @@ def test_a_sound_folder_passes_and_stays_as_it_was(
          "configs/metadata.json has version 0.2.0, its changelog has 0.1.0"),
         (change("metadata.json", version="1", changelog={"1": ""}), "version",
          "configs/metadata.json has version 1, which is not x.y.z"),
+        (change("metadata.json", changelog={"0.1.0": " "}), "version",
+         "configs/metadata.json has a changelog that says nothing of 0.1.0"),
         (delete("LICENSE"), "files", "LICENSE is missing"),
+        (delete("README.md"), "files", "README.md is missing"),
+        (write("LICENSE", "\n"), "files", "LICENSE is empty"),
+        (linked("LICENSE"), "files", "LICENSE lies outside of the bundle"),
+        (linked("configs"), "files", "configs/metadata.json lies outside of the bundle"),
+        (replace("README.md", "Text.", "Other."), "README sections",
+         "README.md does not end with the text of docs/README.md"),
         (delete("models/model.pt"), "files", "models/model.pt is missing"),
-        (replace("docs/README.md", "# Performance", "```\n# Performance\n```"), "README sections",
+        (readmes("# Performance", "```\n# Performance\n```"), "README sections",
          "docs/README.md lacks the section Performance"),
-        (replace("docs/README.md", "# Model Overview", "# Input\n# Model Overview"),
+        (readmes("# Model Overview", "# Input\n# Model Overview"),
          "README sections", "docs/README.md has Input out of the order Model Overview, Data"),
         (change("metadata.json", schema=None), "schema", "configs/metadata.json names no schema"),
         (change("metadata.json", required_packages_version={"pytorch-ignite": ">=0.5"}),
@@ -219,20 +250,35 @@ def test_a_sound_folder_passes_and_stays_as_it_was(
          "med3dinsight_ext/workflow.py needs nibabel, which no pin of configs/metadata.json"),
         (change("train.json", loss={"_target_": "monai_x.Loss"}), "packages",
          "configs/train.json loss::_target_ needs monai_x"),
+        (write("med3dinsight_ext/workflow.py", "import docs\n"), "packages",
+         "med3dinsight_ext/workflow.py needs docs, which no pin of configs/metadata.json"),
+        (listed(path="models", hash_val="0"), "large files", "lists models, which is a folder"),
+        (listed(hash_type="crc", hash_val="0"), "large files", "with hash_type crc"),
         (listed(hash_val="0" * 32), "large files", "models/model.pt has md5 "),
         (listed(), "large files", "large_files lists models/model.pt without url or hash_val"),
         (listed(path="../m.pt", hash_val="0"), "large files", "../m.pt, which is outside of the"),
         (grow, "large files", "models/model.ts has 26 MB and is not in large_files"),
         (change("inference.json", dataset_dir="/home/ann/scans"), "paths",
          "configs/inference.json:7 has /home/ann/scans"),
+        (change("metadata.json", copyright="FILE://x"), "paths",
+         "configs/metadata.json has copyright FILE://x"),
+        *((change("train.json", loss={"a": [text]}), "paths",
+           f"configs/train.json has loss::a::0 {text}")
+          for text in ["/opt/scans", "~/scans", "~", r"\\host\scans", "d:/scans", "d:\\scans",
+                       "%/opt/loss.json::a", "$'/opt/scans'"]),
+        *((write("docs/data_license.txt", f"see\n{text}."), "paths",
+           f"docs/data_license.txt:2 has {text}")
+          for text in ["/Users/ann", "/root/x", "/mnt/x", "/media/x", "/scratch/x", "/Volumes/x",
+                       "file:///opt", "~/scans", "d:/scans/x"]),
         (write("docs/data_license.txt", "see\nC:\\Users\\ann"), "paths",
          "docs/data_license.txt:2 has C:\\Users\\ann"),
         (write("med3dinsight_ext/workflow.py", "try:\n    pass\nexcept* OSError:\n    pass\n"),
          "Python 3.10", "med3dinsight_ext/workflow.py:"),
-        (pickled("models/extra.pth"), "checkpoints",
-         "models/extra.pth holds torch.nn.modules.linear.Linear, which may run code when loaded"),
-        (write("models/extra.ckpt", "half"), "checkpoints", "models/extra.ckpt "),
-        (write("a.pkl", ""), "checkpoints", "a.pkl does not belong here"),
+        (pickled("models/extra.PT"), "checkpoints",
+         "models/extra.PT holds torch.nn.modules.linear.Linear, which may run code when loaded"),
+        (write("models/extra.pt", "half"), "checkpoints", "models/extra.pt "),
+        (write("a.PKL", ""), "checkpoints", "a.PKL does not belong here"),
+        (write("models/extra", ""), "checkpoints", "models/extra does not belong here"),
     ],
 )  # fmt: skip
 def test_a_fault_of_the_files_fails_its_check_alone_and_is_named(
@@ -252,6 +298,26 @@ WITHIN: dict[str, tuple[Callable[[Path], Any], dict[str, str]]] = {
     "weights": (
         lambda root: save_network(root, channels=[3, 4]),
         {"weights": "weight (3, 1, 3, 3, 3), network_def (2, 1, 3, 3, 3)"},
+    ),
+    "metadata": (
+        write("configs/metadata.json", "{"),
+        dict.fromkeys(
+            ["version", "packages", "paths", "schema", "weights", "network in and out",
+             "TorchScript", "properties"], "configs/metadata.json cannot be read: JSONDecodeError",
+        ),
+    ),
+    "patch": (
+        change("inference.json", patch_size=[8, 8, 16]),
+        {"network in and out": "configs/metadata.json inputs image has spatial_shape 8 x 8 x 8, "
+         "inference.json has patch_size [8, 8, 16]"},
+    ),
+    "format": (
+        change("metadata.json", network_data_format__inputs={}),
+        {"network in and out": "configs/metadata.json network_data_format: KeyError: 'image'"},
+    ),
+    "not finite": (
+        not_finite,
+        {"weights": "models/model.pt has model.0.conv.bias with values that are not"},
     ),
     "target": (
         change("inference.json", preprocessing__transforms__0=ELSEWHERE),
@@ -330,11 +396,31 @@ def test_a_process_that_dies_fails_its_checks_with_its_last_words(
     assert lines[-1] == "10 ok, 1 skipped, 5 failed"
 
 
-def test_a_check_that_breaks_leaves_the_others(damaged: Path) -> None:
-    (damaged / "configs" / "metadata.json").write_text("{")
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", *(json.dumps({**METADATA, key: 1}) for key in (
+        "changelog", "required_packages_version", "network_data_format"))],
+)  # fmt: skip
+def test_broken_metadata_is_named_and_leaves_the_other_checks(text: str, damaged: Path) -> None:
+    (damaged / "configs" / "metadata.json").write_text(text)
     found = failed(list(outside(damaged)))
-    assert list(found) == ["version", "packages", "schema"]
-    assert found["version"].startswith("JSONDecodeError: ")
+    assert list(found) == ["version", "packages", "paths", "schema"]
+    assert all(text.startswith("configs/metadata.json ") for text in found.values())
+
+
+@pytest.mark.parametrize("text", ["{", "a: 1", "large_files: 1", "large_files: [{url: a}]"])
+def test_broken_large_files_are_named_and_leave_the_other_checks(text: str, damaged: Path) -> None:
+    (damaged / "large_files.yml").write_text(text)
+    found = failed(list(outside(damaged)))
+    assert list(found) == ["files", "large files"]
+    assert all(text.startswith("large_files.yml ") for text in found.values())
+
+
+@pytest.mark.parametrize("name", ["med3dinsight_ext/__pycache__/a.pyc", "eval/a.pkl", ".git/a.pkl"])
+def test_what_push_ignores_passes(name: str, damaged: Path) -> None:
+    (damaged / name).parent.mkdir()
+    (damaged / name).touch()
+    assert not failed(list(outside(damaged)))
 
 
 def test_format_is_the_zoos_and_other_settings_around_do_not_matter(
@@ -400,10 +486,17 @@ def test_a_name_of_another_form_fails(name: str, damaged: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["--dataset_dir ../data/x", "https://host.invalid/data/home/x", "$@root + '/data'", "a/mnt/b",
-     "one of {x}/data", "see s3://data/x"],
+     "one of {x}/data", "see s3://data/x", "/data/x in the container", "<root>/mnt/x", "/mnt/<x>",
+     "left/home/right", "the /home page", "C:\\", "Q: a", "f'file://{x}'", "~5 mm", "~/.cache"],
 )  # fmt: skip
 def test_paths_of_no_machine_pass(text: str, damaged: Path) -> None:
     (damaged / "docs" / "data_license.txt").write_text(text)
+    assert not failed(list(outside(damaged)))
+
+
+@pytest.mark.parametrize("text", ["$@bundle_root + '/models'", "$~@mask", "a/b", "~5 mm", "c: d"])
+def test_config_values_that_are_no_path_of_a_machine_pass(text: str, damaged: Path) -> None:
+    edit(damaged / "configs" / "train.json", loss={"a": text})
     assert not failed(list(outside(damaged)))
 
 
