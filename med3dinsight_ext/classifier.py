@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
+from ignite.engine import Engine, Events
 from monai.visualize import GradCAM
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -181,23 +184,63 @@ def pooled_features(
     return torch.cat(rows), torch.cat(labels)
 
 
+def fit_head(
+    classifier: Classifier, loader: Iterable[dict[str, Any]], device: torch.device
+) -> None:
+    """Set the head from the features of the frozen network: the probe's, or the vote's cases.
+
+    Args:
+        classifier: with the head "pooled" or "neighbours"; nothing else of it is changed.
+        loader: of training cases, without augmentation.
+        device: to run on.
+    """
+    features, labels = pooled_features(classifier.to(device), loader, device)
+    if isinstance(classifier.head, Neighbours):
+        classifier.head.remember(features, labels)
+    elif isinstance(classifier.head, nn.Linear):
+        layer = fit_linear(features, labels, classes=classifier.head.out_features)
+        for own, fitted in zip(classifier.head.parameters(), layer.parameters(), strict=True):
+            # All processes must start from the same weights, to the last bit.
+            own.data.copy_(idist.broadcast(fitted.data.to(device), src=0))
+    logger.info(f"fitted the head to {len(labels)} cases with {features.shape[1]} features")
+
+
+class ProbeFirst:
+    """Starts fine-tuning from the linear probe's head (LP-FT; Kumar et al., 2022, arXiv:2202.10054).
+
+    A random head's gradients would spoil what the encoder has learnt before they follow the data.
+    A resumed training keeps its own head.
+
+    Args:
+        classifier, loader, device: as in ``fit_head``.
+    """
+
+    def __init__(
+        self, classifier: Classifier, loader: Iterable[dict[str, Any]], device: torch.device
+    ) -> None:
+        self.fit = partial(fit_head, classifier, loader, device)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.epoch == 0:
+            self.fit()
+
+
 def probe(
     classifier: Classifier,
     loader: Iterable[dict[str, Any]],
     device: torch.device,
     mode: str,
     ckpt_dir: str | Path,
-    l2: float = 1.0,
 ) -> None:
-    """Set the head from the features of a frozen network, and write model.pt.
+    """``fit_head``, and write model.pt.
 
     Args:
-        classifier: its head is changed, nothing else.
-        loader: of training cases, without augmentation.
-        device: to run on.
+        classifier, loader, device: as in ``fit_head``.
         mode: "linear" for logistic regression, "knn" for a vote of the nearest training cases.
         ckpt_dir: folder of model.pt.
-        l2: as in ``metrics.fit_linear``.
     """
     heads = {"linear": nn.Linear, "knn": Neighbours}
     if mode not in heads or not isinstance(classifier.head, heads[mode]):
@@ -205,12 +248,7 @@ def probe(
             f"mode must be finetune, linear (head pooled) or knn (head neighbours), got {mode!r} "
             f"with the head {type(classifier.head).__name__}; leave head at its default"
         )
-    features, labels = pooled_features(classifier.to(device), loader, device)
-    if isinstance(classifier.head, Neighbours):
-        classifier.head.remember(features, labels)
-    else:
-        layer = fit_linear(features, labels, l2, classifier.head.out_features)
-        classifier.head.load_state_dict(layer.state_dict())
+    fit_head(classifier, loader, device)
     path = Path(ckpt_dir) / "model.pt"
     write_atomic(path, lambda draft: torch.save(classifier.state_dict(), draft))
-    logger.info(f"{mode} on {len(labels)} cases with {features.shape[1]} features: wrote {path}")
+    logger.info(f"wrote {path}")

@@ -343,7 +343,7 @@ def knn_probe(train: Tensor, labels: Tensor, test: Tensor, k: int = 20) -> Tenso
 
 
 def fit_linear(
-    train: Tensor, labels: Tensor, l2: float = 1.0, classes: int | None = None
+    train: Tensor, labels: Tensor, l2: float | None = None, classes: int | None = None
 ) -> nn.Linear:
     """Logistic regression on standardised features, as a layer that takes them as they are.
 
@@ -352,12 +352,14 @@ def fit_linear(
     Args:
         train: (n, d) frozen features.
         labels: (n,) long, their classes.
-        l2: penalty on the weights of the standardised features, >= 0; the bias is free.
+        l2: penalty on the weights of the standardised features, >= 0; the bias is free. Default: d,
+            by which a score's prior deviation is about 1 however many features there are.
         classes: number of them; default: the highest label + 1.
     """
     mean, scale = train.double().mean(0), train.double().std(0, correction=0)
     scale = torch.where(scale > 1e-6, scale, 1)  # a constant feature says nothing
     x = (train - mean) / scale
+    l2 = x.shape[1] if l2 is None else l2
     weight = x.new_zeros(classes or int(labels.max()) + 1, x.shape[1], requires_grad=True)
     bias = x.new_zeros(len(weight), requires_grad=True)
     search = torch.optim.LBFGS(
@@ -379,7 +381,9 @@ def fit_linear(
     return layer
 
 
-def linear_probe(train: Tensor, labels: Tensor, test: Tensor, l2: float = 1.0) -> Tensor:
+def linear_probe(
+    train: Tensor, labels: Tensor, test: Tensor, l2: float | None = None
+) -> Tensor:
     """Class probabilities (m, classes) by ``fit_linear``.
 
     Args:
@@ -475,7 +479,9 @@ class LinearProbe(Probe):
 
     prefix = "linear"
 
-    def __init__(self, l2: float = 1.0, output_transform: Callable = lambda output: output) -> None:
+    def __init__(
+        self, l2: float | None = None, output_transform: Callable = lambda output: output
+    ) -> None:
         self.l2 = l2
         super().__init__(output_transform)
 
