@@ -206,13 +206,15 @@ def fit_head(
 
 
 class ProbeFirst:
-    """Starts fine-tuning from the linear probe's head (LP-FT; Kumar et al., 2022, arXiv:2202.10054).
+    """Starts fine-tuning from the linear probe's head.
 
-    A random head's gradients would spoil what the encoder has learnt before they follow the data.
-    A resumed training keeps its own head.
+    LP-FT (Kumar et al., 2022, arXiv:2202.10054): the gradients of a random head spoil what the
+    encoder has learnt before they follow the data. A resumed training keeps its own head.
 
     Args:
-        classifier, loader, device: as in ``fit_head``.
+        classifier: as in ``fit_head``.
+        loader: as in ``fit_head``.
+        device: as in ``fit_head``.
     """
 
     def __init__(
@@ -238,7 +240,9 @@ def probe(
     """``fit_head``, and write model.pt.
 
     Args:
-        classifier, loader, device: as in ``fit_head``.
+        classifier: as in ``fit_head``.
+        loader: as in ``fit_head``.
+        device: as in ``fit_head``.
         mode: "linear" for logistic regression, "knn" for a vote of the nearest training cases.
         ckpt_dir: folder of model.pt.
     """

@@ -381,9 +381,7 @@ def fit_linear(
     return layer
 
 
-def linear_probe(
-    train: Tensor, labels: Tensor, test: Tensor, l2: float | None = None
-) -> Tensor:
+def linear_probe(train: Tensor, labels: Tensor, test: Tensor, l2: float | None = None) -> Tensor:
     """Class probabilities (m, classes) by ``fit_linear``.
 
     Args:

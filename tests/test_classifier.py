@@ -2,10 +2,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.networks.nets import DenseNet, SegResNet, UNet, ViT
 from torch import nn
 
-from med3dinsight_ext.classifier import Classifier, Neighbours, grad_cam, pooled_features, probe
+from med3dinsight_ext.classifier import (
+    Classifier,
+    Neighbours,
+    ProbeFirst,
+    grad_cam,
+    pooled_features,
+    probe,
+)  # fmt: skip
 from med3dinsight_ext.flips import FlipInferer
 from med3dinsight_ext.losses import DeepSupervision
 from med3dinsight_ext.metrics import fit_linear, knn_probe
@@ -141,6 +149,21 @@ def test_the_linear_mode_is_the_logistic_regression_on_frozen_features(tmp_path:
     other = Classifier(Net(), 2, SIZE)
     other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     assert torch.equal(other.eval()(loader(1)[0]["image"]), scores[:2])
+
+
+def test_fine_tuning_starts_from_the_probe_and_a_resumed_one_does_not() -> None:
+    classifier = Classifier(Net(), 2, SIZE)
+    before = {k: v.clone() for k, v in classifier.state_dict().items()}
+    trainer = Engine(lambda engine, batch: None)
+    ProbeFirst(classifier, loader(6), torch.device("cpu")).attach(trainer)
+    trainer.load_state_dict({"epoch": 1, "max_epochs": 2, "epoch_length": 1})
+    trainer.run([0])
+    assert all(torch.equal(v, classifier.state_dict()[k]) for k, v in before.items())
+    trainer.state.epoch = trainer.state.iteration = 0
+    trainer.run([0], max_epochs=1)
+    expected = fit_linear(*pooled_features(classifier, loader(6), torch.device("cpu")))
+    assert torch.equal(classifier.head.weight, expected.weight)
+    assert not torch.equal(classifier.head.weight, before["head.weight"])
 
 
 def test_the_knn_mode_carries_its_cases_in_the_weights(tmp_path: Path) -> None:
