@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .student import StudentOutput
     from .targets import SliceTargets
 
-KINDS = ("siglip", "info_nce", "cosine", "partial_transport")
+KINDS = ("siglip", "info_nce", "cosine", "regression", "partial_transport")
 DELTA = 1e-4  # of the Mahalanobis matrix: keeps it positive definite
 
 
@@ -46,6 +46,23 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """
     _check(student, teacher)
     return (1 - F.cosine_similarity(student, teacher)).mean()
+
+
+def regression(student: Tensor, teacher: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Mean squared error to the standardised embedding; the share of variance not explained.
+
+    A teacher's embeddings of similar slices have nearly one direction, so that a cosine is high
+    before anything of the slice is known. Standardised targets keep what tells slices apart
+    (Miles and Mikolajczyk, 2024, arXiv:2303.11098).
+
+    Args:
+        student: (n, d), estimates of the standardised embedding.
+        teacher: (n, d).
+        mean: (d,) of the teacher's embeddings.
+        std: (d,) of the teacher's embeddings.
+    """
+    _check(student, teacher)
+    return F.mse_loss(student, (teacher - mean) / std.clamp(min=1e-6))
 
 
 def info_nce(
@@ -195,7 +212,7 @@ class AlignmentLoss(nn.Module):
     """Weighted sum of the image, text and reconstruction parts.
 
     Args:
-        kind: "siglip", "info_nce" (v1), "cosine" or "partial_transport" (v2).
+        kind: "siglip", "info_nce" (v1), "cosine", "regression" or "partial_transport" (v2).
         image_weight: of slice token to image embedding.
         text_weight: of slice token to caption embedding.
         reconstruction_weight: of the reconstruction, where the network gives one.
@@ -203,7 +220,8 @@ class AlignmentLoss(nn.Module):
         mass: of "partial_transport", in (0, 1].
         epsilon: of "partial_transport", > 0.
         cost: of "partial_transport", "cosine" or "mahalanobis" (learned).
-        dims: length of each target space, {"image": d, …}, for the Mahalanobis matrices.
+        dims: length of each target space, {"image": d, …}, for the Mahalanobis matrices and for
+            "regression".
         negatives: "all", or "same_plane": only slices of the same plane and nearby depth, which
             plane and position cannot tell apart.
         depth_window: with "same_plane", the largest difference of position, in (0, 1].
@@ -243,11 +261,15 @@ class AlignmentLoss(nn.Module):
             for name in ("image", "text"):
                 start = torch.tensor([math.log(1 / temperature), -10.0])
                 self.scales[name] = nn.Parameter(start)
-        if kind == "partial_transport" and cost == "mahalanobis":
-            if not dims:
-                raise ValueError(
-                    "dims must be given for the Mahalanobis cost; set '$@store.spaces'"
-                )
+        self.norms = nn.ModuleDict()
+        learned = kind == "partial_transport" and cost == "mahalanobis"
+        if (learned or kind == "regression") and not dims:
+            what = "the Mahalanobis cost" if learned else "regression"
+            raise ValueError(f"dims must be given for {what}; set '$@store.spaces'")
+        if kind == "regression":  # momentum None: statistics of all that was seen so far
+            for name, length in dims.items():
+                self.norms[name] = nn.BatchNorm1d(length, affine=False, momentum=None)
+        if learned:
             for name, length in dims.items():
                 self.roots[name] = nn.Parameter(torch.eye(length))
         zero = torch.zeros(())
@@ -262,6 +284,11 @@ class AlignmentLoss(nn.Module):
         if self.kind == "siglip":
             log_scale, bias = self.scales[name]
             return siglip(student, teacher, log_scale, bias, allowed)
+        if self.kind == "regression":
+            norm = self.norms[name if name in self.norms else "joint"]
+            if self.training:
+                norm(teacher)
+            return regression(student, teacher, norm.running_mean, norm.running_var.sqrt())
         root = None
         if len(self.roots):
             root = self.roots[name if name in self.roots else "joint"]
