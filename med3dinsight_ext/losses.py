@@ -263,14 +263,15 @@ class AlignmentLoss(nn.Module):
                 self.scales[name] = nn.Parameter(start)
         self.norms = nn.ModuleDict()
         learned = kind == "partial_transport" and cost == "mahalanobis"
-        if (learned or kind == "regression") and not dims:
+        lengths = dict(dims or {})
+        if (learned or kind == "regression") and not lengths:
             what = "the Mahalanobis cost" if learned else "regression"
             raise ValueError(f"dims must be given for {what}; set '$@store.spaces'")
         if kind == "regression":  # momentum None: statistics of all that was seen so far
-            for name, length in dims.items():
+            for name, length in lengths.items():
                 self.norms[name] = nn.BatchNorm1d(length, affine=False, momentum=None)
         if learned:
-            for name, length in dims.items():
+            for name, length in lengths.items():
                 self.roots[name] = nn.Parameter(torch.eye(length))
         zero = torch.zeros(())
         self.latest = Parts(zero, zero, zero, zero)

@@ -11,7 +11,7 @@ from differences import Cell, Difference, Interval, difference, interval
 
 CASES = {  # that may train, in each task
     "hippocampus": 140, "sarcoma_ct": 29, "sarcoma_mr": 29, "adrenal": 1188,
-    "adrenal_from_both": 1188,
+    "adrenal_long": 1188, "adrenal_from_both": 1188,
 }  # fmt: skip
 DATA_SETS = {
     "hippocampus": ("hippocampus",), "sarcoma": ("sarcoma_ct", "sarcoma_mr"),
@@ -172,12 +172,13 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
         here = [c for c in cells if (c.folder, c.score) == (folder, "test") and c.variant in MAIN]
         if not here:
             continue
-        backbones = [cell.backbone for cell in here for _ in cell.arms]
-        main = max(dict.fromkeys(backbones), key=backbones.count)
-        found = {
-            name: judgement([c for c in here if c.backbone == main], tasks)
-            for name, tasks in DATA_SETS.items()
-        }
+        found, chosen = {}, {}
+        for name, tasks in DATA_SETS.items():
+            cells_of = [cell for cell in here if cell.task in tasks]
+            backbones = [cell.backbone for cell in cells_of for _ in cell.arms]
+            main = max(dict.fromkeys(backbones), key=backbones.count, default="")
+            chosen[name] = main
+            found[name] = judgement([c for c in cells_of if c.backbone == main], tasks)
         wins = [name for name, j in found.items() if j.wins]
         unknown = [name for name, j in found.items() if None in j[:3]]
         could = [name for name, j in found.items() if j.wins or j.wins is None]
@@ -187,7 +188,7 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
             word = "Not reached"
         said = f" ({', '.join(wins)})" if wins else ""
         parts = [
-            f"**{word}** (budget `{folder}`, {main}): with few labels the default beats training "
+            f"**{word}** (budget `{folder}`): with few labels the default beats training "
             f"from scratch on {len(wins)} of {len(DATA_SETS)} data sets{said}",
             f"it falls behind (scratch with all labels, or masked reconstruction) on "
             f"{' and '.join(lost)}" if lost else "",
@@ -196,7 +197,10 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
         lines += [
             f"{'; '.join(part for part in parts if part)}. Points above scratch with the 95 % "
             "interval over cases and seeds: "
-            + "; ".join(j.text or f"{name} not run" for name, j in found.items())
+            + "; ".join(
+                f"{name}, {chosen[name]}: {j.text}" if j.text else f"{name} not run"
+                for name, j in found.items()
+            )
             + ".",
             "",
         ]

@@ -39,6 +39,8 @@ ARMS = {
     "transport_sharp": "partial transport, ε 0.03, cosine",
     "transport_reconstruction": "`transport` and masked reconstruction",
     "default": "the defaults of bundles/pretrain: SigLIP with both, and masked reconstruction",
+    "regression_image": "regression to the standardised image embeddings alone",
+    "regression": "regression to the standardised embeddings of both, and masked reconstruction",
     "default_shuffled": "control: all captions are of other slices",
     "default_template": "control: texts that name modality, plane and depth alone",
     "default_untrained_teacher": "control: a teacher with random weights",
