@@ -17,7 +17,7 @@ DATA_SETS = {
     "hippocampus": ("hippocampus",), "sarcoma": ("sarcoma_ct", "sarcoma_mr"),
     "adrenal": ("adrenal",),
 }  # fmt: skip
-MAIN = ("", "finetune")  # variants of the fine-tuning that the verdict looks at
+MAIN = ("", "chosen")  # variants of the fine-tuning that the verdict looks at
 SHARE = 0.1  # of the labels, or 3 cases: few
 QUESTIONS = {  # pairs of arms that differ in one thing
     "Does pre-training help beyond the time it takes?": [("default", "scratch_matched")],
