@@ -16,6 +16,7 @@ from med3dinsight_ext.losses import (
     mahalanobis,
     masked_mse,
     partial_transport,
+    regression,
     siglip,
 )
 from med3dinsight_ext.student import StudentOutput
@@ -26,8 +27,10 @@ PAIRED = {
     "info_nce": info_nce,
     "siglip": lambda z, y: siglip(z, y, torch.tensor(2.0), torch.tensor(-3.0)),
     "partial_transport": partial_transport,
+    "regression": lambda z, y: regression(z, y, y.new_zeros(1), y.new_ones(1)),
 }
 KINDS = list(PAIRED)
+DIMS = {"image": 6, "text": 5}
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -94,7 +97,7 @@ def test_permuting_pairs_changes_nothing(kind: str) -> None:
     assert torch.allclose(PAIRED[kind](z[order], y[order]), PAIRED[kind](z, y), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "regression"])
 def test_lengths_of_vectors_do_not_matter(kind: str) -> None:
     z, y = torch.randn(6, 8), torch.randn(6, 8)
     assert torch.allclose(PAIRED[kind](5 * z, y), PAIRED[kind](z, 0.3 * y), atol=1e-4)
@@ -211,12 +214,27 @@ def test_a_joint_space_serves_image_and_text() -> None:
     assert torch.allclose(loss.latest.text, cosine(flat, target.text.flatten(0, 1)))
 
 
+def test_regression_standardises_by_all_targets_seen_so_far() -> None:
+    loss = AlignmentLoss("regression", text_weight=0, dims=DIMS)
+    seen = []
+    for seed in range(3):
+        tokens, target = batch(seed=seed)
+        target = target._replace(image=3 + 0.1 * target.image)
+        seen.append(target.image.flatten(0, 1))
+        value = loss(output(tokens), target)
+    mean = torch.stack([rows.mean(0) for rows in seen]).mean(0)
+    variance = torch.stack([rows.var(0) for rows in seen]).mean(0)
+    expected = F.mse_loss(tokens["image"].flatten(0, 1), (seen[-1] - mean) / variance.sqrt())
+    assert torch.allclose(value, expected, rtol=1e-4)
+    assert torch.equal(loss.eval()(output(tokens), target), value)  # looks, takes no statistics
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_without_captions_trains_on_images_alone(kind: str) -> None:
     tokens, target = batch()
     target.has_text.zero_()
     leaf = {name: value.requires_grad_() for name, value in tokens.items()}
-    loss = AlignmentLoss(kind)
+    loss = AlignmentLoss(kind, dims=DIMS)
     loss(output(leaf), target).backward()
     assert float(loss.latest.text) == 0 and leaf["image"].grad.any() and not leaf["text"].grad.any()
 
@@ -248,7 +266,9 @@ def test_same_plane_negatives_ignore_other_planes_and_far_depths() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_inside_autocast(kind: str) -> None:
     tokens, target = batch()
-    loss = AlignmentLoss(kind, epsilon=0.005)
+    loss = AlignmentLoss(kind, epsilon=0.005, dims=DIMS)
+    loss(output(tokens), target)  # statistics of regression's targets
+    loss.eval()
     plain = loss(output(tokens), target)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(loss(output(tokens), target), plain)
@@ -262,7 +282,7 @@ def test_learned_parts_get_a_gradient() -> None:
     tokens, target = batch()
     for loss in (
         AlignmentLoss("siglip"),
-        AlignmentLoss("partial_transport", cost="mahalanobis", dims={"image": 6, "text": 5}),
+        AlignmentLoss("partial_transport", cost="mahalanobis", dims=DIMS),
     ):
         loss(output(tokens), target).backward()
         assert len(list(loss.parameters())) == 2
@@ -274,8 +294,10 @@ def test_wrong_settings_are_named() -> None:
         AlignmentLoss("clip")
     with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
         AlignmentLoss(temperature=0)
-    with pytest.raises(ValueError, match="dims must be given"):
+    with pytest.raises(ValueError, match="dims must be given for the Mahalanobis cost"):
         AlignmentLoss("partial_transport", cost="mahalanobis")
+    with pytest.raises(ValueError, match="dims must be given for regression; set '.@store.spaces'"):
+        AlignmentLoss("regression")
     with pytest.raises(ValueError, match="negatives must be one of all, same_plane"):
         AlignmentLoss(negatives="hard")
 
@@ -300,7 +322,7 @@ def gradients(kind: str, rank: int, ranks: int) -> dict[str, Tensor]:
     mask = torch.zeros_like(target.volume, dtype=torch.bool)
     mask[:2, ..., :1] = mask[2:, ..., :3] = True  # and of hidden voxels
     mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
-    network, loss = Heads(), AlignmentLoss(kind)
+    network, loss = Heads(), AlignmentLoss(kind, dims=DIMS)
     wrapped = DistributedDataParallel(network) if ranks > 1 else network
     share = SliceTargets(*(value[mine] for value in target))
     tokens = {name: value[mine] for name, value in tokens.items()}
