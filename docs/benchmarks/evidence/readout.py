@@ -19,7 +19,6 @@ import yaml
 from monai.bundle import ConfigParser
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -76,19 +75,17 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
         config[key] = task[key]
     backbone = plan["backbones"]["unet_batch"]["backbone"] | {"out_channels": 1}
     config |= {"device": "cpu", "num_workers": 0, "backbone": backbone}
+    batches = []
+    for items in (train, judge):  # once for all networks
+        config["probe_loader"]["dataset"]["data"] = items
+        batches.append(list(ConfigParser(config).get_parsed_content("probe_loader")))
     files = sorted(Path(out, budget).glob("adrenal*-unet_batch-*-pretrain-s*/models/model.pt"))
     for path in [None, *files]:
         torch.manual_seed(0)
-        parser = ConfigParser(config)
-        classifier = parser.get_parsed_content("network_def")
+        classifier = ConfigParser(config).get_parsed_content("network_def")
         if path:
             classifier.network.load_state_dict(torch.load(path, weights_only=True))
-        parts = []
-        for items in (train, judge):
-            parser["probe_loader"]["dataset"]["data"] = items
-            loader: DataLoader = parser.get_parsed_content("probe_loader", instantiate=True)
-            parts.append(pooled_features(classifier, loader, torch.device("cpu"))[0])
-            parser.parse(reset=True)
+        parts = [pooled_features(classifier, part, torch.device("cpu"))[0] for part in batches]
         name = path.parts[-3] if path else "scratch"
         report[name] = probed((parts[0], parts[1]), train, judge)
         print(name, {n: sum(v) / DRAWS for n, v in report[name].items()}, flush=True)

@@ -5,6 +5,7 @@ python docs/benchmarks/evidence/tables.py
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from math import isnan
@@ -75,6 +76,22 @@ cases (how sure for these trainings), the second over cases and seeds (how sure 
 of the cases' differences are flipped at random (10 000 times), for AUROC it is DeLong's; corrected
 by Holm for all p of a table. In the figures thick lines are intervals over cases, thin ones over
 cases and seeds."""
+PATH = """What was tried on them, in this order:
+
+1. **Learning rate** of fine-tuning (budget `schedule`): worth more than any pre-training.
+2. **Norm**: instance norm sets every channel's mean to zero, so that a classifier cannot see size;
+   hence `unet_batch` for classes.
+3. **Fine-tuning a classifier from a random head** (`finetune`) left every pre-trained arm below
+   scratch, though probes of the frozen features were above: the first gradients of such a head
+   spoil them. The bundle now starts from the head of a linear probe (`probe_first`). A layer norm
+   before the head made all arms worse and was dropped.
+4. **The probe's penalty** was too weak for few labels (`linear`); it is now the number of features
+   (`linear_strong`).
+5. **A lower rate for the encoder** (`keep`) changed nothing on hippocampus.
+6. **A transformer** (`unetr`) on hippocampus gains what the convolutional network does not.
+7. **Longer pre-training** (`adrenal_all`: three times the volumes and steps) made the default's
+   features worse for this task: they tell slices apart, not classes.
+8. **Regression to standardised embeddings**: above the cosine, level with the default."""
 THREATS = """## Threats to validity
 
 - **Small**: small networks, hundreds of steps, low resolution and at most a few hundred volumes. A
@@ -247,6 +264,32 @@ def costs(budgets: dict[str, list[Record]]) -> list[str]:
     return lines
 
 
+def readout(path: Path) -> list[str]:
+    """The table of readout.py, if it was run."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())["auroc"]
+    counts = list(found["scratch"])
+    lines = [
+        "## What the teacher knows, and what of it arrives", "",
+        "Linear probes on adrenal, judged on held-out development cases: AUROC, mean of "
+        f"{len(found['scratch'][counts[0]])} draws of labelled cases, and in how many of them it "
+        "is above that of a fresh network. The teacher's row is the mean of its embeddings over a "
+        "volume's slices; the others are the deepest features of `unet_batch`. Written by "
+        "`readout.py`.", "",
+        "| features | " + " | ".join(f"{n} labelled | above fresh" for n in counts) + " |",
+        "|---" + "|---:|---:" * len(counts) + "|",
+    ]  # fmt: skip
+    for name, scores in found.items():
+        row = [name]
+        for n in counts:
+            pairs = zip(scores[n], found["scratch"][n], strict=True)
+            above = sum(ours > fresh for ours, fresh in pairs)
+            row += [points(sum(scores[n]) / len(scores[n]), False), str(above)]
+        lines.append(f"| {' | '.join(row)} |")
+    return [*lines, ""]
+
+
 def readme(root: Path = HERE) -> str:
     budgets = by_budget(root)
     found = {name: cells(name, records, ORDER) for name, records in budgets.items()}
@@ -274,6 +317,7 @@ def readme(root: Path = HERE) -> str:
         "## Choices", "",
         "Judged on development cases; kept apart, since these runs favour what they chose.", "",
     ]  # fmt: skip
+    lines += [PATH, "", *readout(root.parent / "results" / "readout.json")]
     if held:
         lines += ["<details><summary>The questions above, on these runs</summary>", ""]
         lines += [line for line in answers(held) if not line.endswith("Not run yet.")]
