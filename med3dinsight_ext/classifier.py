@@ -191,10 +191,11 @@ def fit_head(
 
     Args:
         classifier: with the head "pooled" or "neighbours"; nothing else of it is changed.
-        loader: of training cases, without augmentation.
+        loader: of training cases, without augmentation; of each process its own share.
         device: to run on.
     """
-    features, labels = pooled_features(classifier.to(device), loader, device)
+    found = idist.all_gather(pooled_features(classifier.to(device), loader, device))
+    features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     if isinstance(classifier.head, Neighbours):
         classifier.head.remember(features, labels)
     elif isinstance(classifier.head, nn.Linear):

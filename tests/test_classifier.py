@@ -1,7 +1,11 @@
+import os
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from ignite.engine import Engine
 from monai.networks.nets import DenseNet, SegResNet, UNet, ViT
 from torch import nn
@@ -10,6 +14,7 @@ from med3dinsight_ext.classifier import (
     Classifier,
     Neighbours,
     ProbeFirst,
+    fit_head,
     grad_cam,
     pooled_features,
     probe,
@@ -164,6 +169,31 @@ def test_fine_tuning_starts_from_the_probe_and_a_resumed_one_does_not() -> None:
     expected = fit_linear(*pooled_features(classifier, loader(6), torch.device("cpu")))
     assert torch.equal(classifier.head.weight, expected.weight)
     assert not torch.equal(classifier.head.weight, before["head.weight"])
+
+
+def one_rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    classifier = Classifier(Net(), 2, SIZE)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    fit_head(classifier, loader(5)[rank::2], torch.device("cpu"))
+    torch.save(classifier.head.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_cases_and_get_one_head(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2))
+    torch.manual_seed(0)
+    classifier = Classifier(Net(), 2, SIZE)
+    fit_head(classifier, loader(5), torch.device("cpu"))
+    for name, value in classifier.head.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name], value, atol=1e-5)
 
 
 def test_the_knn_mode_carries_its_cases_in_the_weights(tmp_path: Path) -> None:
