@@ -48,21 +48,56 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(student, teacher)).mean()
 
 
-def regression(student: Tensor, teacher: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Mean squared error to the standardised embedding; the share of variance not explained.
-
-    A teacher's embeddings of similar slices have nearly one direction, so that a cosine is high
-    before anything of the slice is known. Standardised targets keep what tells slices apart
-    (Miles and Mikolajczyk, 2024, arXiv:2303.11098).
+def regression(student: Tensor, residual: Tensor) -> Tensor:
+    """Mean squared error to standardised residuals: the share of their variance left unexplained.
 
     Args:
-        student: (n, d), estimates of the standardised embedding.
-        teacher: (n, d).
-        mean: (d,) of the teacher's embeddings.
-        std: (d,) of the teacher's embeddings.
+        student: (n, d), estimates.
+        residual: (n, d), from ``Residual``.
     """
-    _check(student, teacher)
-    return F.mse_loss(student, (teacher - mean) / std.clamp(min=1e-6))
+    _check(student, residual)
+    return F.mse_loss(student, residual)
+
+
+class Residual(nn.Module):
+    """What of an embedding its plane and depth do not tell, standardised.
+
+    Embeddings of similar slices have nearly one direction, and plane and depth tell most of the
+    rest. So the mean of all targets seen at a plane and depth is taken away, and each dimension is
+    divided by its deviation.
+
+    Args:
+        length: d of the embeddings.
+        bins: of the position, each with its own mean.
+    """
+
+    total: Tensor
+    count: Tensor
+    square: Tensor
+
+    def __init__(self, length: int, bins: int = 8) -> None:
+        super().__init__()
+        self.bins = bins
+        self.register_buffer("total", torch.zeros(3 * bins, length))
+        self.register_buffer("count", torch.zeros(3 * bins))
+        self.register_buffer("square", torch.zeros(length))
+
+    def forward(self, teacher: Tensor, plane: Tensor, position: Tensor) -> Tensor:
+        """Residuals (n, d) of embeddings (n, d); in training mode they are counted in.
+
+        Args:
+            teacher: (n, d).
+            plane: (n,) long.
+            position: (n,) in [0, 1].
+        """
+        cell = plane * self.bins + (position * self.bins).long().clamp(max=self.bins - 1)
+        if self.training:
+            self.total.index_add_(0, cell, teacher)
+            self.count.index_add_(0, cell, torch.ones_like(position))
+        rest = teacher - self.total[cell] / self.count[cell].clamp(min=1)[:, None]
+        if self.training:
+            self.square += rest.square().sum(0)
+        return rest / (self.square / self.count.sum().clamp(min=1)).sqrt().clamp(min=1e-6)
 
 
 def info_nce(
@@ -261,15 +296,16 @@ class AlignmentLoss(nn.Module):
             for name in ("image", "text"):
                 start = torch.tensor([math.log(1 / temperature), -10.0])
                 self.scales[name] = nn.Parameter(start)
-        self.norms = nn.ModuleDict()
+        self.residuals = nn.ModuleDict()
         learned = kind == "partial_transport" and cost == "mahalanobis"
         lengths = dict(dims or {})
         if (learned or kind == "regression") and not lengths:
             what = "the Mahalanobis cost" if learned else "regression"
             raise ValueError(f"dims must be given for {what}; set '$@store.spaces'")
-        if kind == "regression":  # momentum None: statistics of all that was seen so far
-            for name, length in lengths.items():
-                self.norms[name] = nn.BatchNorm1d(length, affine=False, momentum=None)
+        if kind == "regression":
+            for name in ("image", "text"):
+                if size := lengths.get(name, lengths.get("joint")):
+                    self.residuals[name] = Residual(size)
         if learned:
             for name, length in lengths.items():
                 self.roots[name] = nn.Parameter(torch.eye(length))
@@ -286,10 +322,7 @@ class AlignmentLoss(nn.Module):
             log_scale, bias = self.scales[name]
             return siglip(student, teacher, log_scale, bias, allowed)
         if self.kind == "regression":
-            norm = self.norms[name if name in self.norms else "joint"]
-            if self.training:
-                norm(teacher)
-            return regression(student, teacher, norm.running_mean, norm.running_var.sqrt())
+            return regression(student, teacher)
         root = None
         if len(self.roots):
             root = self.roots[name if name in self.roots else "joint"]
@@ -311,6 +344,8 @@ class AlignmentLoss(nn.Module):
         )
         if name == "text" and len(student) < 2:
             return tokens.sum() * 0  # captions may be rare; one alone has nothing to differ from
+        if name in self.residuals:
+            teacher = self.residuals[name](teacher, plane, position)
         # A slice drawn twice and a caption used twice are no negatives of each other.
         unit = F.normalize(teacher, dim=1)
         allowed = unit @ unit.mT < 1 - 1e-5

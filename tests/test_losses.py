@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from med3dinsight_ext.losses import (
     AlignmentLoss,
+    Residual,
     cosine,
     info_nce,
     mahalanobis,
@@ -27,7 +28,7 @@ PAIRED = {
     "info_nce": info_nce,
     "siglip": lambda z, y: siglip(z, y, torch.tensor(2.0), torch.tensor(-3.0)),
     "partial_transport": partial_transport,
-    "regression": lambda z, y: regression(z, y, y.new_zeros(1), y.new_ones(1)),
+    "regression": regression,
 }
 KINDS = list(PAIRED)
 DIMS = {"image": 6, "text": 5}
@@ -214,19 +215,31 @@ def test_a_joint_space_serves_image_and_text() -> None:
     assert torch.allclose(loss.latest.text, cosine(flat, target.text.flatten(0, 1)))
 
 
-def test_regression_standardises_by_all_targets_seen_so_far() -> None:
-    loss = AlignmentLoss("regression", text_weight=0, dims=DIMS)
-    seen = []
-    for seed in range(3):
-        tokens, target = batch(seed=seed)
-        target = target._replace(image=3 + 0.1 * target.image)
-        seen.append(target.image.flatten(0, 1))
-        value = loss(output(tokens), target)
-    mean = torch.stack([rows.mean(0) for rows in seen]).mean(0)
-    variance = torch.stack([rows.var(0) for rows in seen]).mean(0)
-    expected = F.mse_loss(tokens["image"].flatten(0, 1), (seen[-1] - mean) / variance.sqrt())
-    assert torch.allclose(value, expected, rtol=1e-4)
-    assert torch.equal(loss.eval()(output(tokens), target), value)  # looks, takes no statistics
+def test_residuals_hold_nothing_of_plane_and_depth() -> None:
+    residual, random = Residual(5, bins=4), torch.Generator().manual_seed(0)
+    told = torch.randn(3, 4, 5, generator=random)
+    for _ in range(40):
+        plane = torch.randint(3, (64,), generator=random)
+        position = torch.rand(64, generator=random)
+        position[0] = 1.0
+        own = torch.tensor([1.0, 0.1, 2.0, 1.0, 1.0]) * torch.randn(64, 5, generator=random)
+        target = 3 + 10 * told[plane, (position * 4).long().clamp(max=3)] + own
+        found = residual(target, plane, position)
+    expected = own / own.std(0)
+    assert (found - expected).square().mean() < 0.05
+    state = {k: v.clone() for k, v in residual.state_dict().items()}
+    assert torch.equal(residual.eval()(target, plane, position), found)  # looks, counts nothing in
+    assert all(torch.equal(v, residual.state_dict()[k]) for k, v in state.items())
+
+
+def test_regression_is_the_error_to_the_residuals_of_a_joint_space_too() -> None:
+    tokens, target = batch(2, 8)
+    target = target._replace(text=unit(2, 8, 6, seed=8))
+    loss, residual = AlignmentLoss("regression", dims={"joint": 6}), Residual(6)
+    loss(output({"joint": tokens["image"]}), target)
+    rows = [value.flatten(0, 1) for value in (target.image, target.plane, target.position)]
+    expected = F.mse_loss(tokens["image"].flatten(0, 1), residual(*rows))
+    assert torch.allclose(loss.latest.image, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
