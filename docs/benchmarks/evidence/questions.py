@@ -147,13 +147,13 @@ def judgement(cells: Sequence[Cell], tasks: Sequence[str]) -> Judgement:
     wins, keeps, level, texts = [], [], [], []
     for task in tasks:
         here = [cell for cell in cells if cell.task == task]
-        small = [c for c in here if c.labels and c.labels <= max(3, SHARE * CASES[task])]
-        for cell in small[:1]:
-            if d := certain(cell, "scratch"):
-                wins.append((d.both[0] > 0, d.both[1] < 0))
+        limit = max(3, round(SHARE * CASES[task]))
+        for i, cell in enumerate(c for c in here if c.labels and c.labels <= limit):
+            if d := certain(cell, "scratch"):  # the fewest decide, the others are told
+                wins += [(d.both[0] > 0, d.both[1] < 0)] if i == 0 else []
                 texts.append(f"{task} {points(d.above)} ({span(d.both)}) with {cell.labels}")
             if d := certain(cell, "reconstruction"):
-                level.append(d.both[1] >= 0)
+                level += [d.both[1] >= 0] if i == 0 else []
                 texts.append(f"{points(d.above)} ({span(d.both)}) to masked reconstruction")
         for cell in (c for c in here if c.labels is None):
             if d := certain(cell, "scratch"):
