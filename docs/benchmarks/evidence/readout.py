@@ -79,7 +79,9 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
     for items in (train, judge):  # once for all networks
         config["probe_loader"]["dataset"]["data"] = items
         batches.append(list(ConfigParser(config).get_parsed_content("probe_loader")))
-    files = sorted(Path(out, budget).glob("adrenal*-unet_batch-*-pretrain-s*/models/model.pt"))
+    found = sorted(Path(out, budget).glob("adrenal*-unet_batch-*-pretrain-s*/models/model.pt"))
+    finished = HERE / "results" / budget
+    files = [path for path in found if (finished / f"{path.parts[-3]}.json").exists()]
     for path in [None, *files]:
         torch.manual_seed(0)
         classifier = ConfigParser(config).get_parsed_content("network_def")
