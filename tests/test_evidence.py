@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -419,6 +420,18 @@ def test_questions_are_answered_by_the_sign_of_the_interval_or_not_at_all() -> N
     assert "+10.0" in said[0] and "−10.0" in said[1]
     rest = [line for line in questions.answers(block(0.1)) if "Does text add" in line]
     assert rest == ["- **Does text add to images?** Not run yet."]
+
+
+def test_the_first_screen_quotes_the_write_up() -> None:
+    said = (
+        (EVIDENCE.parents[2] / "README.md")
+        .read_text()
+        .split("**Does it help?**")[1]
+        .split("\n\n")[0]
+    )
+    figures = re.findall(r"[+−]\d+\.\d \([^)]+\)", said)
+    page = (EVIDENCE / "README.md").read_text().split("The aim counts")[0]
+    assert len(figures) == 3 and all(figure in page for figure in figures)
 
 
 def test_questions_and_descriptions_name_arms_of_the_plan_or_of_none() -> None:

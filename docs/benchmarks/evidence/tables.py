@@ -294,7 +294,10 @@ def readout(path: Path) -> list[str]:
         for n in counts:
             pairs = zip(scores[n], found["scratch"][n], strict=True)
             above = sum(ours > fresh for ours, fresh in pairs)
-            row += [points(sum(scores[n]) / len(scores[n]), False), str(above)]
+            row += [
+                points(sum(scores[n]) / len(scores[n]), False),
+                "–" if name == "scratch" else str(above),
+            ]
         lines.append(f"| {' | '.join(row)} |")
     return [*lines, ""]
 
