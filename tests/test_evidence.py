@@ -221,7 +221,8 @@ def test_arms_differ_in_their_own_overrides_alone() -> None:
         if run.bundle == "pretrain":
             own |= set(PLAN["arms"][run.about["arm"]])
         shared = {key: v for key, v in run.settings.items() if key not in own}
-        where = [run.about.get(key) for key in ("corpus", "task", "backbone", "variant")]
+        keys = ("corpus", "task", "backbone", "variant", "labels")
+        where = [run.about.get(key) for key in keys]
         groups.setdefault(tuple(where), []).append(shared)
     for group in groups.values():
         common = set.intersection(*(set(settings) for settings in group))

@@ -1,4 +1,4 @@
-"""How much of what the teacher knows arrives in the network? Writes ../results/readout.json.
+"""How much of what the teacher knows arrives in the network? Writes readout.json.
 
     python docs/benchmarks/evidence/readout.py ../shared/data [--out DIR] [--budget pilot]
 
@@ -9,6 +9,7 @@ network that run.py has pre-trained for the budget and left in DIR. Twenty draws
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from common import write  # noqa: E402
+from common import machine  # noqa: E402
 from planning import items_of  # noqa: E402
 
 from med3dinsight_ext.captions import TemplateCaptions  # noqa: E402
@@ -91,7 +92,8 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
         name = path.parts[-3] if path else "scratch"
         report[name] = probed((parts[0], parts[1]), train, judge)
         print(name, {n: sum(v) / DRAWS for n, v in report[name].items()}, flush=True)
-    write("readout", {"score": "held_out", "auroc": report})
+    text = json.dumps(machine() | {"score": "held_out", "auroc": report}, indent=1)
+    (HERE / "readout.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -329,7 +329,7 @@ def readme(root: Path = HERE) -> str:
         "## Choices", "",
         "Judged on development cases; kept apart, since these runs favour what they chose.", "",
     ]  # fmt: skip
-    lines += [PATH, "", *readout(root.parent / "results" / "readout.json")]
+    lines += [PATH, "", *readout(root / "readout.json")]
     if held:
         lines += ["<details><summary>The questions above, on these runs</summary>", ""]
         lines += [line for line in answers(held) if not line.endswith("Not run yet.")]
