@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import torch
 from monai.bundle import ConfigParser
-from running import ROOT, environment
+from running import ROOT, environment, free_port
 from torch import Tensor, nn
 
 PYTHON = os.environ.get("MED3D_LABEL_PYTHON", "")
@@ -181,12 +181,6 @@ def _field(mark: str, name: str, value: str | Path) -> bytes:
     head = f'--{mark}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
     content = value.read_bytes() if isinstance(value, Path) else value.encode()
     return head.encode() + content + b"\r\n"
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def is_free(port: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ BUNDLES = ("pretrain", "seg-finetune", "cls-finetune")
 
 def configs(bundle: str) -> Path:
     return ROOT / "bundles" / bundle / "configs"
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def settings(bundle: str, root: Path, volumes: Path, **changes: Any) -> dict[str, Any]:

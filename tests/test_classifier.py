@@ -1,5 +1,4 @@
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from ignite.engine import Engine
 from monai.networks.nets import DenseNet, SegResNet, UNet, ViT
+from running import free_port
 from torch import nn
 
 from med3dinsight_ext.classifier import (
@@ -18,7 +18,7 @@ from med3dinsight_ext.classifier import (
     grad_cam,
     pooled_features,
     probe,
-)  # fmt: skip
+)
 from med3dinsight_ext.flips import FlipInferer
 from med3dinsight_ext.losses import DeepSupervision
 from med3dinsight_ext.metrics import fit_linear, knn_probe
@@ -183,10 +183,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_share_the_cases_and_get_one_head(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(one_rank, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(one_rank, (free_port(), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2))
     torch.manual_seed(0)
     classifier = Classifier(Net(), 2, SIZE)

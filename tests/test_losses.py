@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from running import free_port
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -356,12 +357,7 @@ def one_rank(rank: int, ranks: int, port: int, folder: str) -> None:
 
 
 def test_two_ranks_give_the_loss_and_gradients_of_one_process(tmp_path: Any) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(one_rank, (2, port, str(tmp_path)), nprocs=2)
+    mp.spawn(one_rank, (2, free_port(), str(tmp_path)), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for kind in KINDS:
