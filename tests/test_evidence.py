@@ -423,6 +423,19 @@ def test_questions_are_answered_by_the_sign_of_the_interval_or_not_at_all() -> N
     assert rest == ["- **Does text add to images?** Not run yet."]
 
 
+def test_a_question_is_answered_where_both_of_its_arms_have_the_fewest_labels() -> None:
+    rows = [
+        run
+        for labels, arms in ((3, ["default"]), (14, ["default", "siglip"]), (35, ["siglip"]))
+        for arm in arms
+        for run in records(arm, [[0.6 if arm == "default" else 0.5] * 4] * 2, labels=labels)
+    ]
+    said = next(
+        line for line in questions.answers(cells("cpu", rows)) if "Does reconstruction add" in line
+    )
+    assert "Yes: +10.0 (+10.0 to +10.0)" in said and "of 1." in said
+
+
 def test_the_first_screen_quotes_the_write_up() -> None:
     said = (
         (EVIDENCE.parents[2] / "README.md")

@@ -94,14 +94,14 @@ def place(cell: Cell, backbones: bool) -> str:
 def answers(cells: Sequence[Cell]) -> Iterator[str]:
     """A list item for each question: the mean where labels are fewest, then all comparisons."""
     many = len({cell.backbone for cell in cells}) > 1
-    fewest: dict[tuple[str, ...], Cell] = {}
-    for cell in cells:
-        fewest.setdefault(cell.table, cell)
     for question, pairs in QUESTIONS.items():
         lines, small, better, worse, total = [], [], 0, 0, 0
         for pair in pairs:
             found = [(cell, d) for cell in cells if (d := compared(cell, *pair))]
-            small += [d for c, d in found if fewest[c.table] is c and len(d.seeds) > 1]
+            fewest: dict[tuple[str, ...], Difference] = {}  # where both arms were run
+            for cell, d in found:
+                fewest.setdefault(cell.table, d)
+            small += [d for d in fewest.values() if len(d.seeds) > 1]
             better += sum(d.both[0] > 0 for _, d in found)
             worse += sum(d.both[1] < 0 for _, d in found)
             total += len(found)
@@ -149,11 +149,14 @@ def judgement(cells: Sequence[Cell], tasks: Sequence[str]) -> Judgement:
         here = [cell for cell in cells if cell.task == task]
         limit = max(3, round(SHARE * CASES[task]))
         for i, cell in enumerate(c for c in here if c.labels and c.labels <= limit):
-            if d := certain(cell, "scratch"):  # the fewest decide, the others are told
-                wins += [(d.both[0] > 0, d.both[1] < 0)] if i == 0 else []
+            decides = i == 0  # the fewest; the others are told
+            if d := certain(cell, "scratch"):
+                if decides:
+                    wins.append((d.both[0] > 0, d.both[1] < 0))
                 texts.append(f"{task} {points(d.above)} ({span(d.both)}) with {cell.labels}")
             if d := certain(cell, "reconstruction"):
-                level += [d.both[1] >= 0] if i == 0 else []
+                if decides:
+                    level.append(d.both[1] >= 0)
                 texts.append(f"{points(d.above)} ({span(d.both)}) to masked reconstruction")
         for cell in (c for c in here if c.labels is None):
             if d := certain(cell, "scratch"):

@@ -236,6 +236,13 @@ def figures(found: Sequence[Cell]) -> dict[str, tuple[str, list[list[Cell]]]]:
     return made
 
 
+def frozen(cell: Cell, records: Sequence[Record]) -> bool:
+    """Whether a table's runs fit a head alone."""
+    keys = ("task", "backbone", "variant", "labels")
+    ours = [r for r in records if all(r.get(key) == getattr(cell, key) for key in keys)]
+    return any(r["settings"].get("mode") == "linear" for r in ours)
+
+
 def section(folder: str, found: Sequence[Cell], records: Sequence[Record]) -> list[str]:
     """Figures, tables, pre-trainings and failures of a budget."""
     scores = dict.fromkeys(r["score"] for r in records if "score" in r)
@@ -246,6 +253,7 @@ def section(folder: str, found: Sequence[Cell], records: Sequence[Record]) -> li
     for cell in found:
         about = f"{cell.task}, {cell.backbone}, {few(cell.labels)} labelled"
         about += f", {cell.variant}" if cell.variant else ""
+        about += ", encoder frozen" if frozen(cell, records) else ""
         lines += [f"**{about}**", "", *table(cell), ""]
     return [*lines, *pre_training(records), *failures(records)]
 
