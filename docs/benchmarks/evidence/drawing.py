@@ -8,8 +8,9 @@ from typing import Any
 from differences import Cell, difference, level
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from questions import CASES, few
+from questions import CASES, MAIN, few
 
 from med3dinsight_ext.report import BLUE, GREEN, INK, ORANGE, SKY, STYLE, VERMILION
 
@@ -27,7 +28,8 @@ COLUMNS = 3  # of panels
 
 
 def title(cell: Cell) -> str:
-    return " · ".join(part for part in (cell.task, cell.backbone, cell.variant) if part)
+    how = [cell.backbone, *([cell.variant] if cell.variant not in MAIN else [])]
+    return f"{cell.task}\n{' · '.join(how)}"
 
 
 def metric(cell: Cell) -> str:
@@ -83,15 +85,15 @@ def present(groups: Sequence[Sequence[Cell]], order: Sequence[str]) -> list[str]
 
 @rc_context(STYLE)
 def forest(groups: Sequence[Sequence[Cell]], order: Sequence[str]) -> Figure:
-    """What each arm is above scratch, with the fewest labels (filled) and the most (open).
+    """What each arm is above scratch, from the fewest labels (filled) to the most (open).
 
     Args:
-        groups: for each panel its cells, few labels first; one or two are shown.
+        groups: for each panel its cells, few labels first.
         order: of the arms, from above.
     """
     groups = sorted(groups, key=lambda cells: -len(present([cells], order)))
     rows = [groups[i : i + COLUMNS] for i in range(0, len(groups), COLUMNS)]
-    heights = [0.9 + 0.28 * len(present(row, order)) for row in rows]
+    heights = [1.1 + 0.28 * len(present(row, order)) for row in rows]
     figure = Figure((1.7 + 2.1 * len(rows[0]), sum(heights) + 0.1), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False, height_ratios=heights)
     for row, line in zip(rows, axes, strict=True):
@@ -105,22 +107,24 @@ def forest(groups: Sequence[Sequence[Cell]], order: Sequence[str]) -> Figure:
 
 
 def _differences(ax: Axes, cells: Sequence[Cell], arms: Sequence[str]) -> None:
-    ends = [cells[0]] if len(cells) == 1 else [cells[0], cells[-1]]
-    for k, cell in enumerate(ends):
+    step = min(0.32, 0.72 / len(cells))
+    for k, cell in enumerate(cells):
         for row, arm in enumerate(arms):
             d = arm in cell.arms and difference(cell.arms[arm], cell.arms["scratch"])
             if not d:
                 continue
             color = LOOKS.get(arm, {}).get("color", BLUE)
-            y = row + (k - (len(ends) - 1) / 2) * 0.32
+            fill = to_rgba(color, 1 - k / max(1, len(cells) - 1))
+            y = row + (k - (len(cells) - 1) / 2) * step
             ax.hlines(y, 100 * d.both[0], 100 * d.both[1], color=color, lw=0.9)
             ax.hlines(y, 100 * d.cases[0], 100 * d.cases[1], color=color, lw=2.6)
-            ax.plot(100 * d.above, y, "o", ms=4.5, mfc="white" if k else color, mec=color, zorder=3)
+            ax.plot(100 * d.above, y, "o", ms=4.5, mfc="white", mec="white", zorder=3)
+            ax.plot(100 * d.above, y, "o", ms=4.5, mfc=fill, mec=color, zorder=4)
     ax.axvline(0, color=INK, lw=0.8)
     low, high = ax.get_xlim()
     ax.set_xlim(min(low, -1), max(high, 1))
     ax.set_ylim(len(arms) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
     ax.set_title(title(cells[0]), loc="left")
-    shown = " and ".join(few(cell.labels) for cell in ends)
+    shown = ", ".join(few(cell.labels) for cell in cells)
     ax.set_xlabel(f"{metric(cells[0])} points above scratch\n{shown} labelled")

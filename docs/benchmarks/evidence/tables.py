@@ -78,7 +78,9 @@ cases (how sure for these trainings), the second over cases and seeds (how sure 
 2000 bootstrap draws each. p is of a paired test over cases, averaged over seeds: for Dice the signs
 of the cases' differences are flipped at random (10 000 times), for AUROC it is DeLong's; corrected
 by Holm for all p of a table. In the figures thick lines are intervals over cases, thin ones over
-cases and seeds."""
+cases and seeds, and marks go from the fewest labels (filled) to the most (open). Where a table says
+so the encoder stays frozen and a linear head is fitted to its features; so with the 12 labels of
+adrenal, but not with more."""
 PATH = """What was tried on them, in this order:
 
 1. **Learning rate** of fine-tuning (budget `schedule`): worth more than any pre-training.
