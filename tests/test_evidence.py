@@ -444,8 +444,8 @@ def test_the_first_screen_quotes_the_write_up() -> None:
         .split("\n\n")[0]
     )
     figures = re.findall(r"[+−]\d+\.\d \([^)]+\)", said)
-    page = (EVIDENCE / "README.md").read_text().split("The aim counts")[0]
-    assert len(figures) == 3 and all(figure in page for figure in figures)
+    page = (EVIDENCE / "README.md").read_text().split("## What holds")[0]
+    assert len(figures) >= 3 and all(figure in page for figure in figures)
 
 
 def test_questions_and_descriptions_name_arms_of_the_plan_or_of_none() -> None:
