@@ -104,26 +104,20 @@ class Classifier(nn.Module):
             "neighbours": lambda: Neighbours(channels, out_channels),
             "own": nn.Identity,
         }[head]()
-        self.calls = 0  # of the layer in one pass: some networks use one activation everywhere
-        layer = network.get_submodule(self.features.layer)
-        hook = layer.register_forward_hook(self._count)
-        with evaluating(network):
-            device = next(network.parameters(), torch.empty(0)).device
-            output = _first(network(torch.zeros(1, 1, *patch_size, device=device)))
-        hook.remove()
-        if self.own and (not isinstance(output, Tensor) or output.shape != (1, out_channels)):
-            raise ValueError(
-                f"head must be pooled unless the network returns (b, {out_channels}), got "
-                f"{getattr(output, 'shape', type(output).__name__)} from "
-                f"{type(network).__name__}; set head to pooled"
-            )
-
-    def _count(self, *_: Any) -> None:
-        self.calls += 1
+        if self.own:
+            with evaluating(network):
+                device = next(network.parameters(), torch.empty(0)).device
+                output = _first(network(torch.zeros(1, 1, *patch_size, device=device)))
+            if not isinstance(output, Tensor) or output.shape != (1, out_channels):
+                raise ValueError(
+                    f"head must be pooled unless the network returns (b, {out_channels}), got "
+                    f"{getattr(output, 'shape', type(output).__name__)} from "
+                    f"{type(network).__name__}; set head to pooled"
+                )
 
     def encode(self, volume: Tensor) -> Tensor:
         """Deepest features (b, c, x', y', z') of volumes (b, 1, x, y, z)."""
-        return self.grid(features_of(self.network, self.features, volume, self.calls)[0])
+        return self.grid(features_of(self.network, self.features, volume, stop=True)[0])
 
     def pooled(self, volume: Tensor) -> Tensor:
         """Mean and greatest value of each feature, (b, 2 c).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,11 +14,16 @@ from torch import Tensor, nn
 
 
 class Features(NamedTuple):
-    """Where a network's features are: module path, channels, and grid (x, y, z)."""
+    """Where a network's features are: module path, channels, and grid (x, y, z).
+
+    call: which of the module's calls in one pass gives them, from 1; some networks use one
+    activation everywhere.
+    """
 
     layer: str
     channels: int
     grid: tuple[int, ...]
+    call: int = 1
 
 
 @contextmanager
@@ -83,16 +89,19 @@ def find_features(network: nn.Module, size: Sequence[int], layer: str = "auto") 
             f"its top level has {', '.join(n for n in modules if '.' not in n) or 'no modules'}"
         )
     seen: list[Features] = []
+    calls: Counter[str] = Counter()
 
     def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
+            calls[name] += 1
             features = as_grid(output, size)
             if (
                 features is not None
                 and features.shape[0] == 1
                 and math.prod(features.shape[2:]) > 1
             ):
-                seen.append(Features(name, features.shape[1], tuple(features.shape[2:])))
+                grid = tuple(features.shape[2:])
+                seen.append(Features(name, features.shape[1], grid, calls[name]))
 
         return hook
 
@@ -135,7 +144,7 @@ class _Found(Exception):
 
 
 def features_of(
-    network: nn.Module, found: Features, volume: Tensor, calls: int = 0
+    network: nn.Module, found: Features, volume: Tensor, stop: bool = False
 ) -> tuple[Tensor, Any]:
     """Features (b, c, x', y', z') and the network's own output for volumes (b, 1, x, y, z).
 
@@ -143,15 +152,15 @@ def features_of(
         network: is run.
         found: where its features are.
         volume: (b, 1, x, y, z).
-        calls: stop when the layer has run so often, as what comes then would be wasted (the output
-            is None); 0 runs the whole network, and the layer's last call counts.
+        stop: once they are there, as what comes then would be wasted; the output is None, unless
+            the network is being traced or compiled.
     """
     caught: list[Any] = []
-    stop = calls and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    stop = stop and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
 
     def catch(_: nn.Module, __: Any, output: Any) -> None:
         caught.append(output)
-        if stop and len(caught) == calls:
+        if stop and len(caught) == found.call:
             raise _Found
 
     hook = network.get_submodule(found.layer).register_forward_hook(catch)
@@ -162,7 +171,7 @@ def features_of(
         pass
     finally:
         hook.remove()
-    features = as_grid(caught[-1], volume.shape[2:])
+    features = as_grid(caught[found.call - 1], volume.shape[2:])
     if features is None:
         raise ValueError(
             f"volume must have a size that {found.layer} turns into features, got "
@@ -201,7 +210,7 @@ def encoder_parameters(network: nn.Module, size: Sequence[int], layer: str = "au
                 value.requires_grad_(True)
             network(torch.zeros(1, 1, *size, device=device))
             grads = torch.autograd.grad(
-                caught[-1].sum(), list(parameters.values()), allow_unused=True
+                caught[found.call - 1].sum(), list(parameters.values()), allow_unused=True
             )
     finally:
         for hook in hooks:

@@ -70,13 +70,17 @@ class SlidingTokens(Inferer):
             )
             local = (voxel - start[plane]) / extent[plane]
             inside = (local >= 0) & (local <= 1)
-            if not inside.any():
+            asked = inside.any(0).nonzero()[:, 0]
+            if not len(asked):
                 continue
             patch = (slice(None), slice(None), *window)
-            out = network(inputs[patch], plane, local.clamp(0, 1))
+            out = network(inputs[patch], plane[:, asked], local[:, asked].clamp(0, 1))
             count += inside
             for name, tokens in out.tokens.items():
-                total[name] = total.get(name, 0) + tokens.float() * inside[..., None]
+                tokens = tokens.float() * inside[:, asked, None]
+                if name not in total:
+                    total[name] = tokens.new_zeros(*plane.shape, tokens.shape[2])
+                total[name].index_add_(1, asked, tokens)
         return StudentOutput({n: t / count[..., None] for n, t in total.items()}, None, None)
 
 

@@ -17,7 +17,7 @@ class StudentOutput(NamedTuple):
     """What a student says of a volume.
 
     tokens: one (b, s, d) tensor for each target space, not normalised.
-    reconstruction: (b, 1, x, y, z), or None where the network's output is no volume.
+    reconstruction: (b, 1, x, y, z); None in eval mode, or where the network's output is no volume.
     mask: (b, 1, x, y, z) bool, True where the input was hidden; None if nothing was.
     """
 
@@ -51,7 +51,8 @@ class Student(nn.Module):
     """A 3D network, the PSAT that asks it about slices, and one head for each target space.
 
     ``network`` is left as it is, so that its state dict is that of the same ``backbone`` in
-    fine-tuning. It is called once a volume, however many slices are asked for.
+    fine-tuning. It is called once a volume, however many slices are asked for; in eval mode only as
+    far as its features.
 
     Args:
         network: any module that maps (b, 1, x, y, z) to something.
@@ -86,11 +87,11 @@ class Student(nn.Module):
         self.mask_block = mask_block
 
     def encode(self, volume: Tensor) -> tuple[Tensor, Any]:
-        """Features (b, c, x', y', z') and the network's own output for volumes (b, 1, x, y, z)."""
-        return features_of(self.network, self.features, volume)
+        """Features (b, c, x', y', z') of volumes (b, 1, x, y, z); in training the output, too."""
+        return features_of(self.network, self.features, volume, stop=not self.training)
 
     def forward(self, volume: Tensor, plane: Tensor, position: Tensor) -> StudentOutput:
-        """Tokens of the asked slices and, if the network's output is a volume, a reconstruction.
+        """Tokens of the asked slices; in training a reconstruction, if the output is a volume.
 
         Args:
             volume: (b, 1, x, y, z), intensities about [0, 1].
