@@ -129,5 +129,5 @@ def interview(
         bar.update()
         if not volume.left:
             questions, log, _ = under_way.pop(request.volume)
+            log.save()  # before its entry is there, after which nobody looks at the log again
             yield request.volume, questions.known(log)
-            log.save()

@@ -274,8 +274,8 @@ class Store:
                     yield i, asked, log
                 else:  # at once: nothing is to be held until some other volume has a question
                     bar.total -= expected
-                    finish(i, answers)
                     log.save()  # a run that was killed may have left it untidy
+                    finish(i, answers)
 
         def finish(i: int, answers: dict[int, str]) -> None:
             replies = {row: clean(answer) for row, answer in answers.items()}
