@@ -16,12 +16,13 @@ import pytest
 import torch
 import yaml
 from fakes import write_volumes
+from running import ROOT
 from scipy.stats import permutation_test
 
 from med3dinsight_ext.classification import auroc_of
 from med3dinsight_ext.data import take
 
-EVIDENCE = Path(__file__).parents[1] / "docs" / "benchmarks" / "evidence"
+EVIDENCE = ROOT / "docs" / "benchmarks" / "evidence"
 sys.path.insert(0, str(EVIDENCE))
 import planning  # noqa: E402
 import questions  # noqa: E402
@@ -437,15 +438,10 @@ def test_a_question_is_answered_where_both_of_its_arms_have_the_fewest_labels() 
 
 
 def test_the_first_screen_quotes_the_write_up() -> None:
-    said = (
-        (EVIDENCE.parents[2] / "README.md")
-        .read_text()
-        .split("**Does it help?**")[1]
-        .split("\n\n")[0]
-    )
+    said = (ROOT / "README.md").read_text().split("**Does it help?**")[1].split("\n\n")[0]
     figures = re.findall(r"[+−]\d+\.\d \([^)]+\)", said)
     page = (EVIDENCE / "README.md").read_text().split("## What holds")[0]
-    assert len(figures) >= 3 and all(figure in page for figure in figures)
+    assert len(figures) == 4 and all(figure in page for figure in figures)
 
 
 def test_questions_and_descriptions_name_arms_of_the_plan_or_of_none() -> None:

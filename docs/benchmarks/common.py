@@ -57,9 +57,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, figures: dict[str, Any]) -> None:
+def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> None:
     """Write results/<name>.json with the circumstances of the measurement."""
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     text = json.dumps(machine() | figures, indent=1)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    (folder / f"{name}.json").write_text(text + "\n")
     print(text)

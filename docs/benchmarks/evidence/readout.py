@@ -1,4 +1,4 @@
-"""How much of what the teacher knows arrives in the network? Writes readout.json.
+"""How much of what the teacher knows arrives in the network? Writes readout-BUDGET.json.
 
     python docs/benchmarks/evidence/readout.py ../shared/data [--out DIR] [--budget pilot]
 
@@ -9,7 +9,6 @@ network that run.py has pre-trained for the budget and left in DIR. Twenty draws
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from common import machine  # noqa: E402
+from common import write  # noqa: E402
 from planning import items_of  # noqa: E402
 
 from med3dinsight_ext.captions import TemplateCaptions  # noqa: E402
@@ -80,7 +79,7 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
     for items in (train, judge):  # once for all networks
         config["probe_loader"]["dataset"]["data"] = items
         batches.append(list(ConfigParser(config).get_parsed_content("probe_loader")))
-    found = sorted(Path(out, budget).glob("adrenal*-unet_batch-*-pretrain-s*/models/model.pt"))
+    found = sorted(Path(out, budget).glob("*-unet_batch-*-pretrain-s*/models/model.pt"))
     finished = HERE / "results" / budget
     files = [path for path in found if (finished / f"{path.parts[-3]}.json").exists()]
     for path in [None, *files]:
@@ -92,8 +91,7 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
         name = path.parts[-3] if path else "scratch"
         report[name] = probed((parts[0], parts[1]), train, judge)
         print(name, {n: sum(v) / DRAWS for n, v in report[name].items()}, flush=True)
-    text = json.dumps(machine() | {"score": "held_out", "auroc": report}, indent=1)
-    (HERE / "readout.json").write_text(text + "\n")
+    write(f"readout-{budget}", {"score": "held_out", "auroc": report}, HERE)
 
 
 if __name__ == "__main__":

@@ -81,45 +81,6 @@ by Holm for all p of a table. In the figures thick lines are intervals over case
 cases and seeds, and marks go from the fewest labels (filled) to the most (open). Where a table says
 so the encoder stays frozen and a linear head is fitted to its features; so with the 12 labels of
 adrenal, but not with more."""
-PATH = """What was tried on them, in this order:
-
-1. **Learning rate** of fine-tuning (budget `schedule`): worth more than any pre-training.
-2. **Norm**: instance norm sets every channel's mean to zero, so that a classifier cannot see size;
-   hence `unet_batch` for classes.
-3. **Fine-tuning a classifier from a random head** (`finetune`) left every pre-trained arm below
-   scratch, though probes of the frozen features were above: the first gradients of such a head
-   spoil them. The bundle now starts from the head of a linear probe (`probe_first`). A layer norm
-   before the head made all arms worse and was dropped.
-4. **The probe's penalty** was too weak for few labels (`linear`); it is now the number of features
-   (`linear_strong`).
-5. **A lower rate for the encoder** (`keep`) changed nothing on hippocampus.
-6. **A transformer** (`unetr`) on hippocampus: two points above scratch with one seed, where the
-   convolutional network gained nothing. So it became that data set's network; test cases above say
-   what is left of it.
-7. **Longer pre-training** (`adrenal_all`: three times the volumes and steps) made the default's
-   features worse for this task: they tell slices apart, not classes.
-8. **Negatives from the same plane and depth** (`default_near`), **regression to standardised
-   embeddings** (`regression`) and **to what plane and depth do not tell** (`residual`): level with
-   the default, above the cosine, by the table below."""
-FINDINGS = """## What holds, and what does not
-
-- **Holds**: on adrenal with 10 % of the labels pre-training beats training from scratch, and
-  training from scratch for as long as both took.
-- **Does not hold**: that it helps everywhere. With 3 labelled volumes nothing is certain on
-  hippocampus, and sarcomas, of which there are few volumes at 4 mm, gain nothing. With all labels
-  only sarcomas in MR gain, by three seeds of one pre-training. MedNeXt in the U-Net's place gains
-  nothing on adrenal; this schedule leaves it near chance with pre-training and without.
-- **Does not hold**: that the 2D models add to masked reconstruction. Where network and data are one
-  and the same (adrenal, hippocampus) the default is level with it; pre-trained on other organs and
-  read out frozen it is behind, and so is every arm without reconstruction. There, text costs what
-  images give, and what retrieves slices best (InfoNCE) is among the worst to read out: telling
-  slices apart is not telling adrenals apart, and retrieval is no measure to choose by.
-- **Not decided**: PSAT against pooling, positions, the number of slices, captions against
-  templates, and a trained against an untrained teacher. These cells have one pre-training each, and
-  the interval over seeds does not know how much another one would differ.
-- **The default was not changed by this**: test cases do not choose. The read-outs below, on
-  development cases, have it level with reconstruction. What to try on them next is the default
-  without text, and more weight for reconstruction, with several pre-trainings each."""
 THREATS = """## Threats to validity
 
 - **Small**: small networks, hundreds of steps, low resolution and at most a few hundred volumes. A
@@ -302,33 +263,39 @@ def costs(budgets: dict[str, list[Record]]) -> list[str]:
     return lines
 
 
+def prose(path: Path) -> list[str]:
+    """What people wrote of these results, if they did."""
+    return [path.read_text()] if path.exists() else []
+
+
 def readout(path: Path) -> list[str]:
-    """The table of readout.py, if it was run."""
-    if not path.exists():
-        return []
+    """The table of a file that readout.py wrote."""
     found = json.loads(path.read_text())["auroc"]
     counts = list(found["scratch"])
     lines = [
-        "## What the teacher knows, and what of it arrives", "",
+        f"### Read-outs of budget {path.stem.removeprefix('readout-')}", "",
         "Linear probes on adrenal, judged on held-out development cases: AUROC, mean of "
-        f"{len(found['scratch'][counts[0]])} draws of labelled cases, and in how many of them it "
-        "is above that of a fresh network. The teacher's row is the mean of its embeddings over a "
-        "volume's slices; the others are the deepest features of `unet_batch`. Written by "
-        "`readout.py`.", "",
-        "| features | " + " | ".join(f"{n} labelled | above fresh" for n in counts) + " |",
-        "|---" + "|---:|---:" * len(counts) + "|",
+        f"{len(found['scratch'][counts[0]])} draws of labelled cases and of the pre-trainings, and "
+        "the least and greatest of several pre-trainings. The teacher's row is the mean of its "
+        "embeddings over a volume's slices, scratch is a fresh network; the others are the deepest "
+        "features of pre-trained ones. Written by `readout.py`.", "",
+        "| features | pre-trainings | " + " | ".join(f"{n} labelled" for n in counts) + " |",
+        "|---" + "|---:" * (1 + len(counts)) + "|",
     ]  # fmt: skip
-    for name, scores in found.items():
-        row = [name]
+    for name, group in groupby(sorted(found, key=_network), key=_network):
+        runs = list(group)
+        row = [name, str(len(runs)) if name not in ("scratch", "teacher") else "–"]
         for n in counts:
-            pairs = zip(scores[n], found["scratch"][n], strict=True)
-            above = sum(ours > fresh for ours, fresh in pairs)
-            row += [
-                points(sum(scores[n]) / len(scores[n]), False),
-                "–" if name == "scratch" else str(above),
-            ]
+            means = [sum(found[run][n]) / len(found[run][n]) for run in runs]
+            ends = f" ({span((min(means), max(means)), False)})" if len(runs) > 1 else ""
+            row.append(points(sum(means) / len(means), False) + ends)
         lines.append(f"| {' | '.join(row)} |")
     return [*lines, ""]
+
+
+def _network(name: str) -> str:
+    """A pre-training's name without its seed."""
+    return name.partition("-pretrain-s")[0]
 
 
 def readme(root: Path = HERE) -> str:
@@ -348,7 +315,7 @@ def readme(root: Path = HERE) -> str:
         "zero decides. Means are over tasks, backbones, variants and pairs of arms.", "",
         *answers(tested), "",
     ]  # fmt: skip
-    lines += [FINDINGS, "", "## Results", "", READING, ""]
+    lines += [*prose(root / "findings.md"), "## Results", "", READING, ""]
     for name, records in budgets.items():
         if any(cell.score == "test" for cell in found[name]):
             lines += section(name, found[name], records)
@@ -358,7 +325,9 @@ def readme(root: Path = HERE) -> str:
         "## Choices", "",
         "Judged on development cases; kept apart, since these runs favour what they chose.", "",
     ]  # fmt: skip
-    lines += [PATH, "", *readout(root / "readout.json")]
+    lines += prose(root / "choices.md")
+    for path in sorted(root.glob("readout-*.json")):
+        lines += readout(path)
     if held:
         lines += ["<details><summary>The questions above, on these runs</summary>", ""]
         lines += [line for line in answers(held) if not line.endswith("Not run yet.")]
