@@ -190,10 +190,11 @@ def encoder_parameters(network: nn.Module, size: Sequence[int], layer: str = "au
         size: (x, y, z) of its input, in voxels.
         layer: as in ``find_features``.
     """
-    found = network.get_submodule(find_features(network, size, layer).layer)
+    found = find_features(network, size, layer)
     order: dict[str, None] = {}
     caught: list[Tensor] = []
-    hooks = [found.register_forward_hook(lambda _, __, output: caught.append(output))]
+    module = network.get_submodule(found.layer)
+    hooks = [module.register_forward_hook(lambda _, __, output: caught.append(output))]
     for prefix, module in network.named_modules():
         own = [f"{prefix}.{n}" if prefix else n for n, _ in module.named_parameters(recurse=False)]
         hooks.append(

@@ -51,6 +51,12 @@ ARMS = {
     "default_1_slice": "1 slice a volume and step in place of 16",
     "default_4_slices": "4 slices a volume and step in place of 16",
     "default_near": "negatives of the same plane and depth alone",
+    **{
+        f"{arm}_reconstruction_{weight}": f"{losses}, and {weight} times masked reconstruction"
+        for arm, losses in {"default": "SigLIP with both", "image": "SigLIP with images"}.items()
+        for weight in (10, 100)
+    },
+    "default_unmasked_100": "`default_reconstruction_100` that sees all that it reconstructs",
     "default_pooling": "in PSAT's place the mean of the features at the slice",
     "default_no_positions": "PSAT asked about planes alone",
     **{
