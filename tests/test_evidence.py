@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from fakes import write_volumes
+from monai.bundle import ConfigParser
 from running import ROOT
 from scipy.stats import permutation_test
 
@@ -379,8 +380,9 @@ def block(default: float, reconstruction: float = 0, full: float = 0, **about: A
     noise = np.random.default_rng(0).normal(0, 0.01, (2, 3, 12))
     rows: list[dict[str, Any]] = []
     for labels, gain in ((about.pop("few", 3), default), (None, full)):
-        for arm, above in (("scratch", 0.0), ("default", gain), ("reconstruction", reconstruction)):
-            dice = 0.5 + above + noise[0] + 0.1 * (noise[1] if arm == "default" else 0)
+        arms = {"scratch": 0.0, questions.CHOSEN: gain, "reconstruction": reconstruction}
+        for arm, above in arms.items():
+            dice = 0.5 + above + noise[0] + 0.1 * (noise[1] if arm == questions.CHOSEN else 0)
             rows += records(arm, dice.tolist(), labels=labels, **about)
     return cells("cpu", rows)
 
@@ -448,6 +450,16 @@ def test_questions_and_descriptions_name_arms_of_the_plan_or_of_none() -> None:
     asked = {arm for pairs in questions.QUESTIONS.values() for pair in pairs for arm in pair}
     assert set(PLAN["arms"]) <= set(tables.ARMS) and "default" in asked
     assert set(questions.CASES) == set(PLAN["tasks"])
+
+
+def test_the_chosen_arm_is_the_default_of_the_bundle() -> None:
+    config = ConfigParser.load_config_file(ROOT / "bundles/pretrain/configs/train.json")
+    chosen = PLAN["pretrain"] | PLAN["arms"][PLAN["chosen"]]
+    parts = {key: value for key, value in chosen.items() if key.startswith(("loss::", "student::"))}
+    assert parts
+    for key, value in parts.items():
+        part, name = key.split("::")
+        assert config[part][name] == value, key
 
 
 def test_the_page_has_each_arm_and_each_failed_run(smoke: Smoke) -> None:

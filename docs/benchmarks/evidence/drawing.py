@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from questions import CASES, MAIN, few
+from questions import CASES, CHOSEN, MAIN, few
 
 from med3dinsight_ext.report import BLUE, GREEN, INK, ORANGE, SKY, STYLE, VERMILION
 
@@ -22,8 +22,8 @@ LOOKS: dict[str, dict[str, Any]] = {  # the same in all panels; other arms are i
     "cosine_image": {"color": SKY, "marker": "v"},
     "siglip": {"color": GREEN, "marker": "D"},
     "transport_paper": {"color": "#CC79A7", "marker": "P"},
-    "default": {"color": VERMILION, "marker": "o"},
-}
+    "default": {"color": BLUE, "marker": "X"},
+} | {CHOSEN: {"color": VERMILION, "marker": "o"}}
 COLUMNS = 3  # of panels
 
 
@@ -62,7 +62,7 @@ def curves(groups: Sequence[Sequence[Cell]]) -> Figure:
             x = [labelled(cell) * 1.035 ** (i - (len(arms) - 1) / 2) for cell in here]
             y = [100 * value for value, _ in found]
             error = [[100 * abs(value - ends[k]) for value, ends in found] for k in (0, 1)]
-            bold = arm == "default"
+            bold = arm == CHOSEN
             look = LOOKS[arm] | {"lw": 2.2 if bold else 1.2, "zorder": 3 if bold else 2}
             shown[arm] = ax.errorbar(x, y, error, ms=4, elinewidth=0.9, **look)
         ax.set_xscale("log")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import isnan
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from differences import Cell, Difference, Interval, difference, interval
 
+CHOSEN: str = yaml.safe_load(Path(__file__).with_name("plan.yaml").read_text())["chosen"]
 CASES = {  # that may train, in each task
     "hippocampus": 140, "sarcoma_ct": 29, "sarcoma_mr": 29, "adrenal": 1188,
     "adrenal_long": 1188, "adrenal_from_both": 1188,
@@ -21,7 +24,19 @@ MAIN = ("", "chosen")  # variants of the fine-tuning that the verdict looks at
 SHARE = 0.1  # of the labels, or 3 cases: few
 QUESTIONS = {  # pairs of arms that differ in one thing
     "Does pre-training help beyond the time it takes?": [("default", "scratch_matched")],
-    "Do the 2D models add to masked reconstruction?": [("default", "reconstruction")],
+    "Do the 2D models add to masked reconstruction?": [(CHOSEN, "reconstruction")],
+    "Do they with weights of one?": [("default", "reconstruction")],
+    "Does more weight for reconstruction help?": [
+        ("default_reconstruction_10", "default"),
+        ("default_reconstruction_100", "default"),
+    ],
+    "Does a mask help?": [
+        ("reconstruction", "reconstruction_unmasked"),
+        ("default_reconstruction_100", "default_unmasked_100"),
+    ],
+    "Do the 2D models add to unmasked reconstruction?": [
+        ("default_unmasked_100", "reconstruction_unmasked")
+    ],
     "Does reconstruction add to alignment?": [
         ("default", "siglip"),
         ("transport_reconstruction", "transport"),
@@ -36,7 +51,7 @@ QUESTIONS = {  # pairs of arms that differ in one thing
         ("transport", "siglip"),
         ("transport_reconstruction", "default"),
     ],
-    "Does our default beat the loss of the paper?": [("default", "transport_paper")],
+    "Does our default beat the loss of the paper?": [(CHOSEN, "transport_paper")],
     "Does PSAT add to pooling at the slice?": [("default", "default_pooling")],
     "Do positions add to planes?": [("default", "default_no_positions")],
     "Do more slices a volume help?": [
@@ -138,7 +153,7 @@ class Judgement(NamedTuple):
 
 def certain(cell: Cell, other: str) -> Difference | None:
     """What the default is above another arm, if two seeds or more can say."""
-    d = compared(cell, "default", other)
+    d = compared(cell, CHOSEN, other)
     return d if d and len(d.seeds) > 1 else None
 
 

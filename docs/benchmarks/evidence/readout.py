@@ -5,10 +5,12 @@
 Linear probes on adrenal, judged on held-out development cases: of the teacher's own image
 embeddings (their mean over a volume's slices), of a fresh network's features, and of those of each
 network that run.py has pre-trained for the budget and left in DIR. Twenty draws of labelled cases.
+What is in the file already is not probed again.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,9 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
     store = Store(Path(out) / "store", teacher, TemplateCaptions(), pretrain["per_plane"])
     entries = [[load_file(i["targets"])["image"] for i in store.fill(p)] for p in (train, judge)]
     means = [torch.stack([e.float().mean(0) for e in part]) for part in entries]
-    report = {"teacher": probed((means[0], means[1]), train, judge)}
+    path = HERE / f"readout-{budget}.json"
+    report = json.loads(path.read_text())["auroc"] if path.exists() else {}
+    report["teacher"] = probed((means[0], means[1]), train, judge)
 
     config = ConfigParser.load_config_files(str(BUNDLES / "cls-finetune/configs/train.json"))
     task = plan["tasks"]["adrenal"]
@@ -82,7 +86,7 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
     found = sorted(Path(out, budget).glob("*-unet_batch-*-pretrain-s*/models/model.pt"))
     finished = HERE / "results" / budget
     files = [path for path in found if (finished / f"{path.parts[-3]}.json").exists()]
-    for path in [None, *files]:
+    for path in [None, *(file for file in files if file.parts[-3] not in report)]:
         torch.manual_seed(0)
         classifier = ConfigParser(config).get_parsed_content("network_def")
         if path:

@@ -27,6 +27,7 @@ ARMS = {
     "scratch": "no pre-training",
     "scratch_matched": "no pre-training; trained for as long as `default` took for both",
     "reconstruction": "masked reconstruction alone",
+    "reconstruction_unmasked": "reconstruction of what it sees, alone",
     "cosine_image": "cosine to the image embeddings alone",
     "info_nce_image": "InfoNCE with images",
     "info_nce_text": "InfoNCE with texts",
