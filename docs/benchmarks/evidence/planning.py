@@ -23,7 +23,8 @@ class Run(NamedTuple):
 
     about: what the tables group by. data: keys of the plan's ``data``. settings: overrides of the
     bundle, and ``STEPS``. pretraining: name of the run whose weights it starts from. matched: names
-    of a pre-training and of a training from scratch whose times it may spend together.
+    of a pre-training and of a training from scratch whose times it may spend together. pinned:
+    settings that an older JSON may lack.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Run(NamedTuple):
     settings: dict[str, Any]
     pretraining: str | None = None
     matched: tuple[str, str] | None = None
+    pinned: dict[str, Any] = {}
 
     @property
     def needs(self) -> list[str]:
@@ -130,7 +132,8 @@ def _pretraining(
         "corpus": corpus, "backbone": backbone, "arm": arm, "seed": own, "score": block["score"],
     }  # fmt: skip
     settings = (
-        plan["pretrain"]
+        plan["pinned"]
+        | plan["pretrain"]
         | {key: value for key, value in content.items() if key != "data"}
         | plan["backbones"][backbone]
         | block.get("pretrain", {})
@@ -138,7 +141,7 @@ def _pretraining(
         | {"seed": own}
     )
     name = f"{corpus}-{backbone}-{arm}-pretrain-s{own}"
-    return Run(name, "pretrain", about, content["data"], settings)
+    return Run(name, "pretrain", about, content["data"], settings, pinned=plan["pinned"])
 
 
 def items_of(about: dict[str, Any], root: Path, score: str) -> tuple[list[Any], list[Any]]:

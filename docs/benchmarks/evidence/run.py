@@ -195,7 +195,7 @@ def finished(run: Run, results: Path, retry: bool) -> bool:
     if not (results / f"{run.name}.json").exists():
         return False
     record, ours = load(results, run.name), json.loads(json.dumps(run.settings))
-    theirs = record["settings"]
+    theirs = run.pinned | record["settings"]
     if other := [key for key in ours | theirs if theirs.get(key) != ours.get(key)]:
         raise ValueError(
             f"plan must keep the settings of finished runs, got other {', '.join(other)} for "
