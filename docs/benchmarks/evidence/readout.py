@@ -69,8 +69,8 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
     store = Store(Path(out) / "store", teacher, TemplateCaptions(), pretrain["per_plane"])
     entries = [[load_file(i["targets"])["image"] for i in store.fill(p)] for p in (train, judge)]
     means = [torch.stack([e.float().mean(0) for e in part]) for part in entries]
-    path = HERE / f"readout-{budget}.json"
-    report = json.loads(path.read_text())["auroc"] if path.exists() else {}
+    before = HERE / f"readout-{budget}.json"
+    report = json.loads(before.read_text())["auroc"] if before.exists() else {}
     report["teacher"] = probed((means[0], means[1]), train, judge)
 
     config = ConfigParser.load_config_files(str(BUNDLES / "cls-finetune/configs/train.json"))
