@@ -151,30 +151,30 @@ class Judgement(NamedTuple):
     text: str
 
 
-def certain(cell: Cell, other: str) -> Difference | None:
-    """What the default is above another arm, if two seeds or more can say."""
-    d = compared(cell, CHOSEN, other)
+def certain(cell: Cell, arm: str, other: str) -> Difference | None:
+    """What an arm is above another, if two seeds or more can say."""
+    d = compared(cell, arm, other)
     return d if d and len(d.seeds) > 1 else None
 
 
-def judgement(cells: Sequence[Cell], tasks: Sequence[str]) -> Judgement:
-    """Of the tasks of a data set: one wins and none loses."""
+def judgement(cells: Sequence[Cell], tasks: Sequence[str], arm: str) -> Judgement:
+    """Of an arm in the tasks of a data set: one wins and none loses."""
     wins, keeps, level, texts = [], [], [], []
     for task in tasks:
         here = [cell for cell in cells if cell.task == task]
         limit = max(3, round(SHARE * CASES[task]))
         for i, cell in enumerate(c for c in here if c.labels and c.labels <= limit):
             decides = i == 0  # the fewest; the others are told
-            if d := certain(cell, "scratch"):
+            if d := certain(cell, arm, "scratch"):
                 if decides:
                     wins.append((d.both[0] > 0, d.both[1] < 0))
                 texts.append(f"{task} {points(d.above)} ({span(d.both)}) with {cell.labels}")
-            if d := certain(cell, "reconstruction"):
+            if d := certain(cell, arm, "reconstruction"):
                 if decides:
                     level.append(d.both[1] >= 0)
                 texts.append(f"{points(d.above)} ({span(d.both)}) to masked reconstruction")
         for cell in (c for c in here if c.labels is None):
-            if d := certain(cell, "scratch"):
+            if d := certain(cell, arm, "scratch"):
                 keeps.append(d.both[1] >= 0)
                 texts.append(f"{points(d.above)} ({span(d.both)}) with all")
     return Judgement(
@@ -183,8 +183,8 @@ def judgement(cells: Sequence[Cell], tasks: Sequence[str]) -> Judgement:
     )  # fmt: skip
 
 
-def verdict(cells: Sequence[Cell]) -> list[str]:
-    """The first lines: is the aim reached on test cases? One paragraph a budget."""
+def verdict(cells: Sequence[Cell], arm: str = CHOSEN) -> list[str]:
+    """The first lines: does an arm reach the aim on test cases? One paragraph a budget."""
     lines = []
     for folder in dict.fromkeys(cell.folder for cell in cells if cell.score == "test"):
         here = [c for c in cells if (c.folder, c.score) == (folder, "test") and c.variant in MAIN]
@@ -196,7 +196,7 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
             backbones = [cell.backbone for cell in cells_of for _ in cell.arms]
             main = max(dict.fromkeys(backbones), key=backbones.count, default="")
             chosen[name] = main
-            found[name] = judgement([c for c in cells_of if c.backbone == main], tasks)
+            found[name] = judgement([c for c in cells_of if c.backbone == main], tasks, arm)
         wins = [name for name, j in found.items() if j.wins]
         unknown = [name for name, j in found.items() if None in j[:3]]
         could = [name for name, j in found.items() if j.wins or j.wins is None]
@@ -206,7 +206,7 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
             word = "Not reached"
         said = f" ({', '.join(wins)})" if wins else ""
         parts = [
-            f"**{word}** (budget `{folder}`): with few labels the default beats training "
+            f"**{word}** (budget `{folder}`): with few labels `{arm}` beats training "
             f"from scratch on {len(wins)} of {len(DATA_SETS)} data sets{said}",
             f"it falls behind (scratch with all labels, or masked reconstruction) on "
             f"{' and '.join(lost)}" if lost else "",
