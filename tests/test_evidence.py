@@ -196,17 +196,15 @@ def test_lost_weights_bring_their_pre_training_back(smoke: Smoke) -> None:
     assert [run.name for run in elsewhere] == list(one)
 
 
-def test_a_finished_run_keeps_its_settings_and_may_lack_what_the_plan_pins(smoke: Smoke) -> None:
+def test_a_finished_run_keeps_its_settings_and_may_lack_what_the_plan_pins(tmp_path: Path) -> None:
     runs = planning.planned(small_plan(), "smoke").values()
     run = next(run for run in runs if run.about["arm"] == "default" and run.bundle == "pretrain")
-    folder = smoke.root / "results" / "old"
-    folder.mkdir()
-    path = folder / f"{run.name}.json"
+    path = tmp_path / f"{run.name}.json"
 
     def done(**change: object) -> bool:
         settings = {key: value for key, value in run.settings.items() if key not in run.pinned}
         path.write_text(json.dumps({"settings": settings | change}))
-        return runner.finished(run, folder, retry=False)
+        return runner.finished(run, tmp_path, retry=False)
 
     assert run.pinned and done()
     for other in ({"loss::reconstruction_weight": 2.0}, {"slices": 99}):

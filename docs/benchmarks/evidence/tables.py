@@ -337,7 +337,7 @@ def readme(root: Path = HERE) -> str:
     held = [c for group in found.values() for c in group if c.score != "test"]
     present = {arm for group in found.values() for cell in group for arm in cell.arms}
     lines = ["# Evidence: does it help, when, and which part?", "", *verdict(tested)]
-    if CHOSEN != "default":
+    if tested and CHOSEN != "default":
         lines += ["The default until budget `choice`, with weights of one:", ""]
         lines += verdict(tested, "default")
     lines += [RULE, "", "Written by `tables.py` from `results/*/*.json`.", "", SET_UP, ""]
