@@ -492,6 +492,23 @@ def test_the_page_has_each_arm_and_each_failed_run(smoke: Smoke) -> None:
     assert f"figures/{figure.name}" in page
 
 
+def test_read_outs_rank_what_has_three_pre_trainings_on_each_of_two_corpora(tmp_path: Path) -> None:
+    found: dict[str, Any] = {"scratch": {"12": [0.5, 0.5], "119": [0.6, 0.6]}}
+    for corpus, level in (("both", 0.6), ("adrenal", 0.7)):
+        for arm, above, seeds in (("a", 0.0, 3), ("b", 0.1, 3), ("c", 0.2, 2)):
+            for seed in range(seeds):
+                value = level + above + 0.03 * (seed - 1)
+                name = f"{corpus}-unet-{arm}-pretrain-s{seed}"
+                found[name] = {"12": [value, value], "119": [value, value + 0.02]}
+    path = tmp_path / "readout-x.json"
+    path.write_text(json.dumps({"auroc": found}))
+    page = "\n".join(tables.readout(path))
+    assert "| both-unet-a | 3 | 60.0 (57.0 to 63.0) | 61.0 (58.0 to 64.0) |" in page
+    assert "| scratch | – | 50.0 | 60.0 |" in page
+    # of either corpus the error is 3 / sqrt(3), of their mean 3 / sqrt(6)
+    assert "standard error: `b` 75.5 ± 1.2, `a` 65.5 ± 1.2." in page and "`c`" not in page
+
+
 def test_the_page_in_the_repository_is_what_its_results_say() -> None:
     pages = EVIDENCE / "README.md"
     if not pages.exists():

@@ -335,7 +335,7 @@ def readme(root: Path = HERE) -> str:
     found = {name: cells(name, records, ORDER) for name, records in budgets.items()}
     tested = [c for group in found.values() for c in group if c.score == "test"]
     held = [c for group in found.values() for c in group if c.score != "test"]
-    present = {arm for group in found.values() for cell in group for arm in cell.arms}
+    present = {record.get("arm") for records in budgets.values() for record in records}
     lines = ["# Evidence: does it help, when, and which part?", "", *verdict(tested)]
     if tested and CHOSEN != "default":
         lines += ["The default until budget `choice`, with weights of one:", ""]
