@@ -169,3 +169,9 @@ def check_volumes(items: list[dict], skip_bad: bool = False, workers: int = 4) -
     for text in bad:
         log.warning("left out: %s", text)
     return good
+
+
+def check_parts(parts: Sequence[list[dict]], skip_bad: bool = False) -> list[list[dict]]:
+    """``check_volumes`` of items for training and for validation: one error names all bad ones."""
+    sound = {id(item) for item in check_volumes([x for part in parts for x in part], skip_bad)}
+    return [[item for item in part if id(item) in sound] for part in parts]

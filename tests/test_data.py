@@ -13,7 +13,13 @@ from conftest import real_data
 from monai.data import MetaTensor
 
 from med3dinsight_ext.data import class_items, datalist, hold_out, modality_name, take
-from med3dinsight_ext.volumes import ScaleByModalityd, check_volumes, guess_modality, read_volume
+from med3dinsight_ext.volumes import (
+    ScaleByModalityd,
+    check_parts,
+    check_volumes,
+    guess_modality,
+    read_volume,
+)
 
 GOOD = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
 
@@ -121,6 +127,18 @@ def test_bad_volumes_can_be_left_out_and_are_listed(
     with caplog.at_level(logging.WARNING):
         assert check_volumes(items, skip_bad=True) == items[1:]
     assert items[0]["image"] in caplog.text
+
+
+def test_bad_volumes_of_all_parts_are_named_or_left_out(tmp_path: Path) -> None:
+    names = ("good", "flat", "text")
+    good, flat, text = ({"image": str(tmp_path / f"{name}.nii")} for name in names)
+    nifti(tmp_path / "good.nii")
+    nifti(tmp_path / "flat.nii", 0 * GOOD)
+    text_file(tmp_path / "text.nii")
+    with pytest.raises(ValueError, match="got 2 bad of 4") as caught:
+        check_parts([[good, flat], [text, {**good}]])
+    assert flat["image"] in str(caught.value) and text["image"] in str(caught.value)
+    assert check_parts([[good, flat], [text, {**good}]], skip_bad=True) == [[good], [good]]
 
 
 def test_leaving_all_volumes_out_is_an_error(tmp_path: Path) -> None:

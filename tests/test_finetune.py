@@ -14,6 +14,8 @@ import torch
 from monai.bundle import ConfigParser
 from running import ROOT, configs, inference_settings, run, settings
 
+from med3dinsight_ext import data
+from med3dinsight_ext.volumes import check_volumes
 from med3dinsight_ext.weights import TransferReport
 
 SMALL: dict[str, dict[str, Any]] = {  # sizes at which a step takes a second; same wiring
@@ -325,3 +327,20 @@ def test_folders_named_by_class_are_labels(tmp_path: Path, volumes: Path) -> Non
     labels = {Path(item["image"]).name: item["label"]
               for item in workflow.parser.get_parsed_content("parts")[0]}  # fmt: skip
     assert labels == {f"v{i}.nii.gz": i % 2 for i in range(4)}
+
+
+def test_volumes_beyond_max_cases_are_not_read(tmp_path: Path, volumes: Path) -> None:
+    given = settings("cls-finetune", tmp_path, volumes, val_share=0, max_cases=2)
+    given |= {"backbone": {"_target_": "fakes.PlainNet"}, "class_names": ["even", "odd"]}
+    items = data.class_items(data.datalist(given["datalist"], volumes), given["class_names"])
+    chosen = data.take(items, 2)
+    rows = [{**item, "image": str(tmp_path / f"{i}.nii.gz")} for i, item in enumerate(items)]
+    for item, row in zip(items, rows, strict=True):
+        good = Path(item["image"]).read_bytes()
+        Path(row["image"]).write_bytes(good if item in chosen else b"no volume")
+    given["datalist"] = str(tmp_path / "rows.json")
+    Path(given["datalist"]).write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=f"got {len(items) - 2} bad of {len(items)}"):
+        check_volumes(rows)
+    parts = run("cls-finetune", ["train.json"], **given).parser.get_parsed_content("parts")
+    assert len(parts[0]) == 2
