@@ -14,6 +14,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
+from fire.parser import DefaultParseValue
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from ignite.utils import manual_seed
@@ -34,13 +35,14 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
     """Stop if an override on the command line names a key that the configs do not have.
 
     MONAI adds an unknown key silently, so that ``--learning_rat 0.1`` trains at the default rate.
+    Lists need lists, and sizes as many numbers: ``--patch_size 64`` would fail hours later.
 
     Args:
         arguments: of ``python -m monai.bundle run``; default: this process's.
 
     Raises:
-        SystemExit: names the key and the nearest one; not an error type, so that MONAI does not
-            wrap it in "Failed to evaluate".
+        SystemExit: names the key, and the nearest one or what it takes; not an error type, so that
+            MONAI does not wrap it in "Failed to evaluate".
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     given: dict[str, Any] = {}
@@ -76,6 +78,23 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
                 near = difflib.get_close_matches(part, known, 1)
                 advice = f"did you mean {near[0]}?" if near else "see the config's first lines"
                 raise SystemExit(f"override must name a key of the config, got --{name}; {advice}")
+        else:
+            _check_list(name, DefaultParseValue(value) if isinstance(value, str) else value, node)
+
+
+def _check_list(name: str, value: Any, default: Any) -> None:
+    """A key whose default is a list takes one; of numbers, unless it is a network's, as many."""
+    if not isinstance(default, list) or str(value).startswith(("$", "@")):
+        return
+    numbers = bool(default) and all(isinstance(x, (int, float)) for x in default)
+    if not isinstance(value, (list, tuple)):
+        rule = "be a list"
+    elif numbers and "::" not in name and len(value) != len(default):
+        rule = f"have {len(default)} numbers"
+    else:
+        return
+    shown = str(default).replace(" ", "") if numbers else default
+    raise SystemExit(f"override must {rule}, got --{name} {value}; write it like {shown}")
 
 
 def cause_last() -> None:

@@ -12,7 +12,12 @@ from med3dinsight_ext.workflow import EpochSeed, History, check_overrides, check
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:
-    content = {"learning_rate": 0.1, "train": {"trainer": {"_target_": "X", "max_epochs": 1}}}
+    content = {
+        "learning_rate": 0.1,
+        "patch_size": [96, 96, 96],
+        "label_names": ["background", "foreground"],
+        "train": {"trainer": {"_target_": "X", "max_epochs": 1}, "channels": [16, 32]},
+    }
     path = tmp_path / "train.json"
     path.write_text(json.dumps(content))
     return str(path)
@@ -46,6 +51,36 @@ def test_a_mistyped_override_stops_the_run(config: str, argument: str, advice: s
 def test_a_word_that_would_arrive_as_text_stops_the_run(config: str, value: str, word: str) -> None:
     with pytest.raises(SystemExit, match=f"as in Python, got --learning_rate {value}; {word}"):
         check_overrides(["run", "--config_file", config, "--learning_rate", value])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "rule"),
+    [
+        ("patch_size", "64", "be a list"),
+        ("patch_size", "[64,64]", "have 3 numbers"),
+        ("label_names", "tumour", "be a list"),
+    ],
+)
+def test_a_list_needs_a_list_of_its_length(
+    config: str, argument: str, value: str, rule: str
+) -> None:
+    with pytest.raises(SystemExit, match=f"override must {rule}, got --{argument} .*; write it"):
+        check_overrides(["run", "--config_file", config, f"--{argument}", value])
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--patch_size=64,64,32",
+        "--patch_size=(64, 64, 32)",
+        "--patch_size=@spacing",
+        "--patch_size=$[8] * 3",
+        "--label_names=[background,a,b]",
+        "--train::channels=[1]",
+    ],
+)
+def test_lists_are_written_in_many_ways(config: str, argument: str) -> None:
+    check_overrides(["run", "--config_file", config, argument])
 
 
 def test_args_file_is_checked_too(config: str, tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def planned(plan: dict[str, Any], budget: str) -> dict[str, Run]:
                 raise ValueError(f"name must mean one run, got two {run.name}; rename a variant")
     for run in runs.values():
         config = BUNDLES / run.bundle / "configs" / "train.json"
-        check_overrides([f"--config_file={config}", *(f"--{key}=" for key in run.overrides)])
+        given = [f"--{key}={value!r}" for key, value in run.overrides.items()]
+        check_overrides([f"--config_file={config}", *given])
     return runs
 
 

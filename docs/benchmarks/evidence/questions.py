@@ -52,14 +52,23 @@ QUESTIONS = {  # pairs of arms that differ in one thing
         ("transport_reconstruction", "default"),
     ],
     "Does our default beat the loss of the paper?": [(CHOSEN, "transport_paper")],
-    "Does PSAT add to pooling at the slice?": [("default", "default_pooling")],
-    "Do positions add to planes?": [("default", "default_no_positions")],
+    "Does PSAT add to pooling at the slice?": [
+        ("default", "default_pooling"),
+        ("default_reconstruction_100", "default_100_pooling"),
+    ],
+    "Do positions add to planes?": [
+        ("default", "default_no_positions"),
+        ("default_reconstruction_100", "default_100_no_positions"),
+    ],
     "Do more slices a volume help?": [
         ("default", "default_1_slice"),
         ("default", "default_4_slices"),
     ],
     "Do negatives from the same plane and depth help?": [("default_near", "default")],
-    "Does what the teacher has learnt matter?": [("default", "default_untrained_teacher")],
+    "Does what the teacher has learnt matter?": [
+        ("default", "default_untrained_teacher"),
+        ("default_reconstruction_100", "default_100_untrained_teacher"),
+    ],
     "Does it matter that a caption is of its slice?": [("default", "default_shuffled")],
     "Do the captions of a model add to templates?": [("default", "default_template")],
     "Does it matter what the volume shows?": [("siglip", "default_blank")],

@@ -65,6 +65,10 @@ ARMS = {
     "default_pooling": "in PSAT's place the mean of the features at the slice",
     "default_no_positions": "PSAT asked about planes alone",
     **{
+        f"default_100_{part}": f"`default_{part}` with the reconstruction weighed by 100"
+        for part in ("untrained_teacher", "pooling", "no_positions")
+    },
+    **{
         f"{arm}_noise_{share}": f"`{arm}`, {share} % of the captions are of other slices"
         for arm in ("info_nce", "siglip", "transport", "transport_sharp")
         for share in (20, 40)
