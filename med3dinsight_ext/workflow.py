@@ -366,7 +366,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     """Load a whole trained network, strictly.
 
     Raises:
-        ValueError: the file is missing, unreadable, or of another backbone.
+        ValueError: the file is missing, unreadable, of another backbone, or holds NaN or infinity.
     """
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -377,6 +377,11 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             f"weights in {path} must fit the network of this config; merge the backbone overlay "
             f"they were trained with into config_file: {error}"
         ) from error
+    if bad := [name for name, value in network.state_dict().items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"weights must be finite, got NaN or infinity in {bad[:3]} of {path}; train again with "
+            "a lower learning_rate"
+        )
 
 
 def spaces_of(path: str | Path) -> dict[str, int]:

@@ -7,7 +7,14 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from med3dinsight_ext import workflow
-from med3dinsight_ext.workflow import EpochSeed, History, check_overrides, checkpoint, read_history
+from med3dinsight_ext.workflow import (
+    EpochSeed,
+    History,
+    check_overrides,
+    checkpoint,
+    load_weights,
+    read_history,
+)
 
 
 @pytest.fixture
@@ -187,3 +194,15 @@ def test_history_holds_epoch_means_and_drops_repeated_epochs(tmp_path: Path) -> 
     engine.load_state_dict({"epoch_length": 2, "max_epochs": 2, "iteration": 2})
     engine.run([0, 1], max_epochs=2)
     assert [(row["epoch"], row["loss"]) for row in read_history(path)] == [(1, 2.0), (2, 0.0)]
+
+
+def test_weights_that_diverged_are_refused(tmp_path: Path) -> None:
+    network = nn.Linear(2, 1)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    load_weights(network, tmp_path / "model.pt")
+    broken = {"weight": torch.tensor([[0.0, float("nan")]]), "bias": torch.zeros(1)}
+    torch.save(broken, tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match="NaN or infinity in .'weight'. of .*model.pt; train again"
+    ):
+        load_weights(network, tmp_path / "model.pt")
