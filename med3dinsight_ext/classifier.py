@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .features import evaluating, features_of, find_features
 from .files import write_atomic
-from .metrics import fit_linear, knn_probe
+from .probes import fit_linear, knn_probe
 
 logger = logging.getLogger(__name__)
 HEADS = ("pooled", "neighbours", "own")

@@ -20,8 +20,8 @@ from monai.data import MetaTensor
 from . import data as datalists
 from . import report, slicing
 from .cohort import make_cohort
+from .history import read_history
 from .metrics import depth_group
-from .workflow import read_history
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 PROMPTS = (

@@ -1,100 +1,25 @@
-"""What MONAI's engines lack for a run that may be killed, resumed, or started with a typo."""
+"""What MONAI's engines lack for a run that may be killed and resumed."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import ignite.distributed as idist
 import torch
-from fire.parser import DefaultParseValue
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from ignite.utils import manual_seed
-from monai.bundle import ConfigParser
 from torch import nn
-from tqdm import tqdm
 
 from .files import write_atomic
 
 logger = logging.getLogger(__name__)
-RUN_ARGUMENTS = (  # of ``monai.bundle run`` itself
-    "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
-    "args_file", "workflow_name", "workflow_type",
-)  # fmt: skip
-
-
-def check_overrides(arguments: Sequence[str] | None = None) -> None:
-    """Stop if an override on the command line names a key that the configs do not have.
-
-    MONAI adds an unknown key silently, so that ``--learning_rat 0.1`` trains at the default rate.
-    Lists need lists, and sizes as many numbers: ``--patch_size 64`` would fail hours later.
-
-    Args:
-        arguments: of ``python -m monai.bundle run``; default: this process's.
-
-    Raises:
-        SystemExit: names the key, and the nearest one or what it takes; not an error type, so that
-            MONAI does not wrap it in "Failed to evaluate".
-    """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    given: dict[str, Any] = {}
-    for here, after in zip(arguments, [*arguments, ""][1:], strict=True):
-        if here.startswith("--"):
-            name, _, value = here[2:].partition("=")
-            given[name] = value or after
-    if "config_file" not in given and "args_file" not in given:
-        return
-    extra = ConfigParser.load_config_file(given["args_file"]) if "args_file" in given else {}
-    given = {**extra, **given}
-    files = given["config_file"]
-    if isinstance(files, str) and files.startswith("["):
-        files = [name.strip(" '\"") for name in files.strip("[]").split(",")]
-    config = ConfigParser.load_config_files(files)
-    for name, value in given.items():
-        if name in RUN_ARGUMENTS:
-            continue
-        if value in ("true", "false", "null", "none"):  # arrives as text, which is true
-            word = {"true": "True", "false": "False"}.get(value, "None")
-            raise SystemExit(f"override must be written as in Python, got --{name} {value}; {word}")
-        parts = name.replace("#", "::").split("::")
-        node: Any = config
-        for depth, part in enumerate(parts):
-            if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-                node = node[int(part)]
-            elif isinstance(node, dict) and part in node:
-                node = node[part]
-            elif depth and isinstance(node, dict) and "_target_" in node:
-                break  # an argument that the config leaves at its default; the target checks it
-            else:
-                known = list(node) if isinstance(node, dict) else []
-                near = difflib.get_close_matches(part, known, 1)
-                advice = f"did you mean {near[0]}?" if near else "see the config's first lines"
-                raise SystemExit(f"override must name a key of the config, got --{name}; {advice}")
-        else:
-            _check_list(name, DefaultParseValue(value) if isinstance(value, str) else value, node)
-
-
-def _check_list(name: str, value: Any, default: Any) -> None:
-    """A key whose default is a list takes one; of numbers, unless it is a network's, as many."""
-    if not isinstance(default, list) or str(value).startswith(("$", "@")):
-        return
-    numbers = bool(default) and all(isinstance(x, (int, float)) for x in default)
-    if not isinstance(value, (list, tuple)):
-        rule = "be a list"
-    elif numbers and "::" not in name and len(value) != len(default):
-        rule = f"have {len(default)} numbers"
-    else:
-        return
-    shown = str(default).replace(" ", "") if numbers else default
-    raise SystemExit(f"override must {rule}, got --{name} {value}; write it like {shown}")
 
 
 def cause_last() -> None:
@@ -429,100 +354,3 @@ def summary(tables: Mapping[str, Mapping[str, float]]) -> str:
                 f"{zero[name]:>8.3f}{student[key]:>8.3f}"
             )
     return "\n".join(lines)
-
-
-def _parts(engine: Engine, latest: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
-    """Parts of the last loss, without its graph."""
-    return latest() if latest else {"loss": engine.state.output["loss"].detach()}
-
-
-class History:
-    """One JSON line an epoch: mean of each loss part, seconds, validation metrics.
-
-    A resumed run drops the lines of epochs that it repeats.
-
-    Args:
-        path: history.jsonl.
-        latest: gives the parts of the last loss, name to value; by default the loss itself.
-        evaluator: whose metrics are added, if it has run in this epoch.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        latest: Callable[[], Mapping[str, Any]] | None = None,
-        evaluator: Engine | None = None,
-    ) -> None:
-        self.path = Path(path)
-        self.latest = latest
-        self.evaluator = evaluator
-        self._sums: dict[str, Any] = {}
-        self._steps = 0
-        self._start = 0.0
-
-    def attach(self, engine: Engine) -> None:
-        if idist.get_rank() > 0:
-            return
-        engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.EPOCH_STARTED, self.clear)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
-
-    def start(self, engine: Engine) -> None:
-        kept = [row for row in read_history(self.path) if row["epoch"] <= engine.state.epoch]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    def clear(self, engine: Engine) -> None:
-        self._sums, self._steps, self._start = {}, 0, time.perf_counter()
-
-    def add(self, engine: Engine) -> None:
-        self._steps += 1
-        for name, value in _parts(engine, self.latest).items():
-            self._sums[name] = self._sums.get(name, 0.0) + value  # tensors: no sync within an epoch
-
-    def write(self, engine: Engine) -> None:
-        row: dict[str, Any] = {"epoch": engine.state.epoch, "steps": self._steps}
-        row.update({name: float(value) / self._steps for name, value in self._sums.items()})
-        row["seconds"] = round(time.perf_counter() - self._start, 3)
-        if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
-            metrics = self.evaluator.state.metrics
-            row.update({k: float(v) for k, v in metrics.items() if not isinstance(v, Mapping)})
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a history file; none if it is not there."""
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-class Progress:
-    """A bar over the whole run: steps, rate, remaining time, and the loss parts of the last epoch.
-
-    Args:
-        latest: gives the parts of the last loss, name to value; by default the loss itself.
-    """
-
-    def __init__(self, latest: Callable[[], Mapping[str, Any]] | None = None) -> None:
-        self.latest = latest
-        self._bar: Any = None
-
-    def attach(self, engine: Engine) -> None:
-        if idist.get_rank() == 0:
-            engine.add_event_handler(Events.EPOCH_STARTED, self.open)
-            engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self._bar.update())
-            engine.add_event_handler(Events.EPOCH_COMPLETED, self.show)
-            engine.add_event_handler(Events.COMPLETED, lambda _: self._bar and self._bar.close())
-
-    def open(self, engine: Engine) -> None:
-        if self._bar is None:  # not before a checkpoint has set the iteration
-            length = engine.state.epoch_length or len(engine.state.dataloader)
-            total = engine.state.max_epochs * length
-            self._bar = tqdm(total=total, initial=engine.state.iteration, unit="step", desc="train")
-
-    def show(self, engine: Engine) -> None:
-        latest = _parts(engine, self.latest)
-        parts = {name: f"{float(value):.4f}" for name, value in latest.items()}
-        self._bar.set_postfix({"epoch": engine.state.epoch, **parts}, refresh=False)

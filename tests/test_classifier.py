@@ -21,7 +21,7 @@ from med3dinsight_ext.classifier import (
 )
 from med3dinsight_ext.flips import FlipInferer
 from med3dinsight_ext.losses import DeepSupervision
-from med3dinsight_ext.metrics import fit_linear, knn_probe
+from med3dinsight_ext.probes import fit_linear, knn_probe
 
 SIZE = (32, 16, 24)
 

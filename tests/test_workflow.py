@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -9,97 +8,9 @@ from torch import nn
 from med3dinsight_ext import workflow
 from med3dinsight_ext.workflow import (
     EpochSeed,
-    History,
-    check_overrides,
     checkpoint,
     load_weights,
-    read_history,
 )
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> str:
-    content = {
-        "learning_rate": 0.1,
-        "patch_size": [96, 96, 96],
-        "label_names": ["background", "foreground"],
-        "train": {"trainer": {"_target_": "X", "max_epochs": 1}, "channels": [16, 32]},
-    }
-    path = tmp_path / "train.json"
-    path.write_text(json.dumps(content))
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    "argument",
-    ["--learning_rate", "--train::trainer::max_epochs", "--train#trainer#amp", "--logging_file"],
-)
-def test_known_overrides_pass(config: str, argument: str) -> None:
-    check_overrides(["run", "--config_file", config, argument, "1"])
-    check_overrides(["run", "--config_file", f"['{config}']", f"{argument}=1"])
-
-
-@pytest.mark.parametrize(
-    ("argument", "advice"),
-    [
-        ("--learning_rat", "learning_rate"),
-        ("--train::trainr::amp", "trainer"),
-        ("--zzz", "first lines"),
-    ],
-)
-def test_a_mistyped_override_stops_the_run(config: str, argument: str, advice: str) -> None:
-    with pytest.raises(SystemExit, match=f"override must name a key .*{advice}"):
-        check_overrides(["run", "--config_file", config, argument, "1"])
-
-
-@pytest.mark.parametrize(
-    ("value", "word"), [("false", "False"), ("true", "True"), ("null", "None")]
-)
-def test_a_word_that_would_arrive_as_text_stops_the_run(config: str, value: str, word: str) -> None:
-    with pytest.raises(SystemExit, match=f"as in Python, got --learning_rate {value}; {word}"):
-        check_overrides(["run", "--config_file", config, "--learning_rate", value])
-
-
-@pytest.mark.parametrize(
-    ("argument", "value", "rule"),
-    [
-        ("patch_size", "64", "be a list"),
-        ("patch_size", "[64,64]", "have 3 numbers"),
-        ("label_names", "tumour", "be a list"),
-    ],
-)
-def test_a_list_needs_a_list_of_its_length(
-    config: str, argument: str, value: str, rule: str
-) -> None:
-    with pytest.raises(SystemExit, match=f"override must {rule}, got --{argument} .*; write it"):
-        check_overrides(["run", "--config_file", config, f"--{argument}", value])
-
-
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "--patch_size=64,64,32",
-        "--patch_size=(64, 64, 32)",
-        "--patch_size=@spacing",
-        "--patch_size=$[8] * 3",
-        "--label_names=[background,a,b]",
-        "--train::channels=[1]",
-    ],
-)
-def test_lists_are_written_in_many_ways(config: str, argument: str) -> None:
-    check_overrides(["run", "--config_file", config, argument])
-
-
-def test_args_file_is_checked_too(config: str, tmp_path: Path) -> None:
-    arguments = tmp_path / "args.json"
-    arguments.write_text(json.dumps({"config_file": config, "learning_rat": 1}))
-    with pytest.raises(SystemExit, match="did you mean learning_rate"):
-        check_overrides(["run", "--args_file", str(arguments)])
-
-
-def test_other_programs_are_left_alone() -> None:
-    check_overrides(["tests/test_workflow.py", "--verbose"])
-    check_overrides([])
 
 
 class Loader(list):
@@ -181,19 +92,6 @@ def test_a_nan_loss_stops_the_run_by_name() -> None:
     workflow.StopOnNan().attach(engine)
     with pytest.raises(ValueError, match="loss must be finite, got nan in epoch 1 at step 1"):
         engine.run([{"image": torch.zeros(1)}])
-
-
-def test_history_holds_epoch_means_and_drops_repeated_epochs(tmp_path: Path) -> None:
-    values = iter([1.0, 3.0, 5.0, 7.0, 0.0, 0.0])
-    current: dict[str, float] = {}
-    engine = Engine(lambda *_: current.update(loss=next(values)))
-    path = tmp_path / "eval" / "history.jsonl"
-    History(path, lambda: current).attach(engine)
-    engine.run([0, 1], max_epochs=2)
-    assert [(row["epoch"], row["loss"]) for row in read_history(path)] == [(1, 2.0), (2, 6.0)]
-    engine.load_state_dict({"epoch_length": 2, "max_epochs": 2, "iteration": 2})
-    engine.run([0, 1], max_epochs=2)
-    assert [(row["epoch"], row["loss"]) for row in read_history(path)] == [(1, 2.0), (2, 0.0)]
 
 
 def test_weights_that_diverged_are_refused(tmp_path: Path) -> None:

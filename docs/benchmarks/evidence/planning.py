@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from med3dinsight_ext import data as datalists
 from med3dinsight_ext.files import write_atomic
+from med3dinsight_ext.overrides import check_overrides
 from med3dinsight_ext.quickstart import BUNDLES
-from med3dinsight_ext.workflow import check_overrides
 
 STEPS = ("steps", "epoch_steps")  # settings that are the runner's, not a bundle's
 TASK = ("bundle", "data", "corpus")  # keys of a task that are no overrides

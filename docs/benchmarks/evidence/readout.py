@@ -30,7 +30,7 @@ from planning import items_of  # noqa: E402
 from med3dinsight_ext.captions import TemplateCaptions  # noqa: E402
 from med3dinsight_ext.classifier import pooled_features  # noqa: E402
 from med3dinsight_ext.data import take  # noqa: E402
-from med3dinsight_ext.metrics import class_scores, linear_probe  # noqa: E402
+from med3dinsight_ext.probes import class_scores, linear_probe  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 from med3dinsight_ext.store import Store  # noqa: E402
 from med3dinsight_ext.teacher import bundled  # noqa: E402

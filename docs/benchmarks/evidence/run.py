@@ -36,8 +36,8 @@ from common import device_name  # noqa: E402
 from planning import Run, case_lists, planned  # noqa: E402
 
 from med3dinsight_ext.files import write_atomic  # noqa: E402
+from med3dinsight_ext.history import read_history  # noqa: E402
 from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
-from med3dinsight_ext.workflow import read_history  # noqa: E402
 
 
 def peak_megabytes(reset: bool = False) -> float:

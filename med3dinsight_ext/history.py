@@ -1,0 +1,110 @@
+"""What a training tells while it runs: a line an epoch in a file, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+from ignite.engine import Engine, Events
+from tqdm import tqdm
+
+
+def _parts(engine: Engine, latest: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
+    """Parts of the last loss, without its graph."""
+    return latest() if latest else {"loss": engine.state.output["loss"].detach()}
+
+
+class History:
+    """One JSON line an epoch: mean of each loss part, seconds, validation metrics.
+
+    A resumed run drops the lines of epochs that it repeats.
+
+    Args:
+        path: history.jsonl.
+        latest: gives the parts of the last loss, name to value; by default the loss itself.
+        evaluator: whose metrics are added, if it has run in this epoch.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        latest: Callable[[], Mapping[str, Any]] | None = None,
+        evaluator: Engine | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.latest = latest
+        self.evaluator = evaluator
+        self._sums: dict[str, Any] = {}
+        self._steps = 0
+        self._start = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        if idist.get_rank() > 0:
+            return
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.clear)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
+
+    def start(self, engine: Engine) -> None:
+        kept = [row for row in read_history(self.path) if row["epoch"] <= engine.state.epoch]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def clear(self, engine: Engine) -> None:
+        self._sums, self._steps, self._start = {}, 0, time.perf_counter()
+
+    def add(self, engine: Engine) -> None:
+        self._steps += 1
+        for name, value in _parts(engine, self.latest).items():
+            self._sums[name] = self._sums.get(name, 0.0) + value  # tensors: no sync within an epoch
+
+    def write(self, engine: Engine) -> None:
+        row: dict[str, Any] = {"epoch": engine.state.epoch, "steps": self._steps}
+        row.update({name: float(value) / self._steps for name, value in self._sums.items()})
+        row["seconds"] = round(time.perf_counter() - self._start, 3)
+        if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
+            metrics = self.evaluator.state.metrics
+            row.update({k: float(v) for k, v in metrics.items() if not isinstance(v, Mapping)})
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_history(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a history file; none if it is not there."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Progress:
+    """A bar over the whole run: steps, rate, remaining time, and the loss parts of the last epoch.
+
+    Args:
+        latest: gives the parts of the last loss, name to value; by default the loss itself.
+    """
+
+    def __init__(self, latest: Callable[[], Mapping[str, Any]] | None = None) -> None:
+        self.latest = latest
+        self._bar: Any = None
+
+    def attach(self, engine: Engine) -> None:
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.EPOCH_STARTED, self.open)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: self._bar.update())
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.show)
+            engine.add_event_handler(Events.COMPLETED, lambda _: self._bar and self._bar.close())
+
+    def open(self, engine: Engine) -> None:
+        if self._bar is None:  # not before a checkpoint has set the iteration
+            length = engine.state.epoch_length or len(engine.state.dataloader)
+            total = engine.state.max_epochs * length
+            self._bar = tqdm(total=total, initial=engine.state.iteration, unit="step", desc="train")
+
+    def show(self, engine: Engine) -> None:
+        latest = _parts(engine, self.latest)
+        parts = {name: f"{float(value):.4f}" for name, value in latest.items()}
+        self._bar.set_postfix({"epoch": engine.state.epoch, **parts}, refresh=False)

@@ -1,0 +1,82 @@
+"""Overrides on the command line, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fire.parser import DefaultParseValue
+from monai.bundle import ConfigParser
+
+RUN_ARGUMENTS = (  # of ``monai.bundle run`` itself
+    "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
+    "args_file", "workflow_name", "workflow_type",
+)  # fmt: skip
+
+
+def check_overrides(arguments: Sequence[str] | None = None) -> None:
+    """Stop if an override on the command line names a key that the configs do not have.
+
+    MONAI adds an unknown key silently, so that ``--learning_rat 0.1`` trains at the default rate.
+    Lists need lists, and sizes as many numbers: ``--patch_size 64`` would fail hours later.
+
+    Args:
+        arguments: of ``python -m monai.bundle run``; default: this process's.
+
+    Raises:
+        SystemExit: names the key, and the nearest one or what it takes; not an error type, so that
+            MONAI does not wrap it in "Failed to evaluate".
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    given: dict[str, Any] = {}
+    for here, after in zip(arguments, [*arguments, ""][1:], strict=True):
+        if here.startswith("--"):
+            name, _, value = here[2:].partition("=")
+            given[name] = value or after
+    if "config_file" not in given and "args_file" not in given:
+        return
+    extra = ConfigParser.load_config_file(given["args_file"]) if "args_file" in given else {}
+    given = {**extra, **given}
+    files = given["config_file"]
+    if isinstance(files, str) and files.startswith("["):
+        files = [name.strip(" '\"") for name in files.strip("[]").split(",")]
+    config = ConfigParser.load_config_files(files)
+    for name, value in given.items():
+        if name in RUN_ARGUMENTS:
+            continue
+        if value in ("true", "false", "null", "none"):  # arrives as text, which is true
+            word = {"true": "True", "false": "False"}.get(value, "None")
+            raise SystemExit(f"override must be written as in Python, got --{name} {value}; {word}")
+        parts = name.replace("#", "::").split("::")
+        node: Any = config
+        for depth, part in enumerate(parts):
+            if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+                node = node[int(part)]
+            elif isinstance(node, dict) and part in node:
+                node = node[part]
+            elif depth and isinstance(node, dict) and "_target_" in node:
+                break  # an argument that the config leaves at its default; the target checks it
+            else:
+                known = list(node) if isinstance(node, dict) else []
+                near = difflib.get_close_matches(part, known, 1)
+                advice = f"did you mean {near[0]}?" if near else "see the config's first lines"
+                raise SystemExit(f"override must name a key of the config, got --{name}; {advice}")
+        else:
+            _check_list(name, DefaultParseValue(value) if isinstance(value, str) else value, node)
+
+
+def _check_list(name: str, value: Any, default: Any) -> None:
+    """A key whose default is a list takes one; of numbers, unless it is a network's, as many."""
+    if not isinstance(default, list) or str(value).startswith(("$", "@")):
+        return
+    numbers = bool(default) and all(isinstance(x, (int, float)) for x in default)
+    if not isinstance(value, (list, tuple)):
+        rule = "be a list"
+    elif numbers and "::" not in name and len(value) != len(default):
+        rule = f"have {len(default)} numbers"
+    else:
+        return
+    shown = str(default).replace(" ", "") if numbers else default
+    raise SystemExit(f"override must {rule}, got --{name} {value}; write it like {shown}")
