@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from math import isnan
 from pathlib import Path
 from typing import NamedTuple
@@ -157,7 +158,6 @@ class Judgement(NamedTuple):
     wins: bool | None
     keeps: bool | None
     level: bool | None
-    text: str
 
 
 def certain(cell: Cell, arm: str, other: str) -> Difference | None:
@@ -166,73 +166,83 @@ def certain(cell: Cell, arm: str, other: str) -> Difference | None:
     return d if d and len(d.seeds) > 1 else None
 
 
-def judgement(cells: Sequence[Cell], tasks: Sequence[str], arm: str) -> Judgement:
+def judgement(cells: Sequence[Cell], arm: str) -> Judgement:
     """Of an arm in the tasks of a data set: one wins and none loses."""
-    wins, keeps, level, texts = [], [], [], []
-    for task in tasks:
-        here = [cell for cell in cells if cell.task == task]
-        limit = max(3, round(SHARE * CASES[task]))
-        for i, cell in enumerate(c for c in here if c.labels and c.labels <= limit):
-            decides = i == 0  # the fewest; the others are told
+    wins, keeps, level = [], [], []
+    for _, group in groupby(cells, key=lambda cell: cell.task):
+        here = list(group)
+        limit = max(3, round(SHARE * CASES[here[0].task]))
+        fewest = [cell for cell in here if cell.labels and cell.labels <= limit][:1]  # decides
+        for cell in fewest:
             if d := certain(cell, arm, "scratch"):
-                if decides:
-                    wins.append((d.both[0] > 0, d.both[1] < 0))
-                texts.append(f"{task} {points(d.above)} ({span(d.both)}) with {cell.labels}")
+                wins.append((d.both[0] > 0, d.both[1] < 0))
             if d := certain(cell, arm, "reconstruction"):
-                if decides:
-                    level.append(d.both[1] >= 0)
-                texts.append(f"{points(d.above)} ({span(d.both)}) to masked reconstruction")
-        for cell in (c for c in here if c.labels is None):
-            if d := certain(cell, arm, "scratch"):
-                keeps.append(d.both[1] >= 0)
-                texts.append(f"{points(d.above)} ({span(d.both)}) with all")
+                level.append(d.both[1] >= 0)
+        full = (certain(cell, arm, "scratch") for cell in here if cell.labels is None)
+        keeps += [d.both[1] >= 0 for d in full if d]
     return Judgement(
         any(w for w, _ in wins) and not any(loses for _, loses in wins) if wins else None,
-        all(keeps) if keeps else None, all(level) if level else None, ", ".join(texts),
+        all(keeps) if keeps else None, all(level) if level else None,
     )  # fmt: skip
 
 
-def verdict(cells: Sequence[Cell], arm: str = CHOSEN) -> list[str]:
-    """The first lines: does an arm reach the aim on test cases? One paragraph a budget."""
+def main_cells(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells that judge each data set: on the backbone that most arms were run on."""
+    found = {}
+    for name, tasks in DATA_SETS.items():
+        ours = [cell for task in tasks for cell in cells if cell.task == task]
+        backbones = [cell.backbone for cell in ours for _ in cell.arms]
+        most = max(dict.fromkeys(backbones), key=backbones.count, default="")
+        found[name] = [cell for cell in ours if cell.backbone == most]
+    return found
+
+
+def verdict(cells: Sequence[Cell], arms: Sequence[str] = (CHOSEN,)) -> list[str]:
+    """The first lines: do arms reach the aim on test cases? Sentences and a table a budget."""
     lines = []
     for folder in dict.fromkeys(cell.folder for cell in cells if cell.score == "test"):
         here = [c for c in cells if (c.folder, c.score) == (folder, "test") and c.variant in MAIN]
         if not here:
             continue
-        found, chosen = {}, {}
-        for name, tasks in DATA_SETS.items():
-            cells_of = [cell for cell in here if cell.task in tasks]
-            backbones = [cell.backbone for cell in cells_of for _ in cell.arms]
-            main = max(dict.fromkeys(backbones), key=backbones.count, default="")
-            chosen[name] = main
-            found[name] = judgement([c for c in cells_of if c.backbone == main], tasks, arm)
-        wins = [name for name, j in found.items() if j.wins]
-        unknown = [name for name, j in found.items() if None in j[:3]]
-        could = [name for name, j in found.items() if j.wins or j.wins is None]
-        lost = [name for name, j in found.items() if False in (j.keeps, j.level)]
-        word = "Not complete yet" if unknown else "Reached"
-        if lost or len(could) < 2:
-            word = "Not reached"
-        said = f" ({', '.join(wins)})" if wins else ""
-        parts = [
-            f"**{word}** (budget `{folder}`): with few labels `{arm}` beats training "
-            f"from scratch on {len(wins)} of {len(DATA_SETS)} data sets{said}",
-            f"it falls behind (scratch with all labels, or masked reconstruction) on "
-            f"{' and '.join(lost)}" if lost else "",
-            f"not complete: {', '.join(unknown)}" if unknown else "",
-        ]  # fmt: skip
-        lines += [
-            f"{'; '.join(part for part in parts if part)}. Points above scratch with the 95 % "
-            "interval over cases and seeds: "
-            + "; ".join(
-                f"{name}, {chosen[name]}: {j.text}" if j.text else f"{name} not run"
-                for name, j in found.items()
-            )
-            + ".",
-            "",
-        ]
+        judges = main_cells(here)
+        for arm in arms:
+            found = {name: judgement(ours, arm) for name, ours in judges.items()}
+            wins = [name for name, j in found.items() if j.wins]
+            unknown = [name for name, j in found.items() if None in j]
+            could = [name for name, j in found.items() if j.wins or j.wins is None]
+            lost = [name for name, j in found.items() if False in (j.keeps, j.level)]
+            word = "Not complete yet" if unknown else "Reached"
+            if lost or len(could) < 2:
+                word = "Not reached"
+            said = f" ({', '.join(wins)})" if wins else ""
+            parts = [
+                f"**{word}** (budget `{folder}`): with few labels `{arm}` beats training "
+                f"from scratch on {len(wins)} of {len(DATA_SETS)} data sets{said}",
+                f"it falls behind (scratch with all labels, or masked reconstruction) on "
+                f"{' and '.join(lost)}" if lost else "",
+                f"not complete: {', '.join(unknown)}" if unknown else "",
+            ]  # fmt: skip
+            lines += [f"{'; '.join(part for part in parts if part)}.", ""]
+        lines += [*_glance([cell for ours in judges.values() for cell in ours], arms), ""]
     return lines or [
         "**Not known yet**: no run has been judged on test cases. What stands below was judged on "
         "development cases that were held out, and served to choose; it is no evidence.",
         "",
     ]
+
+
+def _glance(cells: Sequence[Cell], arms: Sequence[str]) -> list[str]:
+    """What arms are above scratch and above masked reconstruction, a row a cell."""
+    pairs = [(arm, other) for arm in arms for other in ("scratch", "reconstruction")]
+    heads = [f"`{arm}` − {other}" for arm, other in pairs]
+    lines = [
+        f"| task, network | labels | {' | '.join(heads)} |",
+        "|---|---:|" + "---:|" * len(pairs),
+    ]
+    for cell in cells:
+        row = [f"{cell.task}, {cell.backbone}", few(cell.labels)]
+        for d in (certain(cell, *pair) for pair in pairs):
+            text = f"{points(d.above)} ({span(d.both)})" if d else "–"
+            row.append(f"**{text}**" if d and d.both[0] * d.both[1] > 0 else text)
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
