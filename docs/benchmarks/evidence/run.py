@@ -218,14 +218,16 @@ def unfinished(runs: dict[str, Run], results: Path, out: Path, only: str, retry:
 
 def expected_seconds(run: Run, results: Path) -> float:
     """From finished runs of the same kind in any budget; NaN where there is none yet."""
-    kind = [run.about.get(key) for key in ("task", "corpus", "backbone")]
+    names = ("task", "corpus", "backbone")
+    kind = [*(run.about.get(name) for name in names), run.settings.get("mode")]
     found = []
     for path in results.parent.glob("*/*.json"):
         record = json.loads(path.read_text())
-        same = kind == [record.get(key) for key in ("task", "corpus", "backbone")]
-        if same and record.get("steps"):
-            step = record["train_seconds"] / record["steps"]
-            found.append(step * run.settings["steps"] + record["seconds"] - record["train_seconds"])
+        same = [*(record.get(name) for name in names), record["settings"].get("mode")]
+        if same == kind and "error" not in record:
+            rest = record["seconds"] - record["train_seconds"]
+            step = record["train_seconds"] / max(record["steps"], 1)  # a probe has none
+            found.append(step * run.settings["steps"] + rest)
     return statistics.median(found) if found else float("nan")
 
 
