@@ -24,7 +24,10 @@ DATA_SETS = {
 MAIN = ("", "chosen")  # variants of the fine-tuning that the verdict looks at
 SHARE = 0.1  # of the labels, or 3 cases: few
 QUESTIONS = {  # pairs of arms that differ in one thing
-    "Does pre-training help beyond the time it takes?": [("default", "scratch_matched")],
+    "Does pre-training help beyond the time it takes?": [
+        ("default", "scratch_matched"),
+        ("default_reconstruction_100", "scratch_matched"),
+    ],
     "Do the 2D models add to masked reconstruction?": [(CHOSEN, "reconstruction")],
     "Do they with weights of one?": [("default", "reconstruction")],
     "Does more weight for reconstruction help?": [
