@@ -27,6 +27,7 @@ QUESTIONS = {  # pairs of arms that differ in one thing
     "Does pre-training help beyond the time it takes?": [
         ("default", "scratch_matched"),
         ("default_reconstruction_100", "scratch_matched"),
+        ("default_reconstruction_100", "scratch_matched_100"),
     ],
     "Do the 2D models add to masked reconstruction?": [(CHOSEN, "reconstruction")],
     "Do they with weights of one?": [("default", "reconstruction")],

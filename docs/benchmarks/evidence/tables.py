@@ -27,6 +27,7 @@ JUDGED = {"test": "test cases", "held_out": "development cases that were held ou
 ARMS = {
     "scratch": "no pre-training",
     "scratch_matched": "no pre-training; trained for as long as `default` took for both",
+    "scratch_matched_100": "the same of `default_reconstruction_100`",
     "reconstruction": "masked reconstruction alone",
     "reconstruction_unmasked": "reconstruction of what it sees, alone",
     "cosine_image": "cosine to the image embeddings alone",
