@@ -472,6 +472,19 @@ def test_a_question_is_answered_where_both_of_its_arms_have_the_fewest_labels() 
     assert "Yes: +10.0 (+10.0 to +10.0)" in said and "of 1." in said
 
 
+def test_noise_is_told_by_loss_and_share() -> None:
+    rows = [
+        run
+        for arm, dice in (("siglip", 0.6), ("siglip_noise_20", 0.5))
+        for run in records(arm, [[dice] * 4] * 2)
+    ]
+    found = {"student": {"text_within_r5": 0.3}}
+    before = [{"bundle": "pretrain", "arm": "siglip_noise_40", "retrieval": found}]
+    page = tables.noise(cells("cpu", rows), before)
+    assert "| SigLIP | 60.0 | 50.0 | – | – | – | 30.0 |" in page
+    assert tables.noise(cells("cpu", rows[:2]), before) == []
+
+
 def test_the_first_screen_quotes_the_write_up() -> None:
     said = (ROOT / "README.md").read_text().split("**Does it help?**")[1].split("\n\n")[0]
     figures = re.findall(r"[+−]?\d+\.\d \([^)]+\)", said)

@@ -23,6 +23,13 @@ DATA_SETS = {
 }  # fmt: skip
 MAIN = ("", "chosen")  # variants of the fine-tuning that the verdict looks at
 SHARE = 0.1  # of the labels, or 3 cases: few
+NOISE = (20, 40)  # per cent of the captions are of other slices
+NOISY = {  # arms that such captions are tried on
+    "info_nce": "InfoNCE",
+    "siglip": "SigLIP",
+    "transport_sharp": "partial transport at ε 0.03",
+    "transport": "partial transport at ε 0.1",
+}
 QUESTIONS = {  # pairs of arms that differ in one thing
     "Does pre-training help beyond the time it takes?": [
         ("default", "scratch_matched"),
@@ -79,14 +86,9 @@ QUESTIONS = {  # pairs of arms that differ in one thing
     "Does it matter what the volume shows?": [("siglip", "default_blank")],
     **{
         f"Do captions of other slices (20 %, 40 %) cost {name} anything?": [
-            (arm, f"{arm}_noise_{share}") for share in (20, 40)
+            (arm, f"{arm}_noise_{share}") for share in NOISE
         ]
-        for arm, name in {
-            "info_nce": "InfoNCE",
-            "siglip": "SigLIP",
-            "transport_sharp": "partial transport at ε 0.03",
-            "transport": "partial transport at ε 0.1",
-        }.items()
+        for arm, name in NOISY.items()
     },
 }
 

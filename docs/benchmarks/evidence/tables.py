@@ -16,7 +16,18 @@ from typing import Any
 import yaml
 from differences import Cell, Difference, Record, cells, holm, level, results
 from drawing import curves, forest, metric
-from questions import CHOSEN, SHARE, answers, compared, few, points, span, verdict
+from questions import (
+    CHOSEN,
+    NOISE,
+    NOISY,
+    SHARE,
+    answers,
+    compared,
+    few,
+    points,
+    span,
+    verdict,
+)
 
 from med3dinsight_ext.files import write_atomic
 
@@ -71,8 +82,8 @@ ARMS = {
     },
     **{
         f"{arm}_noise_{share}": f"`{arm}`, {share} % of the captions are of other slices"
-        for arm in ("info_nce", "siglip", "transport", "transport_sharp")
-        for share in (20, 40)
+        for arm in NOISY
+        for share in NOISE
     },
 }
 RULE = f"""The aim counts as reached if, on test cases, the default is above scratch on two of the
@@ -208,6 +219,31 @@ def pre_training(records: Sequence[Record]) -> list[str]:
     return [*lines, ""]
 
 
+def noise(found: Sequence[Cell], records: Sequence[Record]) -> list[str]:
+    """Scores and retrieval of texts by the share of captions that are of other slices."""
+    lines = []
+    for cell in (c for c in found if any(f"{arm}_noise_{NOISE[0]}" in c.arms for arm in NOISY)):
+        shares = [0, *NOISE]
+        heads = [f"{what}, {share} %" for what in (metric(cell), "R@5") for share in shares]
+        lines += [
+            f"Captions of other slices, {cell.task}, {cell.backbone}, {few(cell.labels)} labelled: "
+            "scores, and R@5 of slice → text as above.", "",
+            f"| loss | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads),
+        ]  # fmt: skip
+        for base, name in NOISY.items():
+            arms = [base, *(f"{base}_noise_{share}" for share in NOISE)]
+            scores = [level(cell.arms[arm])[0] if arm in cell.arms else None for arm in arms]
+            recall = [
+                mean(r["retrieval"]["student"].get("text_within_r5") for r in records
+                     if r.get("arm") == arm and "retrieval" in r)
+                for arm in arms
+            ]  # fmt: skip
+            row = ["–" if x is None else points(x, False) for x in [*scores, *recall]]
+            lines.append(f"| {name} | {' | '.join(row)} |")
+        lines.append("")
+    return lines
+
+
 def failures(records: Sequence[Record]) -> list[str]:
     lines = [f"- {r['name']}: {r['error']}" for r in records if "error" in r]
     for r in records:
@@ -254,7 +290,7 @@ def section(folder: str, found: Sequence[Cell], records: Sequence[Record]) -> li
         about += f", {cell.variant}" if cell.variant else ""
         about += ", encoder frozen" if frozen(cell, records) else ""
         lines += [f"**{about}**", "", *table(cell), ""]
-    return [*lines, *pre_training(records), *failures(records)]
+    return [*lines, *pre_training(records), *noise(found, records), *failures(records)]
 
 
 def costs(budgets: dict[str, list[Record]]) -> list[str]:
