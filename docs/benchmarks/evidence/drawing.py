@@ -93,8 +93,9 @@ def forest(groups: Sequence[Sequence[Cell]], order: Sequence[str]) -> Figure:
     """
     groups = sorted(groups, key=lambda cells: -len(present([cells], order)))
     rows = [groups[i : i + COLUMNS] for i in range(0, len(groups), COLUMNS)]
-    heights = [1.1 + 0.28 * len(present(row, order)) for row in rows]
-    figure = Figure((1.7 + 2.1 * len(rows[0]), sum(heights) + 0.1), layout="constrained")
+    heights = [1.1 + 0.24 * len(present(row, order)) for row in rows]
+    width = max(6.4, 1.7 + 2.1 * len(rows[0]))
+    figure = Figure((width, sum(heights) + 0.1), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False, height_ratios=heights)
     for row, line in zip(rows, axes, strict=True):
         arms = present(row, order)

@@ -208,9 +208,9 @@ def verdict(cells: Sequence[Cell], arms: Sequence[str] = (CHOSEN,)) -> list[str]
     lines = []
     for folder in dict.fromkeys(cell.folder for cell in cells if cell.score == "test"):
         here = [c for c in cells if (c.folder, c.score) == (folder, "test") and c.variant in MAIN]
-        if not here:
-            continue
         judges = main_cells(here)
+        if not any(judges.values()):
+            continue
         for arm in arms:
             found = {name: judgement(ours, arm) for name, ours in judges.items()}
             wins = [name for name, j in found.items() if j.wins]
