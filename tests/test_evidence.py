@@ -217,15 +217,13 @@ def test_a_finished_run_keeps_its_settings_and_may_lack_what_the_plan_pins(tmp_p
     [("linear", 0, 0, 60), ("finetune", 100, 50, 10 + 125), ("other", 100, 50, None)],
 )
 def test_time_is_expected_from_runs_of_the_same_kind(
-    tmp_path: Path, mode: str, steps: int, train_seconds: float, expected: float | None
+    mode: str, steps: int, train_seconds: float, expected: float | None
 ) -> None:
     about = {"task": "t", "backbone": "b"}
     asked = {"steps": 250, "mode": "finetune" if mode == "other" else mode}
     run = planning.Run("x", "cls-finetune", about, [], asked)
     record = {"settings": {"mode": mode}, "steps": steps, "train_seconds": train_seconds}
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "y.json").write_text(json.dumps(about | record | {"seconds": 60}))
-    seconds = runner.expected_seconds(run, tmp_path / "cpu")
+    seconds = runner.expected_seconds(run, [about | record | {"seconds": 60}])
     assert np.isnan(seconds) if expected is None else seconds == expected
 
 

@@ -6,13 +6,7 @@ from ignite.exceptions import NotComputableError
 from torch import Tensor
 from torch.nn import functional as F
 
-from med3dinsight_ext.probes import (
-    KNNProbe,
-    LinearProbe,
-    class_scores,
-    knn_probe,
-    linear_probe,
-)
+from med3dinsight_ext.probes import KNNProbe, LinearProbe, class_scores, knn_probe, linear_probe
 
 
 def blobs(n: int = 60, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from med3dinsight_ext import workflow
-from med3dinsight_ext.workflow import (
-    EpochSeed,
-    checkpoint,
-    load_weights,
-)
+from med3dinsight_ext.workflow import EpochSeed, checkpoint, load_weights
 
 
 class Loader(list):

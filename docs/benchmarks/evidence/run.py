@@ -32,6 +32,7 @@ import yaml
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import differences  # noqa: E402
 from common import device_name  # noqa: E402
 from planning import Run, case_lists, planned  # noqa: E402
 
@@ -216,13 +217,12 @@ def unfinished(runs: dict[str, Run], results: Path, out: Path, only: str, retry:
     return [run for run in runs.values() if run.name in names]
 
 
-def expected_seconds(run: Run, results: Path) -> float:
-    """From finished runs of the same kind in any budget; NaN where there is none yet."""
+def expected_seconds(run: Run, records: list[differences.Record]) -> float:
+    """From those of the same kind; NaN where there is none yet."""
     names = ("task", "corpus", "backbone")
     kind = [*(run.about.get(name) for name in names), run.settings.get("mode")]
     found = []
-    for path in results.parent.glob("*/*.json"):
-        record = json.loads(path.read_text())
+    for record in records:
         same = [*(record.get(name) for name in names), record["settings"].get("mode")]
         if same == kind and "error" not in record:
             rest = record["seconds"] - record["train_seconds"]
@@ -259,7 +259,8 @@ def main(
     root, work = Path(data).resolve(), (Path(out) / budget).resolve()
     folder = Path(results or HERE / "results").resolve() / budget
     todo = unfinished(planned(content, budget), folder, work, only, retry)
-    seconds = [expected_seconds(run, folder) for run in todo]
+    done = [record for each in folder.parent.glob("*") for record in differences.results(each)]
+    seconds = [expected_seconds(run, done) for run in todo]
     for run, expected in zip(todo, seconds, strict=True):
         print(f"{run.name}  {expected:.0f} s")
     print(f"{len(todo)} runs to do, {sum(seconds) / 60 / jobs:.0f} minutes")
