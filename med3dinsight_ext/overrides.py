@@ -78,5 +78,5 @@ def _check_list(name: str, value: Any, default: Any) -> None:
         rule = f"have {len(default)} numbers"
     else:
         return
-    shown = str(default).replace(" ", "") if numbers else default
+    shown = str(default).replace(" ", "") if numbers else default or [value]
     raise SystemExit(f"override must {rule}, got --{name} {value}; write it like {shown}")

@@ -14,6 +14,7 @@ def config(tmp_path: Path) -> str:
         "learning_rate": 0.1,
         "patch_size": [96, 96, 96],
         "label_names": ["background", "foreground"],
+        "prompts": [],
         "train": {"trainer": {"_target_": "X", "max_epochs": 1}, "channels": [16, 32]},
     }
     path = tmp_path / "train.json"
@@ -64,6 +65,11 @@ def test_a_list_needs_a_list_of_its_length(
 ) -> None:
     with pytest.raises(SystemExit, match=f"override must {rule}, got --{argument} .*; write it"):
         check_overrides(["run", "--config_file", config, f"--{argument}", value])
+
+
+def test_an_empty_list_shows_the_value_in_brackets(config: str) -> None:
+    with pytest.raises(SystemExit, match=r"write it like \['a mass'\]"):
+        check_overrides(["run", "--config_file", config, "--prompts", "a mass"])
 
 
 @pytest.mark.parametrize(
