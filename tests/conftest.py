@@ -8,7 +8,7 @@ from pathlib import Path
 import fakes
 import pytest
 
-from med3dinsight_ext.teacher import Teacher
+from med3dinsight_ext.teachers.teacher import Teacher
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("MED3D_DATA", ROOT.parent / "shared" / "data"))

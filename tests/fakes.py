@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from med3dinsight_ext.encoders import ImageTower, TextTower
-from med3dinsight_ext.mllm import MllmCaptions, SliceRequest
-from med3dinsight_ext.teacher import Teacher
+from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest
+from med3dinsight_ext.teachers.teacher import Teacher
+from med3dinsight_ext.teachers.towers import ImageTower, TextTower
 
 
 class FakeImages(ImageTower):

@@ -16,12 +16,12 @@ from typing import Any
 import fire
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "benchmarks"))
+sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 from bench_finetune import trained  # noqa: E402
 
-from med3dinsight_ext.publish import publish  # noqa: E402
+from med3dinsight_ext.publishing.publish import publish  # noqa: E402
+from med3dinsight_ext.publishing.verify import verify  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
-from med3dinsight_ext.verify import verify  # noqa: E402
 
 EXAMPLES = {  # card: bundle, name
     "hippocampus": ("seg-finetune", "med3dinsight_hippocampus_segmentation"),
@@ -60,7 +60,7 @@ def main(
         scores = trained(example, bundle, str(folder), train, test)
         publish(
             str(BUNDLES / bundle), weights=str(folder / "models" / "model.pt"), name=name, out=out,
-            overlays=str(HERE.parent / "benchmarks" / f"{example}.yaml"), metrics=str(scores),
+            overlays=str(HERE.parents[1] / "benchmarks" / f"{example}.yaml"), metrics=str(scores),
             card=str(HERE / f"{example}.yaml"),
         )  # fmt: skip
         verify(str(Path(out) / name))

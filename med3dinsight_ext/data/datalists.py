@@ -1,0 +1,300 @@
+"""Datalists from what people have, split by patient."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from med3dinsight_ext.data.slicing import MODALITIES
+
+log = logging.getLogger(__name__)
+LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
+MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | dict.fromkeys(
+    ("MR", "T1", "T2", "FLAIR", "PD", "ADC", "DWI"), "MR"
+)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Rows of a JSONL or CSV file, each with the place it stands at: ("a.jsonl line 3", row)."""
+    path = Path(path)
+    with open(path, encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            table = csv.DictReader(file)
+            yield from ((f"{path} line {table.line_num}", row) for row in table)
+            return
+        for number, line in enumerate(file, 1):
+            where = f"{path} line {number}"
+            try:
+                row = json.loads(line) if line.strip() else None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} must be JSON, got {error}; correct it") from error
+            if row is not None and not isinstance(row, dict):
+                raise ValueError(f"{where} must be a JSON object, got {row!r}; correct it")
+            if row:
+                yield where, row
+
+
+def modality_name(name: object) -> str:
+    """CT, MR, PET or auto for what datasets write: "MRI", "MR_T1", "FLAIR", "PT" or nothing."""
+    text = str(name or "auto").upper()
+    for prefix, modality in MODALITY_PREFIXES.items():
+        if text.startswith(prefix):
+            return modality
+    raise ValueError(
+        f"modality must be {', '.join(MODALITIES)} or auto, got {name!r}; "
+        "set modality to what comes closest"
+    )
+
+
+def datalist(
+    source: str | Path,
+    root: str | Path | None = None,
+    split: str | Path | None = None,
+    subset: str | None = None,
+    modality: str = "auto",
+) -> list[dict]:
+    """List the images of a dataset, with their modality and whatever else is known of them.
+
+    Args:
+        source: a Decathlon ``dataset.json``; a JSON list, JSONL or CSV of items with ``image``; a
+            folder, searched for .nii and .nii.gz that are not labels (in a folder ``labels*``, or
+            named ``*_gtv``, ``*_seg``, ``*_label`` or ``*_mask``); a MedMNIST-style .npz.
+        root: what relative paths start from; by default the source's folder.
+        split: JSON file ``{"development": [ids], "test": [ids]}``. An id is an item's ``patient``,
+            its file name without extension, or a folder on its path below ``root``.
+        subset: a list of ``split``; without a split, a section of a Decathlon file ("training" by
+            default) or of an .npz ("train", "val" or "test"; all three by default).
+        modality: "CT", "MR" or "PET" for all. With "auto" an item's own field counts, and "auto"
+            stays where it has none: ``volumes.guess_modality`` then tells from the volume.
+
+    Returns:
+        Items with an absolute ``image``, a ``modality``, and ``label`` and other fields if given.
+        An image in an .npz is named ``file.npz::train_images::12``.
+    """
+    source = Path(source)
+    root = Path(root or (source if source.is_dir() else source.parent))
+    sections = _sections(source)
+    section = next(iter(sections)) if split or not subset else subset
+    if section not in sections:
+        raise ValueError(
+            f"subset must be one of {list(sections)} in {source}, got {subset!r}; "
+            "correct it, or give the split file that defines it"
+        )
+    items = [_item(row, source, root, modality_name(modality)) for row in sections[section]]
+    count = Counter(os.path.realpath(item["image"]) for item in items)
+    for rule, bad in (
+        ("exist", [path for path in count if not os.path.exists(path.split("::")[0])]),
+        ("be listed once", [path for path, times in count.items() if times > 1]),
+    ):
+        if bad:
+            raise ValueError(
+                f"images must {rule}, got {len(bad)} of {len(count)} that do not in {source}: "
+                f"{', '.join(bad[:3])}; correct the list or root={str(root)!r}"
+            )
+    if not items:
+        raise ValueError(f"source must list images, got none in {source}; name another source")
+    return _subset(items, root, Path(split), subset) if split else items
+
+
+def _sections(source: Path) -> dict[str, list]:
+    """Rows of a source as written, in named sections; the first one is the default."""
+    if source.is_dir():
+        paths = [path.relative_to(source) for path in sorted(source.rglob("*.nii*"))]
+        found = [path for path in paths if _is_image(path) and (source / path).is_file()]
+        return {"all": [str(path) for path in found]}
+    if not source.is_file():
+        raise ValueError(f"source must exist, got {source}; name a folder or a file")
+    if source.suffix in (".jsonl", ".csv"):
+        return {"all": [row for _, row in read_rows(source)]}
+    if source.suffix == ".json":
+        content = _read_json(source)
+        if isinstance(content, list):
+            return {"all": content}
+        if "training" not in content:
+            raise ValueError(f"source must have a list 'training', got {list(content)} in {source}")
+        names = [name for name in ("training", "validation", "test") if name in content]
+        kinds = list(dict(content.get("modality") or {}).values())  # one name a channel
+        known = {"modality": kinds[0]} if kinds else {}
+        return {name: [known | _as_dict(row) for row in content[name]] for name in names}
+    if source.suffix == ".npz":
+        with np.load(source) as arrays:
+            labels = {k[:-7]: arrays[k] for k in arrays.files if k.endswith("_labels")}
+        rows = {
+            name: [
+                {
+                    "image": f"{source.resolve()}::{name}_images::{i}",
+                    "label": row.squeeze().tolist(),
+                }
+                for i, row in enumerate(array)
+            ]
+            for name, array in labels.items()
+        }
+        return {"all": sum(rows.values(), [])} | rows
+    raise ValueError(f"source must be a folder, .json, .jsonl, .csv or .npz, got {source}")
+
+
+def _read_json(path: Path) -> dict | list:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, got {error}; correct it") from error
+
+
+def _is_image(path: Path) -> bool:
+    folders, stem = path.parts[:-1], _stem(path)
+    is_label = stem.endswith(LABEL_ENDINGS) or any(f.startswith("labels") for f in folders)
+    return not is_label and path.name.endswith((".nii", ".nii.gz")) and path.name[0] != "."
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _as_dict(row: dict | str) -> dict:
+    return {"image": row} if isinstance(row, str) else row
+
+
+def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
+    """One row with absolute paths and a modality."""
+    item = dict(_as_dict(row))
+    if not isinstance(item.get("image"), str) or not item["image"]:
+        raise ValueError(
+            f"image must be a path in every item of {source}, got {item.get('image')!r}; "
+            "name it in a field or column 'image'"
+        )
+    for key in item.keys() & {"image", "label"}:
+        if key == "image" or str(item[key]).endswith((".nii", ".nii.gz")):
+            item[key] = os.path.abspath(root / item[key])
+    item["modality"] = modality_name(item.get("modality")) if modality == "auto" else modality
+    return item
+
+
+def _subset(items: list[dict], root: Path, split: Path, subset: str | None) -> list[dict]:
+    """The items of one list of a split file, once the whole file is known to be sound."""
+    lists = {name: ids for name, ids in dict(_read_json(split)).items() if isinstance(ids, list)}
+    if subset not in lists:
+        raise ValueError(f"subset must be one of {list(lists)} in {split}, got {subset!r}")
+    count = Counter(id_ for ids in lists.values() for id_ in ids)
+    if twice := [id_ for id_, times in count.items() if times > 1]:
+        raise ValueError(f"split must name each id once, got {twice} again in {split}")
+    chosen, found = [], set()
+    for item in items:
+        path = Path(os.path.relpath(item["image"], os.path.abspath(root)))
+        ids = count.keys() & {str(item.get("patient")), _stem(path), *path.parts[:-1]}
+        found |= ids
+        if len(homes := {name for name, members in lists.items() if ids & set(members)}) > 1:
+            raise ValueError(f"split must keep an image in one list, got {path} in {sorted(homes)}")
+        if subset in homes:
+            chosen.append(item)
+    if lost := sorted(count.keys() - found):
+        raise ValueError(
+            f"split must name ids of the source, got {lost} of {split} that match no patient, "
+            "file name or folder; correct the split"
+        )
+    return chosen
+
+
+def class_items(
+    items: list[dict], class_names: Sequence[str], require_all: bool = False
+) -> list[dict]:
+    """The items with ``label`` as the index of their class.
+
+    Args:
+        items: from ``datalist``. A label may be a name, an index, an index as text, or a list of
+            one of these; a text that is both is the name. Without a label, the one class that a
+            folder above the image is named after.
+        class_names: in the order of the network's outputs.
+        require_all: every class needs an item, as in training.
+    """
+    names, found, bad = list(class_names), [], []
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"class_names must be two or more different ones, got {names}; rename")
+    numbers = {key: i for i in range(len(names)) for key in (i, str(i))}
+    numbers |= {name: i for i, name in enumerate(names)}
+    for item in items:
+        label = item.get("label")
+        if label is None or label == "":
+            label = sorted(set(names) & set(Path(item["image"]).parts[:-1])) or "no label"
+        one = label[0] if isinstance(label, list) and len(label) == 1 else label
+        number = numbers.get(one) if isinstance(one, (int, str)) else None
+        found.append(item | {"label": number})
+        bad += [] if number is not None else [f"{label!r} of {item['image']}"]
+    if bad:
+        raise ValueError(
+            f"label must be one of class_names {names} or its index, got {len(bad)} of "
+            f"{len(items)} that are not: {', '.join(bad[:3])}; correct these labels or "
+            "class_names, or put each image into a folder named after its class"
+        )
+    lost = [name for i, name in enumerate(names) if i not in {item["label"] for item in found}]
+    if require_all and lost:
+        raise ValueError(
+            f"class_names must each have a case in training, got none for {lost}; "
+            "add cases or leave these classes out"
+        )
+    return found
+
+
+def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """Items for training and for validation; a patient's images stay together.
+
+    Args:
+        items: those with the same ``patient`` are one patient's; without it each is its own.
+        share: of the patients to hold out, in [0, 1); rounded, at least one unless it is 0.
+        seed: the same seed gives the same parts.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"val_fraction must be in [0, 1), got {share}; 0 holds nothing out")
+    names = sorted({str(item.get("patient", item["image"])) for item in items})
+    if len(names) < 2 or share == 0:
+        return list(items), []
+    count = min(max(1, round(share * len(names))), len(names) - 1)
+    held = {names[i] for i in np.random.RandomState(seed).permutation(len(names))[:count]}
+    parts: tuple[list[dict], list[dict]] = ([], [])
+    for item in items:
+        parts[str(item.get("patient", item["image"])) in held].append(item)
+    return parts
+
+
+def take(items: list[dict], count: int | None, seed: int = 0) -> list[dict]:
+    """The first items of a seeded order, so that a smaller ``count`` gives a subset of a larger.
+
+    Classes keep their shares, and each has an item before one has two too many.
+
+    Args:
+        items: to choose from; kept in their order. Labels that are numbers are classes.
+        count: how many, at least 1; None for all.
+        seed: of the order.
+    """
+    if count is None or count >= len(items):
+        return items
+    if count < 1:
+        raise ValueError(f"max_cases must be at least 1, got {count}; null takes all")
+    random = [int(i) for i in np.random.RandomState(seed).permutation(len(items))]
+    classes: dict[Any, list[int]] = {}
+    for i in random:
+        label = items[i].get("label")
+        classes.setdefault(label if isinstance(label, int) else None, []).append(i)
+    turn = {i: n / len(same) for same in classes.values() for n, i in enumerate(same)}
+    chosen = sorted(random, key=turn.__getitem__)[:count]
+    return [items[i] for i in sorted(chosen)]
+
+
+def class_weights(items: list[dict], classes: int) -> Tensor:
+    """Weights (classes,) that give every class the same share in the loss; their case mean is 1.
+
+    Args:
+        items: with ``label``, a class index.
+        classes: number of classes.
+    """
+    count = np.bincount([item["label"] for item in items], minlength=classes)
+    return torch.tensor(len(items) / (classes * count.clip(1)), dtype=torch.float32)

@@ -1,0 +1,177 @@
+"""Volumes that are safe to use: checked when they are read, scaled as their modality asks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from monai.data import MetaTensor, NibabelReader
+from monai.transforms import (
+    LoadImage,
+    MapTransform,
+    Orientation,
+    ScaleIntensityRange,
+)
+from monai.utils import convert_to_dst_type
+from nibabel.openers import Opener
+from torch import Tensor
+from tqdm import tqdm
+
+from med3dinsight_ext.data.slicing import window
+
+log = logging.getLogger(__name__)
+
+
+def guess_modality(volume: Tensor) -> str:
+    """CT if anything is below -150 (air is, in HU), else MR; PET cannot be told from MR."""
+    return "CT" if volume.min() < -150 else "MR"
+
+
+class ScaleByModalityd(MapTransform):
+    """Intensities to [0, 1] by the item's ``modality``: a HU range for CT, else percentiles.
+
+    Args:
+        keys: images, (1, x, y, z).
+        ct_range: HU that become 0 and 1.
+    """
+
+    def __init__(self, keys: str | list[str], ct_range: Sequence[float] = (-200.0, 300.0)) -> None:
+        super().__init__(keys)
+        self.ct = ScaleIntensityRange(ct_range[0], ct_range[1], 0.0, 1.0, clip=True)
+
+    def __call__(self, data: dict) -> dict:
+        data = dict(data)
+        for key in self.keys:
+            image = data[key]
+            modality = data.get("modality", "auto")
+            if modality == "auto":
+                modality = guess_modality(image)
+            if modality == "CT":
+                data[key] = self.ct(image)
+            else:
+                data[key] = convert_to_dst_type(window(image, modality), image)[0]
+        return data
+
+
+def read_volume(path: str) -> MetaTensor:
+    """Read a volume that is safe to use, or say what is wrong with it.
+
+    Args:
+        path: NIfTI file, or ``file.npz::array::index`` (1 mm, taken to be in RAS).
+
+    Returns:
+        (1, x, y, z) float32 in RAS, with affine and ``filename_or_obj`` in its meta.
+
+    Raises:
+        ValueError: it is unreadable, not 3D, one voxel thick, without a valid spacing or affine,
+            not finite, or the same value everywhere.
+    """
+    if "::" in path:
+        file, name, index = path.split("::")
+        array = _npz_array(file, name)[int(index)]
+        _require(array.ndim == 3, path, "be 3D", array.shape)
+        volume = MetaTensor(array[None].astype(np.float32), meta={"filename_or_obj": path})
+    else:
+        _check_header(path)
+        try:
+            # Given at the call, the reader has no fallback that would take a broken file.
+            loaded = LoadImage(image_only=True, ensure_channel_first=True)(path, NibabelReader())
+        except Exception as error:  # gzip, zlib, nibabel and numpy each have their own
+            raise _fault(path, "be readable", f"{type(error).__name__}: {error}") from error
+        volume = Orientation("RAS", labels=None)(loaded)
+    _require(min(volume.shape[1:]) > 1, path, "be thicker than one voxel", tuple(volume.shape[1:]))
+    finite = volume.isfinite().all()
+    _require(finite, path, "be finite", f"{int((~volume.isfinite()).sum())} NaN or infinite voxels")
+    _require(volume.min() < volume.max(), path, "vary", f"{volume.min().item():g} everywhere")
+    return volume
+
+
+class ReadVolumed(MapTransform):
+    """``read_volume`` as a transform: NIfTI and .npz alike, in RAS.
+
+    Args:
+        keys: paths.
+    """
+
+    def __call__(self, data: dict) -> dict:
+        return {**data, **{key: read_volume(data[key]) for key in self.keys}}
+
+
+def _fault(path: str, rule: str, value: object) -> ValueError:
+    return ValueError(
+        f"volume must {rule}, got {value} in {path}; repair the file or set skip_bad=True"
+    )
+
+
+def _require(ok: object, path: str, rule: str, value: object) -> None:
+    if not ok:
+        raise _fault(path, rule, value)
+
+
+@lru_cache(maxsize=1)  # an archive is unpacked as a whole, so once for all its volumes
+def _npz_array(file: str, name: str) -> np.ndarray:
+    with np.load(file) as arrays:
+        return arrays[name]
+
+
+def _check_header(path: str) -> None:
+    """Check shape, spacing and affine as they stand in the file: nibabel repairs some silently."""
+    try:
+        image: Any = nib.load(path)
+        with Opener(path) as file:
+            raw = type(image.header).from_fileobj(file, check=False)
+        spacing = np.array(raw["pixdim"][1:4])
+    except Exception as error:
+        raise _fault(path, "be readable NIfTI", f"{type(error).__name__}: {error}") from error
+    shape = image.shape
+    _require(len(shape) == 3 or shape[3:] == (1,), path, "be 3D", f"shape {shape}")
+    ok = np.isfinite(spacing).all() and (spacing > 0).all()
+    _require(ok, path, "have a spacing above 0 mm", spacing.tolist())
+    affine = image.affine[:3, :3]
+    ok = np.isfinite(image.affine).all() and abs(np.linalg.det(affine)) > 1e-6 * spacing.prod()
+    _require(ok, path, "have an invertible affine", image.affine.tolist())
+
+
+def check_volumes(items: list[dict], skip_bad: bool = False, workers: int = 4) -> list[dict]:
+    """Read every image once, before a long job stumbles over one.
+
+    Args:
+        items: from ``datalist``.
+        skip_bad: leave bad volumes out and log them, instead of raising.
+        workers: threads that read.
+
+    Returns:
+        The items whose volumes are good, in their order.
+
+    Raises:
+        ValueError: with every bad volume and what is wrong with it, or if none is good.
+    """
+
+    def fault(item: dict) -> str | None:
+        try:
+            read_volume(item["image"])
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(workers) as pool:
+        faults = list(tqdm(pool.map(fault, items), "Checking volumes", len(items), disable=None))
+    good = [item for item, text in zip(items, faults, strict=True) if text is None]
+    bad = [text for text in faults if text is not None]
+    if bad and not (skip_bad and good):
+        listing = "\n  ".join(bad)
+        raise ValueError(f"volumes must be sound, got {len(bad)} bad of {len(items)}:\n  {listing}")
+    for text in bad:
+        log.warning("left out: %s", text)
+    return good
+
+
+def check_parts(parts: Sequence[list[dict]], skip_bad: bool = False) -> list[list[dict]]:
+    """``check_volumes`` of items for training and for validation: one error names all bad ones."""
+    sound = {id(item) for item in check_volumes([x for part in parts for x in part], skip_bad)}
+    return [[item for item in part if id(item) in sound] for part in parts]

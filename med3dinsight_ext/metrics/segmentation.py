@@ -1,0 +1,139 @@
+"""Scores of a segmentation, case by case and over the cases."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import compute_dice, compute_surface_dice
+from monai.metrics import compute_hausdorff_distance as distance
+from torch import Tensor
+
+from med3dinsight_ext.metrics.retrieval import bootstrap
+
+SCORES = {"dice": "Dice", "nsd": "NSD", "hd95": "HD95 (mm)"}
+
+
+def case_scores(
+    prediction: Tensor,
+    label: Tensor,
+    spacing: Sequence[float],
+    names: Sequence[str],
+    tolerance: float = 1.0,
+) -> dict[str, dict[str, float]]:
+    """Dice, normalised surface Dice and 95th percentile Hausdorff distance of every class.
+
+    A class that neither map has gets NaN and does not count. A class that only one of them has
+    gets Dice 0, NSD 0, and the diagonal of the volume as its distance. Voxels at the border of the
+    volume belong to the surface. All numbers are MONAI's.
+
+    Args:
+        prediction: (1, x, y, z) map of class numbers.
+        label: the same, on the same grid.
+        spacing: voxel size along x, y, z in mm.
+        names: of the classes, by number; the first is the background and is not scored.
+        tolerance: mm that a surface may be off and still be right for NSD.
+
+    Returns:
+        class name to ``dice`` and ``nsd`` in [0, 1] and ``hd95`` in mm.
+
+    Raises:
+        ValueError: the shapes differ, or a map holds something else than the numbers of classes.
+    """
+    maps = [torch.as_tensor(x).as_subclass(Tensor).detach().cpu() for x in (prediction, label)]
+    if maps[0].shape != maps[1].shape or maps[0].ndim != 4 or len(maps[0]) != 1:
+        raise ValueError(
+            f"prediction and label must share one shape (1, x, y, z), got {tuple(maps[0].shape)} "
+            f"and {tuple(maps[1].shape)}; bring both to the image's grid (Invertd), "
+            "as class numbers (AsDiscreted)"
+        )
+    numbers = [x.short() for x in maps]
+    for name, x, n in zip(("prediction", "label"), maps, numbers, strict=True):
+        if not (n == x).all() or n.min() < 0 or n.max() >= len(names):
+            raise ValueError(
+                f"{name} must hold class numbers 0 to {len(names) - 1}, got {x.min():g} to "
+                f"{x.max():g}; name every class, and let AsDiscreted(argmax=True) make the map"
+            )
+    diagonal = math.hypot(*(n * mm for n, mm in zip(label.shape[1:], spacing, strict=True)))
+    prediction, label = _crop(*numbers)
+    scores = {}
+    for number, name in enumerate(names[1:], 1):
+        pair = [(x == number)[None] for x in (prediction, label)]
+        there = [bool(x.any()) for x in pair]
+        if not any(there):
+            scores[name] = dict.fromkeys(SCORES, math.nan)
+        elif not all(there):
+            scores[name] = {"dice": 0.0, "nsd": 0.0, "hd95": diagonal}
+        else:
+            with warnings.catch_warnings():  # of MONAI 1.6 to itself
+                warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
+                scores[name] = {
+                    "dice": compute_dice(*pair).item(),
+                    "nsd": compute_surface_dice(*pair, [tolerance], True, spacing=spacing).item(),
+                    "hd95": distance(*pair, True, percentile=95, spacing=spacing).item(),
+                }
+    return scores
+
+
+def _crop(prediction: Tensor, label: Tensor) -> list[Tensor]:
+    """Cut both maps to what either marks, with a margin of one voxel where there is one.
+
+    No surface changes: MONAI takes what lies outside a volume for background.
+    """
+    marked = (prediction[0] != 0) | (label[0] != 0)
+    box = [slice(None)]
+    for axis in range(3):
+        index = marked.amax([a for a in range(3) if a != axis]).nonzero()
+        if len(index):
+            box.append(slice(max(0, int(index[0]) - 1), int(index[-1]) + 2))
+    return [x[tuple(box)] for x in (prediction, label)]
+
+
+def mean_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each score over the classes of a case that count; NaN if none does."""
+    rows = [[row[key] for key in SCORES] for row in scores.values()]
+    return dict(
+        zip(SCORES, torch.tensor(rows, dtype=torch.float64).nanmean(0).tolist(), strict=True)
+    )
+
+
+def summary(
+    rows: Sequence[Mapping[str, Mapping[str, float]]], draws: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """What the cases say together, ready for JSON.
+
+    Args:
+        rows: ``case_scores`` of each case.
+        draws: bootstrap samples of the cases.
+        seed: of the bootstrap.
+
+    Returns:
+        ``classes`` (class name to score to statistics) and ``mean`` (score to statistics, of each
+        case's mean over its classes). Statistics are ``mean``, ``std`` (of a sample), ``median``,
+        ``low`` and ``high`` (95 % interval of the mean), and ``n``, the cases that count. What so
+        few cases do not define is None.
+    """
+
+    def statistics(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+        return {key: _statistics([row[key] for row in rows], draws, seed) for key in SCORES}
+
+    return {
+        "mean": statistics([mean_scores(row) for row in rows]),
+        "classes": {name: statistics([row[name] for row in rows]) for name in rows[0]},
+    }
+
+
+def _statistics(scores: list[float], draws: int, seed: int) -> dict[str, float | None]:
+    values = np.array([x for x in scores if not math.isnan(x)])
+    n = len(values)
+    mean, low, high = bootstrap(torch.from_numpy(values), torch.arange(n), draws, seed=seed)
+    found: dict[str, float | None] = dict.fromkeys(("mean", "std", "median", "low", "high"))
+    if n > 0:
+        found |= {"mean": mean, "median": float(np.median(values))}
+    if n > 1:
+        found |= {"std": float(values.std(ddof=1)), "low": low, "high": high}
+    return found | {"n": n}

@@ -1,0 +1,73 @@
+"""Lets MONAI Label 0.8.5 be imported beside a CPU build of torch and beside pydicom 3.
+
+- torchvision registers Python implementations for operators that only its compiled part defines.
+  That part does not load beside a torch it was not compiled for, and there is no CPU build of it
+  on PyPI; MONAI Label uses nothing of it. So the operators are defined before torchvision is
+  imported, and are left alone if it defined them itself.
+- pydicom_seg asks for ``pydicom._storage_sopclass_uids``, which pydicom 3 no longer has; the UIDs
+  themselves are still in ``pydicom.uid``.
+
+Both work as an import hook, so that an interpreter that imports neither pays nothing. MONAI Label
+starts its trainings as processes of its own: the hook has to be in all of an environment's
+interpreters. ``label-install`` writes ``HOOK`` into that environment's site-packages, and no other
+place imports this module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+HOOK = (
+    "import importlib.util; importlib.util.find_spec('med3dinsight_ext') "
+    "and importlib.import_module('med3dinsight_ext.monailabel.app.compatibility').install()\n"
+)
+SCHEMAS = {
+    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+UIDS = "pydicom._storage_sopclass_uids"
+
+
+def install() -> None:
+    """Put the hook in front of the other importers, once."""
+    if not any(isinstance(finder, Repairs) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Repairs())
+
+
+class Repairs(MetaPathFinder, Loader):
+    """Defines operators when torchvision is asked for, and makes the module of UIDs."""
+
+    def __init__(self) -> None:
+        self.library: object = None  # operators are gone when it is
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname == "torchvision" and self.library is None:
+            self.library = define_operators()
+        if fullname == UIDS:
+            return importlib.util.spec_from_loader(fullname, self)
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        import pydicom.uid
+
+        names = [name for name in dir(pydicom.uid) if name.endswith("Storage")]
+        vars(module).update({name: getattr(pydicom.uid, name) for name in names})
+
+
+def define_operators() -> object:
+    """Declare torchvision's operators, unless its compiled part works and will do so."""
+    import torch
+
+    if torch.version.cuda or torch.version.hip:
+        return ()
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in SCHEMAS.values():
+        library.define(schema)
+    return library

@@ -1,0 +1,227 @@
+"""The MONAI Label app: local bundles as they are; no zoo, no downloads.
+
+MONAI Label looks for a direct subclass of ``MONAILabelApp`` in the main.py of an app's folder, once
+in the server and once in each process that it starts for a training.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from fastapi import HTTPException
+from filelock import FileLock, Timeout
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.strategy import Strategy
+from monailabel.interfaces.tasks.train import TrainTask
+from monailabel.tasks.activelearning.first import First
+from monailabel.tasks.activelearning.random import Random
+from monailabel.tasks.infer.bundle import BundleInferTask
+from monailabel.tasks.train.bundle import BundleTrainTask
+from monailabel.utils.others.generic import file_ext
+
+from med3dinsight_ext import __version__
+from med3dinsight_ext.data.labels import read_label
+from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore, DicomStore, on_grid
+from med3dinsight_ext.monailabel.app.kcenter_greedy import Features, kcenter_greedy
+from med3dinsight_ext.monailabel.server import class_names, find_bundles
+
+logger = logging.getLogger(__name__)
+SERVER = "MED3D_LABEL_SERVER"  # its process id, for the processes that it starts
+
+
+class LabelApp(MONAILabelApp):
+    """Serves bundles under their folders' names.
+
+    Args:
+        app_dir: folder of this file.
+        studies: folder of images, or URL of a DICOMweb store.
+        conf: "bundles", paths with commas between them.
+    """
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        self.bundles = {folder.name: folder for folder in find_bundles(conf.get("bundles", ""))}
+        server = int(os.environ.setdefault(SERVER, str(os.getpid())))
+        if server != os.getpid():
+            threading.Thread(target=end_with, args=(server,), daemon=True).start()
+        super().__init__(
+            app_dir=app_dir,
+            studies=studies,
+            conf=conf,
+            name="Med3DInsight",
+            description="Segmentation from label-free pre-training",
+            version=__version__,
+        )
+
+    def init_datastore(self) -> Datastore:
+        names = max(map(class_names, self.bundles.values()), key=len)
+        if self.studies.startswith(("http://", "https://")):
+            return DicomStore(super().init_datastore()._client, names)
+        return CheckedDatastore(self.studies, names)
+
+    def _download_dcmqi_tools(self) -> None:
+        if not shutil.which("itkimage2segimage"):
+            raise ValueError(
+                "dcmqi must be there for a DICOMweb store, got no itkimage2segimage in PATH; "
+                "make the environment again by label-install, or pip install dcmqi"
+            )
+
+    def init_infers(self) -> dict[str, InferTask]:
+        infers: dict[str, InferTask] = {}
+        for name, folder in self.bundles.items():
+            if takes_clicks(folder):
+                infers[f"{name}_seg"] = Inference(str(folder), self.conf, type="segmentation")
+                infers[name] = Inference(str(folder), self.conf, type="deepedit")
+            else:
+                infers[name] = Inference(str(folder), self.conf, type="segmentation")
+        return infers
+
+    def init_trainers(self) -> dict[str, TrainTask]:
+        return {name: Round(str(folder), self.conf) for name, folder in self.bundles.items()}
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        own = Farthest(next(iter(self.bundles.values())))
+        return {"first": First(), "random": Random(), "kcenter_greedy": own}
+
+    def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> Any:
+        known(request.get("model"), self._infers, "model")
+        image = request.get("image")
+        store = datastore or self.datastore()
+        # The server's own code would read its working folder in place of an image that it misses.
+        if isinstance(image, str) and not os.path.exists(image) and not store.get_image_uri(image):
+            raise HTTPException(404, f"image must be one of the datastore's, got {image!r}")
+        try:
+            return super().infer(request, datastore)
+        except (ValueError, RuntimeError) as error:  # what transforms raise; the cause is inside
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if isinstance(cause, ValueError):
+                raise HTTPException(400, str(cause)) from error
+            raise
+
+    def bundle_path(self, model: str) -> str:
+        """Where a model's bundle is; what the server asks for before it starts a training."""
+        known(model, self._trainers, "model")
+        return str(self.bundles[model])
+
+    def next_sample(self, request: dict[str, Any]) -> Any:
+        known(request.get("strategy", "random"), self._strategies, "strategy")
+        return super().next_sample(request)
+
+
+def known(name: object, there: dict[str, Any], what: str) -> None:
+    """Answer 404 with the names that there are, where the server would answer 500 with nothing."""
+    if name not in there:
+        raise HTTPException(404, f"{what} must be one of {', '.join(there)}, got {name!r}")
+
+
+def takes_clicks(bundle: Path) -> bool:
+    """Whether a bundle says so in its metadata or, as for the stock app, in its folder's name."""
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text("utf-8"))
+    return "deepedit" in bundle.name.lower() or metadata.get("click") == "deepedit"
+
+
+def end_with(server: int) -> None:
+    """End this process when the server is gone: a killed server's training must not go on."""
+    while os.getppid() == server:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+class Inference(BundleInferTask):
+    """A bundle's inference.json with its model.pt, which has to fit as a whole."""
+
+    def __init__(self, path: str, conf: dict[str, str], type: str) -> None:
+        super().__init__(path, conf, type=type, load_strict=True)
+        # Else the shortest name in models/ is taken, which may be a resumable run's state.
+        self._config.pop("model_filename", None)
+
+    def writer(self, data: dict[str, Any], extension: Any = None, dtype: Any = None) -> Any:
+        """NIfTI by nibabel: itk takes seconds at its first use, and refuses sheared grids."""
+        ending = data.get("result_extension") or file_ext(data.get("image_path") or "")
+        if ending not in (".nii", ".nii.gz"):
+            return super().writer(data, extension, dtype)
+        mask = data[self.output_label_key]
+        file, path = tempfile.mkstemp(suffix=ending)
+        os.close(file)
+        nib.save(nib.Nifti1Image(mask.array.astype(np.uint8), mask.affine.numpy()), path)
+        return path, data.get(self.output_json_key, {})
+
+
+class Round(BundleTrainTask):
+    """A bundle's train.json on the labels so far, from its model.pt."""
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"model_filename": ["model.pt"]}
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> Any:
+        if not request.get("pretrained", True):
+            raise ValueError("pretrained must be true, got false; train from scratch by the bundle")
+        lock = FileLock(Path(self.bundle_path) / "models" / ".training")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"trainings of a bundle must not overlap, got a second one of {self.bundle_path}; "
+                "wait until the other server's has ended"
+            ) from error
+        with lock:
+            return super().__call__(request | {"model_filename": "model.pt"}, datastore)
+
+    def _fetch_datalist(self, request: dict[str, Any], datastore: Datastore) -> Any:
+        names = class_names(Path(self.bundle_path))
+        items = []
+        for item in super()._fetch_datalist(request, datastore):
+            if item["label"].endswith(".nrrd"):
+                item["label"] = on_grid(item["label"], item["image"])
+            try:
+                read_label(item, names)
+            except ValueError as error:
+                logger.warning("left out: %s", error)
+            else:
+                items.append(item)
+        if not items:
+            raise ValueError("labels must be there for a training, got none; save one first")
+        return items
+
+
+class Farthest(Strategy):
+    """Picks the image that is farthest, as the pre-trained network sees it, from the labelled ones.
+
+    Args:
+        bundle: folder of the network.
+    """
+
+    def __init__(self, bundle: Path) -> None:
+        super().__init__("Farthest from the labelled images in the network's features")
+        self.bundle = bundle
+        self.features: Features | None = None
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
+        self.features = self.features or Features(self.bundle)
+        labelled = set(datastore.get_labeled_images(request.get("label_tag")))
+        names, rows = [], []
+        for name in sorted(datastore.list_images()):
+            try:
+                rows.append(self.features(datastore.get_image_uri(name)))
+            except (RuntimeError, ValueError, OSError) as error:  # what transforms raise
+                logger.warning("left out: %s (%s)", name, error)
+            else:
+                names.append(name)
+        there = [i for i, name in enumerate(names) if name in labelled]
+        if len(there) == len(names):
+            return None
+        return {"id": names[kcenter_greedy(torch.stack(rows), there)]}

@@ -1,0 +1,164 @@
+"""Starts MONAI Label with local bundles, and makes the environment that it needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from med3dinsight_ext import __version__
+from med3dinsight_ext.monailabel.app import compatibility
+
+NAME = "med3dinsight-ext"
+APP = Path(__file__).parent / "app"
+NEEDED = ("configs/metadata.json", "configs/inference.json", "configs/train.json",
+          "models/model.pt")  # fmt: skip
+ALONE = "# --no-deps"  # below this line of requirements.txt: without what they ask for themselves
+
+
+def label(
+    studies: str, bundles: str | Sequence[str], port: int = 8000, host: str = "127.0.0.1"
+) -> None:
+    """Start MONAI Label; it serves 3D Slicer, and OHIF at /ohif/ where the studies are DICOM.
+
+    Args:
+        studies: folder of NIfTI images, or the URL of a DICOMweb store.
+        bundles: folders of trained segmentation bundles, separated by commas.
+        port: to listen on.
+        host: address to listen on; 0.0.0.0 lets everybody in who can reach this machine.
+    """
+    if fault := environment_fault():
+        sys.exit(fault)
+    folders = find_bundles(bundles)
+    if not studies.startswith(("http://", "https://")) and not Path(studies).is_dir():
+        raise ValueError(f"studies must be a folder or a URL, got {studies!r}; correct it")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"port must be free, got {port}: {error}; choose another") from error
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below is removed
+    with tempfile.TemporaryDirectory(prefix="med3dinsight-label-") as app:
+        shutil.copy(APP / "main.py", app)
+        serve(app, studies, folders, port, host)
+
+
+def serve(app: str, studies: str, folders: list[Path], port: int, host: str) -> None:
+    """Run the server in this process until it is told to stop, then end what it started."""
+    # The programs that come with this environment's packages, whether it is activated or not
+    own = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", "")])
+    from monailabel.main import Main
+    from monailabel.utils.async_tasks.task import AsyncTask
+
+    sys.argv = ["monailabel", "start_server", "--app", app, "--studies", studies]
+    sys.argv += ["--host", host, "--port", str(port)]
+    sys.argv += ["--conf", "bundles", ",".join(map(str, folders))]
+    try:
+        Main().run()
+    finally:
+        for method in ("train", "batch_infer", "scoring"):
+            AsyncTask.stop(method)
+
+
+def find_bundles(bundles: str | Sequence[str]) -> list[Path]:
+    """Folders of bundles that can be served, or what they lack.
+
+    Args:
+        bundles: paths, or one string with commas between them.
+    """
+    paths = bundles.split(",") if isinstance(bundles, str) else bundles
+    folders = [Path(path).expanduser().absolute() for path in map(str, paths) if path]
+    if not folders:
+        raise ValueError("bundles must name a folder, got none; name a trained seg-finetune folder")
+    for folder in folders:
+        missing = [name for name in NEEDED if not (folder / name).is_file()]
+        if missing:
+            advice = "train it first" if missing == ["models/model.pt"] else "correct the path"
+            raise ValueError(
+                f"bundles must be folders with {', '.join(NEEDED)}, but {folder} has no "
+                f"{', '.join(missing)}; {advice}"
+            )
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"bundles must have different folder names, got {names}; rename one")
+    return folders
+
+
+def class_names(bundle: Path) -> list[str]:
+    """Names of a bundle's classes as its metadata has them; the label value is the index."""
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text("utf-8"))
+    names = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+    return [names[str(i)] for i in range(len(names))]
+
+
+def requirements() -> tuple[list[str], list[str]]:
+    """What pip resolves, and what it is to install without looking at what that asks for."""
+    text = (APP / "requirements.txt").read_text("utf-8")
+    first, second = (
+        [line for line in part.splitlines() if line and not line.startswith("#")]
+        for part in text.split(ALONE)
+    )
+    return first, second
+
+
+def environment_fault() -> str | None:
+    """What is wrong with this interpreter's environment and what to do about it; None if nothing.
+
+    The pinned packages are looked up, not imported: that would take as long as the server's start.
+    """
+    install = "python -m med3dinsight_ext label-install FOLDER"
+    advice = (
+        f"make an environment for it by\n  {install}\n"
+        "and start with that one:\n  FOLDER/bin/python -m med3dinsight_ext label …"
+    )
+    for text in requirements()[1]:
+        need = Requirement(text)
+        if importlib.util.find_spec(need.name.replace("-", "_")) is None:
+            return f"label needs {need}, got no {need.name} in {sys.prefix}; {advice}"
+        found = version(need.name)
+        if not need.specifier.contains(found, prereleases=True):
+            return f"label needs {need}, got {found} in {sys.prefix}; {advice}"
+    return None
+
+
+def install(target: str) -> None:
+    """Make an environment for MONAI Label, for CPU and GPU alike, and try it.
+
+    Args:
+        target: folder of the new environment, or of one that this has made before.
+    """
+    folder = Path(target).expanduser().absolute()
+    if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").is_file():
+        raise ValueError(f"target must be new or an environment, got {folder}; choose another")
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = str(folder / ("Scripts" if os.name == "nt" else "bin") / "python")
+    source = Path(__file__).parents[2]
+    own = ["-e", str(source)] if (source / "setup.cfg").is_file() else [f"{NAME}=={__version__}"]
+    resolved, alone = requirements()
+    pip = [python, "-m", "pip", "install", "-q"]
+    print("installing MONAI Label and what it needs; this takes minutes", flush=True)
+    subprocess.run([*pip, *resolved, *own], check=True)
+    subprocess.run([*pip, "--no-deps", *alone], check=True)
+    script = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    done = subprocess.run([python, "-c", script], check=True, capture_output=True, text=True)
+    (Path(done.stdout.strip()) / "med3dinsight_label.pth").write_text(compatibility.HOOK)
+    subprocess.run(
+        [python, "-c", "import monailabel.app"], check=True, stdout=subprocess.DEVNULL, cwd=folder
+    )
+    print(f"MONAI Label works in {folder}, made in {time.monotonic() - begin:.0f} s; start it by")
+    print(f"  {python} -m med3dinsight_ext label --studies FOLDER --bundles FOLDER")

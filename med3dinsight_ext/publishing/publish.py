@@ -1,0 +1,350 @@
+"""Publishes a trained bundle: a folder that works alone, as the Model Zoo and Hugging Face ask."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+
+from med3dinsight_ext.monailabel.label_bundle import (
+    as_json,
+    channel_names,
+    check_click,
+    fill,
+    kind_of,
+    measured,
+    merged_configs,
+    saved,
+)
+from med3dinsight_ext.publishing.card import METADATA, front_matter, read_card, read_scores, readme
+from med3dinsight_ext.publishing.vendoring import (
+    reached_modules,
+    requirements,
+    vendored,
+    vendored_path,
+)
+from med3dinsight_ext.publishing.verify import LARGE, TASKS
+
+SCHEMA = (
+    "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"
+    "meta_schema_20240725.json"
+)
+COPIED = ("LICENSE", "configs/logging.conf")
+OVERLAYS = ("evaluate", "multi_gpu_train", "embed")  # of train.json
+PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretrained", "ckpt_dir",
+          "output_dir", "store_dir")  # fmt: skip
+BEFORE = r"(?<![\w.>])(?<!\+ ['\"])"  # the path goes on from a name, or joins what a key holds
+HOME = re.compile(BEFORE + r"(?:/(?:home|Users|root|mnt|tmp)/|~/|[A-Z]:\\\w)[^\s\"']*")
+
+
+def publish(
+    bundle: str, weights: str, name: str, out: str, overlays: str | Sequence[str] = "",
+    click: bool = False, metrics: str | None = None, card: str | None = None,
+    version: str = "0.1.0", changes: str | Sequence[str] = "first version",
+    large_files_url: str = "",
+) -> None:  # fmt: skip
+    """Write ``out``/``name``, a bundle that runs where nothing of ours is, and ``name``.zip.
+
+    The same input gives the same bytes. Settings that say where things lie on this machine
+    (``PLACES``) are the bundle's own again.
+
+    Args:
+        bundle: folder of pretrain, seg-finetune or cls-finetune.
+        weights: models/model.pt of its training; pretrain needs student.pt beside it too.
+        name: task and modality in lower case with underscores; with clicks it contains "deepedit".
+        out: folder that gets the two.
+        overlays: config files that it was trained with, separated by commas.
+        click: it was trained with click.yaml.
+        metrics: JSON that ``evaluate`` wrote: eval/metrics.json, of pretrain eval/retrieval.json.
+        card: YAML file about the model; its keys are ``model_card.KEYS``.
+        version: of the model, three numbers.
+        changes: what is new in it.
+        large_files_url: where files over 25 MB will lie, each at this URL and its path.
+
+    Raises:
+        ValueError: something is missing, does not fit together, or names a place on this machine.
+    """
+    source, folder = Path(bundle), Path(out) / str(name)
+    check_names(source, folder, click, version)
+    files = contents(
+        source, Path(weights), folder.name, overlays, click, metrics, card, version,
+        change_text(changes),
+    )  # fmt: skip
+    check_places(files, (bundle, weights, out, ".", *(path for path in (card, metrics) if path)))
+    large = [path for path, data in files.items() if len(data) > LARGE]
+    if large:
+        files["large_files.yml"] = large_files(files, large, large_files_url)
+    write(folder, dict(sorted(files.items())), large)
+    print(f"wrote {folder} and {folder}.zip; python -m med3dinsight_ext verify {folder}")
+
+
+def check_names(source: Path, folder: Path, click: bool, version: str) -> None:
+    """What can be told before anything is read."""
+    if not (source / "configs" / "inference.json").is_file():
+        raise ValueError(f"bundle must hold configs/inference.json, got {source}; correct the path")
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)+", folder.name):
+        raise ValueError(
+            f"name must be task_modality in lower case, got {folder.name}; for instance "
+            "hippocampus_mr_segmentation"
+        )
+    if not any(task in folder.name for task in TASKS):
+        raise ValueError(f"name must tell the task, got {folder.name}; add one of {TASKS}")
+    check_click("name", folder.name, click)
+    if click and not (source / "configs" / "click_inference.yaml").is_file():
+        raise ValueError(f"click must be False for {source}, got True; seg-finetune takes clicks")
+    if not re.fullmatch(r"\d+\.\d+\.\d+", str(version)):
+        raise ValueError(f"version must be three numbers, got {version}; for instance 0.1.0")
+    if files := [path for path in folder.parents if path.is_file()]:
+        raise ValueError(f"out must be a folder, got the file {files[0]}; choose another")
+    for path in (folder, folder.with_name(f"{folder.name}.zip")):
+        if path.exists():
+            raise ValueError(f"out must not hold {path.name} yet, got {path}; choose another")
+
+
+def change_text(changes: object) -> str:
+    """What is new in a version; the command line makes a tuple of "a, b" and a number of "2"."""
+    text = ", ".join(map(str, changes)) if isinstance(changes, (list, tuple)) else changes
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"changes must be text, got {changes!r}; say what is new in this version")
+    return text
+
+
+def contents(
+    source: Path, weights: Path, name: str, overlays: str | Sequence[str], click: bool,
+    metrics: str | None, card: str | None, version: str, changes: str,
+) -> dict[str, bytes]:  # fmt: skip
+    """Every file of the folder by its path in it; arguments as in ``publish``."""
+    told = read_card(card)
+    merged = merged_configs(source / "configs", overlays, click)
+    for stem, config in merged.items():
+        own = _read(source / "configs" / f"{stem}.json")
+        config |= {key: own[key] for key in PLACES if key in own}
+        given, asked = own.get("teacher"), config.get("teacher")
+        if isinstance(given, dict) and isinstance(asked, dict) and "_disabled_" in given:
+            asked.setdefault("_disabled_", given["_disabled_"])
+    train, inference = merged["train"], merged["inference"]
+    kind = kind_of(source / "configs")
+    names = channel_names(kind, inference)
+    classes = {"segmentation": names[1:], "classification": names}
+    scores = read_scores(metrics, kind, classes.get(kind, ()))
+    network = ConfigParser(dict(inference)).get_parsed_content("network_def")
+    state = fill(network, weights)
+    files = {"models/model.pt": saved(state)}
+    if kind == "pretraining":
+        files["models/student.pt"] = saved(student_state(inference, weights, state))
+    overlaid = {stem: source / "configs" / f"{stem}.json" for stem in OVERLAYS}
+    configs = merged | {stem: _read(path) for stem, path in overlaid.items() if path.is_file()}
+    modules = reached_modules(configs.values())
+    metadata = measured(source / "configs" / "metadata.json", network, inference)
+    metadata |= {key: told[key] for key in METADATA if key in told}
+    metadata |= {
+        "name": told.get("title", metadata["name"]),
+        "version": version,
+        "changelog": {version: changes},
+        "required_packages_version": pins(metadata, requirements(modules, configs.values())),
+        "eval_metrics": scores.flat,
+    }
+    fault = torchscript_fault(network)
+    traced = bool(fault) and traces(network, metadata["network_data_format"]["inputs"]["image"])
+    text = readme(name, kind, metadata, train, told, scores.table, fault, traced)
+    licence = (source / "docs" / "data_license.txt").read_text("utf-8")
+    licence = told.get("data_license", licence.replace("no data and no weights", "no data"))
+    texts = {
+        "README.md": front_matter(name, kind, metadata, told.get("license", "apache-2.0")) + text,
+        "docs/README.md": text,
+        "docs/data_license.txt": licence.rstrip() + "\n",
+        "configs/metadata.json": as_json({"schema": SCHEMA, **metadata}),
+        **{f"configs/{stem}.json": as_json(config) for stem, config in configs.items()},
+        **{path: (source / path).read_text("utf-8") for path in COPIED},
+        **{vendored_path(module): vendored(module) for module in modules},
+    }
+    return files | {path: text.encode() for path, text in texts.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(ConfigParser.load_config_file(path))
+
+
+def student_state(
+    config: Mapping[str, Any], weights: Path, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """State of the student that lies beside a pre-trained network's weights.
+
+    Args:
+        config: inference config of pretrain.
+        weights: model.pt.
+        state: what it holds, and what the student's network must be.
+    """
+    path = weights.parent / "student.pt"
+    if not path.is_file():
+        raise ValueError(
+            f"weights must have student.pt beside them, which inference reads, got none in "
+            f"{weights.parent}; the training wrote it there"
+        )
+    student = ConfigParser({**config, "checkpoint": str(path)}).get_parsed_content("student")
+    found = fill(student, path)
+    if any(not torch.equal(found[f"network.{key}"], value) for key, value in state.items()):
+        raise ValueError(
+            f"student.pt must hold the network of {weights.name}, got another in {weights.parent}; "
+            "take both from one training"
+        )
+    return found
+
+
+def pins(metadata: Mapping[str, Any], needed: Iterable[str]) -> dict[str, str]:
+    """The versions of what is needed, from a bundle's metadata."""
+    known = metadata["required_packages_version"]
+    if missing := [name for name in needed if name not in known]:
+        raise ValueError(
+            f"required_packages_version must pin what the configs need, got none for {missing}; "
+            "name only MONAI's and the bundle's parts in overlays, or add the pin to metadata.json"
+        )
+    return {name: known[name] for name in needed}
+
+
+def torchscript_fault(network: nn.Module) -> str:
+    """Why TorchScript cannot take a network, in a line; "" if it can."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated; the Zoo asks for it
+            torch.jit.script(network.eval())
+    except Exception as error:  # whatever its compiler runs into
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return re.sub(r"0x[0-9a-f]+", "0x…", (lines or [type(error).__name__])[0]).rstrip(":")
+    return ""
+
+
+def traces(network: nn.Module, image: Mapping[str, Any]) -> bool:
+    """Whether a trace of a network returns what the network does, of another input too.
+
+    Args:
+        network: that scripting cannot take.
+        image: metadata of its input.
+    """
+    shape = 1, image["num_channels"], *image["spatial_shape"]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            trace = torch.jit.trace(network.eval(), torch.zeros(shape), check_trace=False)
+            other = torch.rand(shape, generator=generator)
+            return torch.allclose(trace(other), network(other), rtol=1e-4, atol=1e-4)
+    except Exception:  # whatever its tracer runs into
+        return False
+
+
+def check_places(files: Mapping[str, bytes], given: Iterable[str]) -> None:
+    """Whether a text names a place on this machine.
+
+    Args:
+        files: by path; weights hold no paths.
+        given: paths that the command came with.
+    """
+    paths = [path.resolve() for path in (Path.home(), *map(Path, given))]
+    places = {path.parent if path.is_file() else path for path in paths}
+    known = sorted(str(place) for place in places if place != place.parent)
+    for path, data in sorted(files.items(), key=lambda file: not file[0].startswith("configs/")):
+        text = "" if path.startswith("models/") else data.decode()
+        found = [match.group() for match in HOME.finditer(text)]
+        found += [place for place in known if re.search(f"{BEFORE}{re.escape(place)}/", text)]
+        for place in found:
+            raise ValueError(
+                f"{path} must not name a place on this machine, got {place}; take it out of the "
+                "overlays or the card"
+            )
+
+
+def large_files(files: Mapping[str, bytes], large: Iterable[str], url: str) -> bytes:
+    """large_files.yml, from which MONAI loads what is not in a release."""
+    if not url:
+        raise ValueError(f"large_files_url must be given for {', '.join(large)}, got none")
+    rows = [
+        {
+            "path": path,
+            "url": f"{url.rstrip('/')}/{path}",
+            "hash_val": hashlib.sha256(files[path]).hexdigest(),
+            "hash_type": "sha256",
+        }
+        for path in large
+    ]
+    return yaml.safe_dump({"large_files": rows}, sort_keys=False).encode()
+
+
+def write(folder: Path, files: Mapping[str, bytes], large: Iterable[str]) -> None:
+    """A folder and its zip, which is without the large files; both appear whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".publish-") as place:
+        draft = Path(place) / folder.name
+        for path, data in files.items():
+            (draft / path).parent.mkdir(parents=True, exist_ok=True)
+            (draft / path).write_bytes(data)
+        with zipfile.ZipFile(draft.with_name(f"{folder.name}.zip"), "w") as archive:
+            for path in [path for path in files if path not in large]:
+                entry = zipfile.ZipInfo(f"{folder.name}/{path}")  # of 1980
+                entry.external_attr = 0o644 << 16
+                archive.writestr(entry, files[path])
+        draft.rename(folder)
+        draft.with_name(f"{folder.name}.zip").rename(folder.with_name(f"{folder.name}.zip"))
+
+
+def push(folder: str, repo: str, dry_run: bool = True) -> None:
+    """Upload a published folder as a model repository of Hugging Face, or tell what would go.
+
+    Args:
+        folder: from ``publish``.
+        repo: "owner/name".
+        dry_run: check and list only; no network is used.
+
+    Raises:
+        ValueError: it is no published folder, its card is broken, or there is no token.
+    """
+    from huggingface_hub import HfApi, ModelCard, get_token
+
+    if not isinstance(dry_run, bool):
+        raise ValueError(f"dry_run must be True or False, got {dry_run!r}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo)):
+        raise ValueError(f"repo must be owner/name, got {repo}")
+    root = Path(folder)
+    for name in ("README.md", "configs/metadata.json"):
+        if not (root / name).is_file():
+            raise ValueError(f"folder must come from publish, got {folder} without {name}")
+    try:
+        card = ModelCard.load(root / "README.md").data
+    except Exception as error:  # YAML errors, ValueErrors and others
+        raise ValueError(f"README.md must begin with a model card, got {error}") from error
+    for key, value in (("library_name", card.library_name), ("license", card.license)):
+        if not value:
+            raise ValueError(f"README.md must tell its {key} between dashes, got none in {folder}")
+    paths = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    paths = [path for path in paths if not {"__pycache__", "eval"} & set(path.parts)]
+    for path in paths:
+        print(f"{(root / path).stat().st_size:>12,}  {path.as_posix()}")
+    scores = {score.metric_type: score.metric_value for score in card.eval_results or ()}
+    print(f"card: {card.library_name}, {card.license}, tags {card.tags}, scores {scores}")
+    if dry_run:
+        print(f"nothing was sent; --dry_run False uploads {len(paths)} files to {repo}")
+        return
+    if not get_token():
+        raise ValueError("push must have a token, got none; hf auth login, or set HF_TOKEN")
+    metadata = json.loads((root / "configs" / "metadata.json").read_text("utf-8"))
+    version = metadata["version"]
+    api = HfApi()
+    api.create_repo(repo, repo_type="model", exist_ok=True)
+    api.upload_folder(
+        repo_id=repo,
+        folder_path=root,
+        commit_message=f"{version}: {metadata['changelog'][version]}",
+        allow_patterns=[path.as_posix() for path in paths],
+    )
+    print(f"uploaded {len(paths)} files to {repo}")

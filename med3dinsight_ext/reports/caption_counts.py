@@ -1,0 +1,174 @@
+"""What the texts in a store say, in counts, and which slices to show of it."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from med3dinsight_ext.data.slicing import PLANES, plane_number
+
+NEVER = "never asked"  # status of a slice of which no caption was asked
+
+
+class SliceRecord(NamedTuple):
+    """A slice of the store and what was said of it; ``source`` is JSON: captioner and teacher.
+
+    position: in [0, 1]. number: of the slice along its axis. raw: the answer, if it was refused.
+    """
+
+    image: str
+    modality: str
+    source: str
+    plane: int
+    number: int
+    position: float
+    caption: str | None
+    status: str
+    raw: str
+    similarity: float | None
+
+
+class Counts:
+    """Counts over some slices; words and thousandths of similarity as value to frequency."""
+
+    def __init__(self) -> None:
+        self.slices = 0
+        self.words: Counter[int] = Counter()
+        self.similarity: Counter[int] = Counter()
+        self.statuses: Counter[str] = Counter()
+
+    def add(self, row: SliceRecord) -> None:
+        self.slices += 1
+        self.statuses[row.status] += 1
+        if row.caption is not None:
+            self.words[len(row.caption.split())] += 1
+        if row.similarity is not None:
+            self.similarity[round(1000 * row.similarity)] += 1
+
+    @property
+    def captions(self) -> int:
+        return self.words.total()
+
+
+class Summary:
+    """What a whole store says: counts, and for each kind of slice a few to show.
+
+    Texts are not kept, but for those that come more than once and those to show.
+
+    Args:
+        sample: slices to keep of each captioner, plane and status.
+        seed: of their draw.
+    """
+
+    def __init__(self, sample: int, seed: int) -> None:
+        self.sample, self.seed = sample, seed
+        self.total = Counts()
+        self.planes: defaultdict[str, Counts] = defaultdict(Counts)
+        self.modalities: defaultdict[str, Counts] = defaultdict(Counts)
+        self.sources: defaultdict[str, Counts] = defaultdict(Counts)
+        self.images: set[str] = set()
+        self.captions_each: Counter[int] = Counter()  # captions of a volume to volumes
+        self.texts: Counter[int] = Counter()  # by hash of source and text
+        self.again: dict[int, tuple[str, str]] = {}  # source and text of those that came twice
+        self.skipped = 0
+        self._kept: dict[tuple[str, int, str], list[tuple[int, float, int, SliceRecord]]] = {}
+        self._order = count()  # so that no two slices tie
+        self._seen: Counter[tuple[str, int, str]] = Counter()
+
+    def add(self, rows: Sequence[SliceRecord]) -> None:
+        """Count the slices of one entry, and keep some."""
+        self.images.add(rows[0].image)
+        self.captions_each[sum(row.caption is not None for row in rows)] += 1
+        for row in rows:
+            groups = self.planes[PLANES[row.plane]], self.modalities[row.modality]
+            for tally in (self.total, *groups, self.sources[row.source]):
+                tally.add(row)
+            if row.caption is not None:
+                key = hash((row.source, row.caption))
+                self.texts[key] += 1
+                if self.texts[key] == 2:
+                    self.again[key] = row.source, row.caption
+        self._keep(rows)
+
+    def _keep(self, rows: Sequence[SliceRecord]) -> None:
+        """Draw few slices a volume from many volumes; all kinds draw from the same volumes."""
+        random = Random(f"{self.seed} {rows[0].image}")
+        luck = random.random()
+        mine: Counter[tuple[str, int, str]] = Counter()
+        for row in random.sample(rows, len(rows)):
+            kind = row.source, row.plane, row.status
+            item = (-mine[kind], -luck, next(self._order), row)
+            mine[kind] += 1
+            kept = self._kept.setdefault(kind, [])
+            (heapq.heappushpop if len(kept) == self.sample else heapq.heappush)(kept, item)
+        self._seen.update(mine)
+
+    def drawn(self) -> list[SliceRecord]:
+        """At most ``sample`` slices: some of each kind, of a common kind more than of a rare one.
+
+        Slices that nobody asked about tell little: of these there are few, if there are others.
+        """
+        kept = {
+            kind: [item[-1] for item in sorted(self._kept[kind], reverse=True)]
+            for kind, _ in self._seen.most_common()
+        }
+        weight = {kind: 1 if kind[2] == NEVER else math.sqrt(self._seen[kind]) for kind in kept}
+        taken = dict.fromkeys(kept, 0)
+        for _ in range(min(self.sample, sum(map(len, kept.values())))):
+            left = [kind for kind in kept if taken[kind] < len(kept[kind])]
+            taken[min(left, key=lambda kind: taken[kind] / weight[kind])] += 1
+        chosen = [row for kind, rows in kept.items() for row in rows[: taken[kind]]]
+        return sorted(chosen, key=lambda row: (row.image, row.plane, row.position, row.source))
+
+    def raw(self, status: str, most: int = 3) -> list[str]:
+        """Some different raw answers of one status."""
+        rows = (item[-1] for kind in self._kept if kind[2] == status for item in self._kept[kind])
+        return list(dict.fromkeys(row.raw for row in rows))[:most]
+
+    def repeated(self, source: str | None = None) -> float:
+        """Share of the captions, of all or of one source, whose text comes more than once."""
+        keys = [key for key, (whose, _) in self.again.items() if source in (None, whose)]
+        captions = self.total.captions if source is None else self.sources[source].captions
+        return sum(self.texts[key] for key in keys) / max(captions, 1)
+
+
+def read_entry(path: Path) -> list[SliceRecord]:
+    """The slices of one entry; ValueError, KeyError or TypeError if the file is none."""
+    about = json.loads(path.read_text("utf-8"))
+    if not (about["slices"] and about["captioner"]["kind"]):
+        raise ValueError("an entry has slices and a captioner")
+    origin = {name: about[name] for name in ("captioner", "teacher", "joint")}
+    source = json.dumps(origin)
+    rows = []
+    for row in about["slices"]:
+        status = row["status"] or NEVER
+        likeness = row["similarity"]
+        told = SliceRecord(
+            str(about["image"]), str(about["modality"]), source,
+            plane_number(row["plane"]), int(row["index"]), float(row["position"]),
+            row["caption"], str(status), row.get("raw") or "",
+            None if likeness is None else float(likeness),
+        )  # fmt: skip
+        if not (0 <= told.position <= 1 and abs(told.similarity or 0) < 1.1):
+            raise ValueError("a position lies in [0, 1], a similarity in [-1, 1]")
+        if not isinstance(told.raw, str) or not isinstance(told.caption, str | None):
+            raise TypeError("texts are str")
+        rows.append(told)
+    return rows
+
+
+def percentile(counts: Mapping[int, int], share: float) -> int:
+    """The smallest value that at least this share of the counted ones does not exceed."""
+    left = share * sum(counts.values())
+    for value in sorted(counts):
+        left -= counts[value]
+        if left <= 0:
+            break
+    return value

@@ -1,0 +1,242 @@
+"""Slice tokens of whole volumes, and what text prompts find along each plane."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ignite.engine import Engine, Events
+from monai.data.utils import dense_patch_slices
+from monai.inferers import Inferer
+from monai.transforms import MapTransform, SpatialPad
+from safetensors.torch import save_file
+from torch import Tensor
+
+from med3dinsight_ext.data import slicing
+from med3dinsight_ext.embeddings.targets import map_positions
+from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.models.student import StudentOutput
+from med3dinsight_ext.reports.report import save_text_scores
+from med3dinsight_ext.teachers.teacher import Teacher
+
+
+class SlidingTokens(Inferer):
+    """Asks a student about slices of volumes larger than its patch: one window after another.
+
+    A slice's token is the mean over the windows that contain it; positions are moved into each
+    window's own frame.
+
+    Args:
+        patch_size: (x, y, z) of a window in voxels; volumes must be at least as large.
+        overlap: of neighbouring windows, in [0, 1).
+    """
+
+    def __init__(self, patch_size: Sequence[int], overlap: float = 0.25) -> None:
+        self.patch_size = tuple(patch_size)
+        self.overlap = overlap
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        network: Callable[..., StudentOutput],
+        plane: Tensor,
+        position: Tensor,
+        **kwargs: Any,
+    ) -> StudentOutput:
+        """Tokens only: windows have no common reconstruction.
+
+        Args:
+            inputs: (b, 1, x, y, z).
+            network: the student.
+            plane: (b, s) long.
+            position: (b, s) fraction of the whole extent, in [0, 1].
+            kwargs: not used; part of MONAI's interface.
+        """
+        size = inputs.shape[2:]
+        step = [max(1, int(n * (1 - self.overlap))) for n in self.patch_size]
+        windows = dense_patch_slices(tuple(size), self.patch_size, step)
+        voxel = position * torch.tensor(size, device=position.device)[plane]
+        total: dict[str, Tensor] = {}
+        count = torch.zeros_like(position)
+        for window in windows:
+            start, extent = (
+                torch.tensor(values, device=position.device)
+                for values in zip(*((w.start, w.stop - w.start) for w in window), strict=True)
+            )
+            local = (voxel - start[plane]) / extent[plane]
+            inside = (local >= 0) & (local <= 1)
+            asked = inside.any(0).nonzero()[:, 0]
+            if not len(asked):
+                continue
+            patch = (slice(None), slice(None), *window)
+            out = network(inputs[patch], plane[:, asked], local[:, asked].clamp(0, 1))
+            count += inside
+            for name, tokens in out.tokens.items():
+                tokens = tokens.float() * inside[:, asked, None]
+                if name not in total:
+                    total[name] = tokens.new_zeros(*plane.shape, tokens.shape[2])
+                total[name].index_add_(1, asked, tokens)
+        return StudentOutput({n: t / count[..., None] for n, t in total.items()}, None, None)
+
+
+class SliceGridd(MapTransform):
+    """Adds an even grid of slices, then pads the volume to at least one patch.
+
+    ``grid`` (3 * per_plane,) are the positions in the volume as it comes in, ``position`` the same
+    slices' positions in the padded one.
+
+    Args:
+        keys: the image, a MetaTensor (1, x, y, z).
+        per_plane: slices a plane.
+        patch_size: (x, y, z) in voxels.
+    """
+
+    def __init__(self, keys: str, per_plane: int, patch_size: Sequence[int]) -> None:
+        super().__init__(keys)
+        self.per_plane = per_plane
+        self.pad = SpatialPad(patch_size)
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        image = data[self.keys[0]]
+        padded = self.pad(image)
+        plane = torch.arange(3).repeat_interleave(self.per_plane)
+        grid = ((torch.arange(self.per_plane) + 0.5) / self.per_plane).repeat(3)
+        size = torch.tensor(image.shape[1:])
+        _, position = map_positions(
+            plane, grid, size, image.affine, padded.affine, padded.shape[1:]
+        )
+        return {
+            **data, self.keys[0]: padded, "plane": plane, "position": position, "grid": grid
+        }  # fmt: skip
+
+
+def prepare_grid(
+    batchdata: dict[str, Any],
+    device: str | torch.device | None = None,
+    non_blocking: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None, tuple[Tensor, Tensor], dict[str, Any]]:
+    """Batch from ``SliceGridd`` to (volume, None, (plane, position), {}) on the device."""
+    volume = batchdata["image"].as_tensor().to(device, non_blocking=non_blocking)
+    plane, position = (batchdata[k].to(device) for k in ("plane", "position"))
+    return volume, None, (plane, position), {}
+
+
+class TokenWriter:
+    """Writes the tokens of each volume, and the scores of text prompts along each plane.
+
+    For ``case.nii.gz``: ``case_tokens.safetensors`` (plane (n,), position (n,), and (n, d) unit
+    tokens for each space); with prompts also ``case_text.json`` and ``case_text.png``.
+
+    Args:
+        output_dir: folder; it gets the subfolders that the images have below ``root``.
+        teacher: encodes the prompts; None where there are none.
+        prompts: texts.
+        root: folder of the images; others are named by their file alone.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        teacher: Teacher | None,
+        prompts: Sequence[str] = (),
+        root: str | Path | None = None,
+    ) -> None:
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        self.output_dir = Path(output_dir)
+        self.teacher = teacher
+        self.prompts = list(prompts)
+        self.root = None if root is None else Path(root).resolve()
+        self._written: dict[Path, str] = {}
+
+    @cached_property
+    def _texts(self) -> Tensor:
+        if self.teacher is None:
+            raise ValueError("teacher must be given for prompts, got None; name one in the config")
+        return self.teacher.encode_text(self.prompts)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        batch = engine.state.batch
+        names = [str(name) for name in batch["image"].meta["filename_or_obj"]]
+        for i, name in enumerate(names):
+            tokens = {
+                space: F.normalize(values[i].float(), dim=-1).cpu()
+                for space, values in engine.state.output["pred"].tokens.items()
+            }
+            plane, position = batch["plane"][i].cpu(), batch["grid"][i].cpu()
+            stem = self._stem(name)
+            tensors = {**tokens, "plane": plane, "position": position}
+            tensors = {key: value.contiguous() for key, value in tensors.items()}
+            target = stem.with_name(f"{stem.name}_tokens.safetensors")
+            write_atomic(target, lambda draft, t=tensors: save_file(t, draft))
+            if self.prompts:
+                self._write_scores(stem, name, tokens, plane, position, batch, i)
+
+    def _stem(self, name: str) -> Path:
+        path = Path(name).resolve()
+        below = self.root is not None and path.is_relative_to(self.root)
+        folder = path.parent.relative_to(self.root) if below and self.root else Path()
+        stem = self.output_dir / folder / path.name.removesuffix(".gz").removesuffix(".nii")
+        if self._written.setdefault(stem, name) != name:
+            raise ValueError(
+                f"images must have names of their own, got {self._written[stem]} and {name}, both "
+                f"{stem.name}; give the folder above them as dataset_dir"
+            )
+        return stem
+
+    def _write_scores(
+        self,
+        stem: Path,
+        name: str,
+        tokens: dict[str, Tensor],
+        plane: Tensor,
+        position: Tensor,
+        batch: dict[str, Any],
+        row: int,
+    ) -> None:
+        space = "joint" if "joint" in tokens else "text"
+        if space not in tokens:
+            raise ValueError(
+                f"prompts must have a student with a text head, got heads {sorted(tokens)}; "
+                "pre-train with captions"
+            )
+        scores = tokens[space] @ self._texts.mT  # (n, prompts)
+        volume = batch["image"][row]
+        spacing = volume.pixdim.tolist()
+        filled = slicing.usable(volume)
+        readable: dict[str, Any] = {}
+        curves: dict[str, Any] = {}
+        best: dict[str, Any] = {}
+        for column, prompt in enumerate(self.prompts):
+            readable[prompt], curves[prompt], best[prompt] = {}, {}, {}
+            for number, plane_name in enumerate(slicing.PLANES):
+                rows = (plane == number).nonzero().flatten()
+                values, where = scores[rows, column], position[rows]
+                padded = batch["position"][row][rows].cpu()
+                index = (padded * volume.shape[number + 1]).long()
+                shows = filled[number].cpu()[index.clamp(max=volume.shape[number + 1] - 1)]
+                # Nobody looks for an empty slice, unless all are.
+                seen = values.masked_fill(~shows & shows.any(), float("nan"))
+                first = int(seen.nan_to_num(-2).argmax())
+                readable[prompt][plane_name] = {
+                    "position": [round(v, 4) for v in where.tolist()],
+                    "score": [round(v, 5) for v in values.tolist()],
+                    "best": round(float(where[first]), 4),
+                }
+                shown = padded[first : first + 1]
+                image = slicing.cut(volume.as_tensor().cpu(), spacing, number, shown, 160)
+                curves[prompt][number] = (where.numpy(), seen.numpy())
+                best[prompt][number] = image[0, 0].numpy()
+        text = json.dumps({"image": name, "prompts": readable}, indent=1, ensure_ascii=False)
+        path = stem.with_name(f"{stem.name}_text.json")
+        write_atomic(path, lambda draft: draft.write_text(text, "utf-8"))
+        save_text_scores(stem.with_name(f"{stem.name}_text.png"), curves, best)

@@ -1,0 +1,96 @@
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from med3dinsight_ext.data.datalists import hold_out, take
+from med3dinsight_ext.data.labels import check_parts
+
+NAMES = ["background", "left", "right"]
+
+
+def case(folder: Path, name: str, values: tuple[int, ...] = (0, 1, 2), **changes: Any) -> dict:
+    """An image and a label that fits it, unless told otherwise."""
+    folder.mkdir(exist_ok=True)
+    shape = (6, 7, 5)
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    image = np.random.default_rng(0).random(shape).astype(np.float32)
+    label = np.resize(np.array(values), changes.get("shape", shape)).astype(np.float32)
+    place = affine.copy()
+    place[0, 3] += changes.get("shift", 0.0)
+    item = {"image": str(folder / f"{name}.nii"), "label": str(folder / f"{name}_seg.nii")}
+    nib.save(nib.Nifti1Image(image, affine), item["image"])
+    nib.save(nib.Nifti1Image(label, place), item["label"])
+    return item
+
+
+def test_sound_parts_come_back_as_they_are(tmp_path: Path) -> None:
+    train = [case(tmp_path, "a"), case(tmp_path, "b", (0,))]  # a case may be all background
+    val = [case(tmp_path, "c", (0, 2), shift=0.9)]  # 0.45 voxels: rounding of a header
+    assert check_parts([train, val], NAMES) == [train, val]
+    assert check_parts([[], val], NAMES) == [[], val]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": (6, 7, 4)}, r"have its image's shape \(6, 7, 5\), got \(6, 7, 4\)"),
+        ({"shift": 5.0}, r"lie where its image lies, got an affine that puts it up to 2\.5 voxels"),
+        ({"values": (0, 1, 7)}, r"hold 0 to 2 \(background, left, right\), got the value 7"),
+        ({"values": (0, 1, 0.5)}, r"got the value 0\.5"),
+    ],
+    ids=["shape", "affine", "value", "fraction"],
+)
+def test_a_bad_label_is_named_with_its_image(changes: dict, message: str, tmp_path: Path) -> None:
+    good, bad = case(tmp_path, "a"), case(tmp_path, "bad", **changes)
+    with pytest.raises(ValueError, match=rf"(?s)1 bad of 2.*{message}.*bad_seg\.nii of .*bad\.nii"):
+        check_parts([[good, bad], []], NAMES)
+    assert check_parts([[good, bad], []], NAMES, skip_bad=True) == [[good], []]
+
+
+def test_missing_and_broken_labels_are_named_all_at_once(tmp_path: Path) -> None:
+    items = [case(tmp_path, name) for name in "abcd"]
+    del items[0]["label"]
+    Path(items[1]["label"]).unlink()
+    Path(items[2]["label"]).write_bytes(b"no nifti")
+    with pytest.raises(ValueError) as caught:
+        check_parts([items, []], NAMES)
+    text = str(caught.value)
+    assert "3 bad of 4" in text and "label must be a file, got None in" in text
+    assert "b_seg.nii" in text and "label must be readable, got" in text
+
+
+def test_a_bad_image_is_found_too(tmp_path: Path) -> None:
+    item = case(tmp_path, "a")
+    nib.save(nib.Nifti1Image(np.full((6, 7, 5), np.nan, np.float32), np.eye(4)), item["image"])
+    with pytest.raises(ValueError, match="volume must be finite, got 210 NaN"):
+        check_parts([[item], []], NAMES)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [((0,), "got only background in 1"), ((0, 2), "got none for left in 1")]
+)
+def test_a_class_that_training_never_shows_is_an_error(
+    values: tuple[int, ...], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"show each class of label_names in training, {message}"):
+        check_parts([[case(tmp_path, "a", values)], [case(tmp_path, "b")]], NAMES)
+
+
+def test_one_name_is_no_segmentation(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="label_names must name the background and a class"):
+        check_parts([[case(tmp_path, "a", (0,))], []], ["background"])
+
+
+def test_fewer_cases_are_a_subset_of_more() -> None:
+    items = [{"image": str(i)} for i in range(20)]
+    few, more = take(items, 3), take(items, 9)
+    assert len(few) == 3 and all(item in more for item in few)
+    assert more == [item for item in items if item in more]  # in their order
+    assert take(items, None) == items == take(items, 99)
+    assert take(items, 3, seed=1) != few
+    with pytest.raises(ValueError, match="max_cases must be at least 1, got 0"):
+        take(items, 0)
+    assert hold_out(items, 0.2)[0] != items

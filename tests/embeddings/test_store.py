@@ -1,0 +1,216 @@
+import json
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from fakes import SIZE, FakeMllm, volume
+from safetensors.torch import load_file
+
+from med3dinsight_ext.captions.sources import FileCaptions, TemplateCaptions
+from med3dinsight_ext.embeddings import store as stores
+from med3dinsight_ext.embeddings.store import Store
+from med3dinsight_ext.io.files import HashMemo
+from med3dinsight_ext.teachers.teacher import Teacher
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> list[dict]:
+    return [volume(tmp_path / f"{i}.nii.gz", i) for i in range(3)]
+
+
+@pytest.fixture
+def store(tmp_path: Path, teacher: Teacher) -> Store:
+    return Store(tmp_path / "store", teacher, TemplateCaptions(), per_plane=4)
+
+
+def test_an_entry_holds_what_the_teacher_says_of_its_slices(
+    items: list[dict], store: Store
+) -> None:
+    done = store.fill(items)[0]
+    entry = load_file(done["targets"])
+    assert entry["image"].shape == (12, 6) and entry["text"].shape == (12, 8)
+    about = json.loads(Path(done["targets"]).with_suffix(".json").read_text())
+    again = store.teacher.encode_text([row["caption"] for row in about["slices"]])
+    assert torch.allclose(entry["text"].float(), again, atol=1e-3)
+    assert about["teacher"] == store.teacher.fingerprint and about["modality"] == "MR"
+
+
+def test_a_full_store_never_wakes_the_teacher(
+    items: list[dict], store: Store, tmp_path: Path
+) -> None:
+    store.fill(items)
+    assert store.embedding_dims == {"image": 6, "text": 8}
+
+    class Asleep(Teacher):
+        def encode_image(self, slices: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("woken")
+
+        encode_text = encode_image  # type: ignore[assignment]
+
+    again = Store(tmp_path / "store", Asleep(*store.teacher._towers), TemplateCaptions(), 4)
+    assert [Path(i["targets"]).exists() for i in again.fill(items)] == [True] * 3
+    assert again.embedding_dims == {"image": 6, "text": 8}
+
+
+@pytest.mark.parametrize("change", ["file", "modality", "captions", "per_plane", "seed", "teacher"])
+def test_whatever_changes_a_value_changes_the_key(
+    change: str, items: list[dict], store: Store, teacher: Teacher, tmp_path: Path
+) -> None:
+    before = store.path(items[0])
+    item, captioner, per_plane, seed = items[0], TemplateCaptions(), 4, 0
+    if change == "file":
+        volume(tmp_path / "0.nii.gz", seed=9)
+    if change == "modality":
+        item = {**item, "modality": "PET"}
+    if change == "captions":
+        captioner = TemplateCaptions("{plane}")
+    if change == "per_plane":
+        per_plane = 5
+    if change == "seed":
+        seed = 1
+    if change == "teacher":
+        teacher.image.fingerprint = "other"
+    other = Store(tmp_path / "store", teacher, captioner, per_plane, seed)
+    assert other.path(item) != before
+
+
+def test_a_copy_or_a_touched_file_is_no_new_volume(items: list[dict], store: Store) -> None:
+    before = store.path(items[0])
+    os.utime(items[0]["image"], (1, 1))
+    assert store.path(items[0]) == before
+
+
+def test_hashes_are_remembered_and_a_cut_line_is_survived(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_text("x")
+    memo = HashMemo(tmp_path / "files.jsonl")
+    digest = memo(str(file))
+    with (tmp_path / "files.jsonl").open("a") as out:
+        out.write('\n["half')
+    again = HashMemo(tmp_path / "files.jsonl")
+    assert list(again._known.values()) == [digest]
+
+
+def test_all_bad_volumes_are_named_at_once_and_good_ones_are_kept(
+    items: list[dict], store: Store, tmp_path: Path
+) -> None:
+    Path(items[0]["image"]).write_bytes(b"no volume")
+    nan = nib.Nifti1Image(np.full(SIZE, np.nan, np.float32), np.eye(4))
+    nib.save(nan, items[1]["image"])
+    with pytest.raises(ValueError, match=r"2 bad of 3.*skip_bad(.|\n)*0\.nii\.gz(.|\n)*1\.nii\.gz"):
+        store.fill(items)
+    assert [i["image"] for i in store.fill(items, skip_bad=True)] == [items[2]["image"]]
+
+
+def test_a_store_of_only_bad_volumes_is_an_error_even_when_they_may_be_skipped(
+    items: list[dict], store: Store
+) -> None:
+    Path(items[0]["image"]).write_bytes(b"no volume")
+    with pytest.raises(ValueError, match="1 bad of 1"):
+        store.fill(items[:1], skip_bad=True)
+
+
+def test_a_killed_write_leaves_no_entry(
+    items: list[dict], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(tensors: object, draft: Path) -> None:
+        draft.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stores, "save_file", die)
+    with pytest.raises(KeyboardInterrupt):
+        store.fill(items)
+    monkeypatch.undo()
+    assert not list(store.root.rglob("*.safetensors*"))
+    assert all(load_file(i["targets"])["image"].isfinite().all() for i in store.fill(items))
+
+
+def test_filling_twice_gives_the_same_values(
+    items: list[dict], teacher: Teacher, tmp_path: Path
+) -> None:
+    once, twice = (
+        load_file(Store(tmp_path / name, teacher, TemplateCaptions(), 4).fill(items)[0]["targets"])
+        for name in ("a", "b")
+    )
+    assert once.keys() == twice.keys() and all(torch.equal(once[k], twice[k]) for k in once)
+
+
+def test_captioned_slices_are_embedded_beside_the_drawn_ones(
+    items: list[dict], teacher: Teacher, tmp_path: Path
+) -> None:
+    rows = [{"image": "0.nii.gz", "plane": "axial", "index": 7, "caption": "a mass"}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    store = Store(tmp_path / "s", teacher, FileCaptions(tmp_path / "c.jsonl"), per_plane=2)
+    with_text, without = (load_file(i["targets"]) for i in store.fill(items)[:2])
+    row = int(with_text["text_row"])
+    assert (int(with_text["plane"][row]), float(with_text["position"][row])) == (2, 7.5 / 20)
+    assert torch.allclose(with_text["text"].float(), teacher.encode_text(["a mass"]), atol=1e-3)
+    assert "text" not in without and len(without["text_row"]) == 0
+
+
+def test_a_plan_tells_the_cost_and_makes_nothing(
+    items: list[dict], store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = store.plan(items)
+    assert plan["missing"] == 3 and plan["slices"] == 3 * 12 and plan["calls"] == 0
+    assert "3 volumes, 3 of them not in" in capsys.readouterr().out
+    assert not list(store.root.rglob("*.safetensors"))
+    store.fill(items)
+    made = sum(p.stat().st_size for p in store.root.rglob("*") if p.is_file()) / 1e9
+    assert made / 2 < plan["gigabytes"] < 2 * made
+    assert store.plan(items)["missing"] == 0
+
+
+def test_a_plan_counts_only_the_answers_that_are_missing(
+    items: list[dict], teacher: Teacher, tmp_path: Path
+) -> None:
+    asking = Store(tmp_path / "s", teacher, FakeMllm(breaks_after=5), per_plane=4)
+    assert asking.plan(items)["calls"] == 36
+    with pytest.raises(ConnectionError, match="start the server"):
+        asking.fill(items)
+    assert asking.plan(items)["calls"] == 31
+
+
+def test_a_plan_reads_no_volume_and_hashes_none(items: list[dict], store: Store) -> None:
+    store.plan(items)
+    assert not (store.root / "files.jsonl").exists()
+
+
+def test_a_plan_survives_bad_volumes_and_counts_them(
+    items: list[dict], store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(items[0]["image"]).write_bytes(b"no volume")
+    nib.save(nib.Nifti1Image(np.ones((4, 5), np.float32), np.eye(4)), items[1]["image"])
+    assert store.plan(items)["slices"] == 12
+    assert "2 of 3 looked at cannot be read" in capsys.readouterr().out
+
+
+def test_a_file_that_is_gone_is_a_bad_volume_like_others(items: list[dict], store: Store) -> None:
+    Path(items[0]["image"]).unlink()
+    with pytest.raises(ValueError, match="1 bad of 3.*(.|\n)*image must be a file"):
+        store.fill(items)
+    assert len(store.fill(items, skip_bad=True)) == 2
+
+
+def test_a_file_name_need_not_be_utf_8(tmp_path: Path, store: Store) -> None:
+    item = volume(tmp_path / os.fsdecode(b"M\xfcller.nii.gz"))
+    done = Path(store.fill([item])[0]["targets"])
+    assert "M\\udcfcller" in done.with_suffix(".json").read_text()
+
+
+def test_a_full_store_can_be_read_where_nothing_can_be_written(
+    items: list[dict], store: Store, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.fill(items)
+    (store.root / "files.jsonl").unlink()
+    (store.root / "files.jsonl").mkdir()  # cannot be appended to, even by root
+    monkeypatch.setattr(Path, "exists", lambda path: path.name != "files.jsonl")
+    again = Store(store.root, teacher, TemplateCaptions(), per_plane=4)
+    assert len(again.fill(items)) == 3
+
+
+def test_one_plane_may_be_named_without_a_list(tmp_path: Path, teacher: Teacher) -> None:
+    assert Store(tmp_path, teacher, TemplateCaptions(), planes="axial").planes == [2]

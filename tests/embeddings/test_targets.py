@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import SIZE, FakeImages, FakeTexts, volume
+from monai.data import MetaTensor
+from monai.transforms import Compose, Flip, Rotate, Rotate90, Spacing, SpatialCrop, SpatialPad
+from safetensors.torch import load_file
+
+from med3dinsight_ext.captions.sources import TemplateCaptions
+from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.embeddings.store import Store
+from med3dinsight_ext.embeddings.targets import (
+    PrepareSlices,
+    SampleTargetsd,
+    map_positions,
+    shuffle_captions,
+)
+from med3dinsight_ext.teachers.teacher import Teacher
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> list[dict]:
+    return [volume(tmp_path / f"{i}.nii.gz", i) for i in range(3)]
+
+
+@pytest.fixture
+def store(tmp_path: Path, teacher: Teacher) -> Store:
+    return Store(tmp_path / "store", teacher, TemplateCaptions(), per_plane=4)
+
+
+def marked(plane: int, index: int) -> MetaTensor:
+    """A volume that is 1 on one slice and 0 elsewhere."""
+    array = torch.zeros(1, *SIZE)
+    array.select(plane + 1, index).fill_(1)
+    return MetaTensor(array, affine=torch.diag(torch.tensor([1.5, 1.0, 2.0, 1.0])))
+
+
+MOVES = {
+    "nothing": lambda v: v,
+    "flip": Flip(spatial_axis=(0, 2)),
+    "crop": SpatialCrop(roi_start=(2, 3, 4), roi_end=(11, 13, 19)),
+    "pad": SpatialPad((17, 20, 25)),
+    "turn": Rotate90(k=1, spatial_axes=(0, 2)),
+    "all": Compose([Flip(0), SpatialPad((20, 20, 24)), Rotate90(1, (1, 2)),
+                    SpatialCrop((1, 2, 3), (19, 20, 19))]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize(("plane", "index"), [(0, 5), (1, 8), (2, 9)])
+def test_positions_move_with_the_volume_exactly(move: str, plane: int, index: int) -> None:
+    source = marked(plane, index)
+    copy = MOVES[move](source)
+    position = torch.tensor([(index + 0.5) / SIZE[plane]])
+    new_plane, new_position = map_positions(
+        torch.tensor([plane]),
+        position,
+        torch.tensor(SIZE),
+        source.affine,
+        copy.affine,
+        copy.shape[1:],
+    )
+    axis = int(new_plane) + 1
+    lit = (copy.as_tensor().amax([a for a in (1, 2, 3) if a != axis])[0] == 1).nonzero().flatten()
+    assert lit.tolist() == [round(float(new_position) * copy.shape[axis] - 0.5)]
+    assert abs(float(new_position) * copy.shape[axis] - 0.5 - lit[0]) < 1e-4
+
+
+def test_resampling_keeps_a_slices_place_in_mm() -> None:
+    source = marked(2, 9)
+    copy = Spacing((3.0, 3.0, 3.0))(source)
+    _, position = map_positions(
+        torch.tensor([2]), torch.tensor([9.5 / 20]), torch.tensor(SIZE),
+        source.affine, copy.affine, copy.shape[1:],
+    )  # fmt: skip
+    voxel = float(position) * copy.shape[3] - 0.5
+    assert abs(float(copy.affine[2, 2]) * voxel + float(copy.affine[2, 3]) - 2.0 * 9) < 1e-3
+
+
+def test_a_tilted_volume_is_refused() -> None:
+    source = marked(2, 9)
+    copy = Rotate(0.2)(source)
+    with pytest.raises(ValueError, match="got a rotated grid, in which slices tilt"):
+        map_positions(
+            torch.tensor([2]), torch.tensor([0.5]), torch.tensor(SIZE),
+            source.affine, copy.affine, copy.shape[1:],
+        )  # fmt: skip
+
+
+def sampled(items: list[dict], store: Store, slices: int | None, crop: bool = False) -> dict:
+    item = store.fill(items)[0]
+    image = read_volume(item["image"])
+    if crop:
+        image = SpatialCrop((0, 0, 0), (6, 8, 10))(image)
+    sample = SampleTargetsd("image", store.embedding_dims, slices)
+    sample.set_random_state(0)
+    return sample({**item, "image": image})
+
+
+def test_targets_of_an_uncropped_volume_are_the_stored_ones(
+    items: list[dict], store: Store
+) -> None:
+    found = sampled(items, store, None)
+    entry = load_file(found["targets"])
+    assert torch.equal(found["plane"], entry["plane"].long())
+    assert torch.allclose(found["position"], entry["position"])
+    assert torch.equal(found["image_target"], entry["image"].float())
+
+
+def test_a_crop_leaves_only_the_slices_it_holds_and_pads_the_rest(
+    items: list[dict], store: Store
+) -> None:
+    found = sampled(items, store, 12, crop=True)
+    valid = found["valid"]
+    assert 0 < valid.sum() < 12
+    assert ((found["position"][valid] > 0) & (found["position"][valid] < 1)).all()
+    assert not found["image_target"][~valid].any() and not found["has_text"][~valid].any()
+
+
+def test_an_oriented_file_gives_the_same_targets(teacher: Teacher, tmp_path: Path) -> None:
+    found = []
+    for codes in ("RAS", "LPS", "SRA"):
+        item = volume(tmp_path / f"{codes}.nii.gz", codes=codes)
+        store = Store(tmp_path / "s", teacher, TemplateCaptions(), 4)
+        found.append(sampled([item], store, None))
+    for other in found[1:]:
+        assert torch.allclose(other["image_target"], found[0]["image_target"], atol=1e-3)
+        assert torch.allclose(other["position"], found[0]["position"])
+
+
+def test_a_crop_without_a_stored_slice_is_an_error(items: list[dict], store: Store) -> None:
+    item = store.fill(items)[0]
+    image = MetaTensor(torch.zeros(1, 2, 2, 2), affine=torch.diag(torch.tensor([1.5, 1, 2, 1.0])))
+    image.affine[:3, 3] = -500
+    with pytest.raises(ValueError, match="raise per_plane or patch_size"):
+        SampleTargetsd("image", store.embedding_dims)({**item, "image": image})
+
+
+def test_the_control_hides_the_volume_from_the_student_alone(
+    items: list[dict], store: Store
+) -> None:
+    found = sampled(items, store, 4)
+    keys = (
+        "image",
+        "plane",
+        "position",
+        "modality_index",
+        "image_target",
+        "text_target",
+        "has_text",
+        "valid",
+    )
+    batch = {k: found[k][None] for k in keys}
+    shown, targets, question, _ = PrepareSlices(blank=True)(batch)
+    assert not shown.any() and targets.volume.any()
+    assert not isinstance(shown, MetaTensor) and torch.equal(question[0], targets.plane)
+
+
+def texts(items: list[dict], embedding_dims: dict[str, int]) -> list[torch.Tensor]:
+    """The text targets of whole volumes."""
+    sample = SampleTargetsd("image", embedding_dims, None)
+    return [sample({**i, "image": read_volume(i["image"])})["text_target"] for i in items]
+
+
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_a_share_of_the_captions_changes_places(
+    share: float, teacher: Teacher, items: list[dict], tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "s", teacher, Numbered(), per_plane=4)
+    ready = store.fill(items)
+    before = torch.cat(texts(ready, store.embedding_dims))
+    after = torch.cat(texts(shuffle_captions(ready, share, seed=1), store.embedding_dims))
+    changed = (before - after).abs().amax(1) > 1e-4
+    assert int(changed.sum()) == round(share * len(before))
+    assert torch.equal(*(t.sort(0).values for t in (before, after))), "a caption was lost"
+
+
+def test_shuffling_is_seeded_and_none_is_none(items: list[dict], store: Store) -> None:
+    ready = store.fill(items)
+    assert shuffle_captions(ready, 0.5, 3) == shuffle_captions(ready, 0.5, 3)
+    assert shuffle_captions(ready, 0.5, 3) != shuffle_captions(ready, 0.5, 4)
+    assert shuffle_captions(ready, 0.0) == ready
+
+
+def test_a_share_beyond_one_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 20"):
+        shuffle_captions([], 20)
+
+
+def test_captions_unlike_their_slice_are_left_out(items: list[dict], tmp_path: Path) -> None:
+    teacher = Teacher(FakeImages(), Alike(), joint=True)
+    store = Store(tmp_path / "s", teacher, Numbered(), per_plane=4)
+    item = store.fill(items)[0]
+    entry = load_file(item["targets"])
+    similarity = (entry["image"].float() * entry["text"].float()).sum(1)
+    bar = float(similarity.median())
+    sample = SampleTargetsd("image", store.embedding_dims, None, min_similarity=bar)
+    found = sample({**item, "image": read_volume(item["image"])})
+    assert found["has_text"].tolist() == (similarity >= bar).tolist()
+    assert 0 < found["has_text"].sum() < len(similarity)
+
+
+def test_a_similarity_bar_needs_one_space(store: Store) -> None:
+    with pytest.raises(ValueError, match="min_similarity must be None, got 0.2: .* two spaces"):
+        SampleTargetsd("image", store.embedding_dims, min_similarity=0.2)
+
+
+class Numbered(TemplateCaptions):
+    """Another text for each slice."""
+
+    def caption(self, item: dict, plane: torch.Tensor, position: torch.Tensor) -> list[str | None]:
+        name = "abcdefghijklmnopqrstuvwxyz"[int(Path(item["image"]).name[0]) * 3 :]
+        return [f"{'e' * (i + 1)}{name[:i]}" for i in range(len(plane))]
+
+
+class Alike(FakeTexts):
+    """Texts in the space of the images."""
+
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        return super().embed(texts)[:, :6]

@@ -1,0 +1,303 @@
+"""The bundles' configs as MONAI runs them: in this process, killed and resumed, on two ranks."""
+
+import inspect
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
+from running import BUNDLES, command, configs, environment, inference_settings, run, settings
+from safetensors.torch import load_file
+
+NETWORKS = {  # small, for each bundle; PlainNet is not MONAI's
+    "pretrain": {"backbone": {"_target_": "fakes.PlainNet"}},
+    "seg-finetune": {"backbone": {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1,
+                     "out_channels": "@out_channels", "channels": [4, 8], "strides": [2]}},
+    "cls-finetune": {"backbone": {"_target_": "fakes.PlainNet"},
+                     "class_names": ["even", "odd"], "val_fraction": 0.4},
+}  # fmt: skip
+METRICS = {
+    "pretrain": "image_within_r1", "seg-finetune": "val_mean_dice", "cls-finetune": "val_auroc",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fakes.write_volumes(tmp_path_factory.mktemp("volumes"), 6)
+
+
+@pytest.fixture(scope="module", params=BUNDLES)
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, volumes: Path
+) -> tuple[str, dict[str, Any]]:
+    """A small bundle that has been trained for two epochs, and its overrides."""
+    bundle = request.param
+    root = tmp_path_factory.mktemp(bundle)
+    changes = settings(bundle, root, volumes, max_epochs=2, **NETWORKS[bundle])
+    run(bundle, ["train.json"], **changes)
+    return bundle, changes
+
+
+def inference(trained: tuple[str, dict[str, Any]], volumes: Path, **changes: Any) -> dict[str, Any]:
+    bundle, given = trained
+    keys = NETWORKS[bundle].keys() - {"val_fraction"}
+    small = {key: given[key] for key in keys}
+    return inference_settings(bundle, Path(given["bundle_root"]), volumes, **small, **changes)
+
+
+def test_training_writes_what_the_docs_say(trained: tuple[str, dict[str, Any]]) -> None:
+    bundle, changes = trained
+    root = Path(changes["bundle_root"])
+    files = {"model.pt", "last.ckpt"} | ({"student.pt"} if bundle == "pretrain" else set())
+    assert {p.name for p in (root / "models").iterdir()} == files
+    rows = [json.loads(line) for line in (root / "eval" / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert {"loss", "seconds", METRICS[bundle]} <= rows[1].keys()
+    if bundle == "pretrain":
+        assert {"image", "text", "reconstruction"} <= rows[1].keys()
+    else:
+        assert json.loads((root / "eval" / "transfer.json").read_text())["file"] == ""
+    assert list((root / "eval").glob("events.out.tfevents.*"))
+
+
+def test_a_finished_run_is_left_as_it_is(trained: tuple[str, dict[str, Any]]) -> None:
+    bundle, changes = trained
+    files = [
+        Path(changes["bundle_root"]) / name for name in ("models/model.pt", "models/last.ckpt")
+    ]
+    before = [(file.stat().st_mtime_ns, file.read_bytes()) for file in files]
+    run(bundle, ["train.json"], **changes)
+    assert [(file.stat().st_mtime_ns, file.read_bytes()) for file in files] == before
+
+
+@pytest.mark.parametrize("trained", ["pretrain"], indirect=True)
+def test_evaluation_puts_chance_and_the_control_beside_the_student(
+    trained: tuple[str, dict[str, Any]],
+) -> None:
+    _, changes = trained
+    run("pretrain", ["train.json", "evaluate.json"], **changes)
+    tables = json.loads((Path(changes["bundle_root"]) / "eval" / "retrieval.json").read_text())
+    keys = {f"{t}_{s}_r{k}{e}" for t in ("image", "text") for s in ("all", "within")
+            for k in (1, 5, 10) for e in ("", "_low", "_high", "_chance")}  # fmt: skip
+    assert keys <= tables["student"].keys() and keys <= tables["volume_zero"].keys()
+    assert tables["student"]["image_all_r1_chance"] == tables["volume_zero"]["image_all_r1_chance"]
+
+
+@pytest.mark.parametrize("trained", ["pretrain"], indirect=True)
+def test_inference_gives_tokens_on_a_grid_and_scores_of_prompts(
+    trained: tuple[str, dict[str, Any]], volumes: Path
+) -> None:
+    _, changes = trained
+    given = inference(trained, volumes, prompts=["a ball", "a mass"], grid_per_plane=5)
+    run("pretrain", ["inference.json"], **given)
+    results = Path(changes["bundle_root"]) / "eval"
+    found = load_file(results / "v0_tokens.safetensors")
+    assert found["image"].shape == (15, 6) and found["text"].shape == (15, 8)
+    assert torch.allclose(found["position"][:5], (torch.arange(5) + 0.5) / 5)
+    assert torch.allclose(found["image"].norm(dim=1), torch.ones(15), atol=1e-5)
+    scores = json.loads((results / "v0_text.json").read_text())["prompts"]
+    assert scores.keys() == {"a ball", "a mass"}
+    assert {len(plane["score"]) for prompt in scores.values() for plane in prompt.values()} == {5}
+    assert (results / "v0_text.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_embedding_fills_the_store_and_nothing_else(tmp_path: Path, volumes: Path) -> None:
+    run("pretrain", ["train.json", "embed.json"], **settings("pretrain", tmp_path, volumes))
+    assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 6
+    assert {p.name for p in tmp_path.iterdir()} == {"store"}
+
+
+def test_properties_that_tools_look_up_are_there(
+    trained: tuple[str, dict[str, Any]], volumes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, changes = trained
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "0"}  # fmt: skip
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    overlays = ["evaluate.json", "multi_gpu_train.json"]
+    overlays += ["embed.json"] if bundle == "pretrain" else []
+    jobs = [(["train.json"], "train", changes)]
+    jobs += [(["train.json", overlay], "train", changes) for overlay in overlays]
+    jobs += [(["inference.json"], "infer", inference(trained, volumes))]
+    for files, kind, given in jobs:
+        paths = [str(configs(bundle) / file) for file in files]
+        workflow = ConfigWorkflow(paths, logging_file=False, workflow_type=kind, **given)
+        workflow.initialize()
+        try:
+            assert workflow.check_properties() == [], files
+        finally:
+            workflow.finalize()
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_network_in_and_out_are_those_of_the_metadata(bundle: str, tmp_path: Path) -> None:
+    verify_net_in_out(
+        "network_def", str(configs(bundle) / "metadata.json"),
+        str(configs(bundle) / "inference.json"), device="cpu",
+        bundle_root=str(tmp_path), extra_forward_args={}, **{"backbone::init_filters": 8},
+    )  # fmt: skip
+
+
+def components(node: Any) -> list[dict[str, Any]]:
+    if isinstance(node, dict):
+        own = [node] if "_target_" in node else []
+        return own + [c for value in node.values() for c in components(value)]
+    return [c for value in node for c in components(value)] if isinstance(node, list) else []
+
+
+ALL = [
+    path
+    for bundle in BUNDLES
+    for path in sorted([*configs(bundle).glob("*.json"), *configs(bundle).glob("*.yaml")])
+    if path.name != "metadata.json"
+]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: f"{p.parts[-3]}-{p.name}")
+def test_every_target_of_ours_exists_and_takes_its_arguments(path: Path) -> None:
+    from pydoc import locate
+
+    content = ConfigParser.load_config_file(str(path))
+    ours = [c for c in components(content) if c["_target_"].startswith("med3dinsight_ext.")]
+    for node in ours:
+        target = locate(node["_target_"])
+        assert target is not None, node["_target_"]
+        names = [key for key in node if not key.startswith("_")]
+        inspect.signature(target).bind_partial(**dict.fromkeys(names))  # type: ignore[arg-type]
+
+
+def test_what_monai_label_needs_of_the_segmentation_configs() -> None:
+    train = ConfigParser.load_config_file(str(configs("seg-finetune") / "train.json"))
+    handlers = train["train"]["handlers"]
+    assert all(isinstance(handler, dict) for handler in handlers)
+    assert not any("CheckpointLoader" in handler["_target_"] for handler in handlers)
+    assert "data" in train["train"]["dataset"] and "data" in train["validate"]["dataset"]
+    infer = ConfigParser.load_config_file(str(configs("seg-finetune") / "inference.json"))
+    assert {"network_def", "preprocessing", "postprocessing", "inferer", "device"} <= infer.keys()
+    names = [step["_target_"] for step in infer["postprocessing"]["transforms"]]
+    assert names[:3] == ["Activationsd", "Invertd", "AsDiscreted"]
+
+
+def test_the_paper_overlay_sets_the_papers_recipe() -> None:
+    parser = ConfigParser(
+        ConfigParser.load_config_files(
+            [configs("pretrain") / name for name in ("train.json", "paper.yaml")]
+        )
+    )
+    psat = parser.get("student")["psat"]
+    assert (psat["queries"], psat["layers"], psat["ffn"], psat["readout"]) == (
+        300,
+        6,
+        1024,
+        "first",
+    )
+    assert psat["_target_"].endswith("PSAT") and parser.get("student")["network"] == "@network_def"
+    loss = parser.get("loss")
+    assert (loss["kind"], loss["mass"], loss["epsilon"]) == ("partial_transport", 0.95, 0.03)
+
+
+def weights(root: Path) -> dict[str, torch.Tensor]:
+    return torch.load(root / "models" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_killed_and_resumed_ends_where_an_uninterrupted_run_ends(
+    bundle: str, tmp_path: Path, volumes: Path
+) -> None:
+    torch.set_num_threads(1)  # as in the processes to be killed: sums depend on it
+    changes = {**NETWORKS[bundle], "max_epochs": 6, "val_interval": 2}
+    if bundle != "pretrain":
+        changes["ema_decay"] = 0.9
+    run(bundle, ["train.json"], **settings(bundle, tmp_path / "whole", volumes, **changes))
+    settled = settings(bundle, tmp_path / "cut", volumes, **changes)
+    log = (tmp_path / "log").open("w")
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, *command(bundle, ["train.json"], settled)],
+            env=environment(),
+            stdout=log,
+            stderr=log,
+        )
+        history, begin = tmp_path / "cut" / "eval" / "history.jsonl", time.monotonic()
+        seen = len(history.read_text().splitlines()) if history.exists() else 0
+        while process.poll() is None and time.monotonic() - begin < 120:
+            if history.exists() and len(history.read_text().splitlines()) > seen:
+                process.send_signal(signal.SIGKILL)  # within the epoch that follows
+            time.sleep(0.002)
+        process.wait(10)
+        if process.returncode == 0:
+            break
+    assert process.returncode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()[-2000:]
+    run(bundle, ["train.json"], **settled)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    parts = ("student", "loss") if bundle == "pretrain" else ("network", "average")
+    for part in parts:
+        assert all(torch.equal(v, cut[part][k]) for k, v in whole[part].items())
+    assert whole["best"] == cut["best"] and whole["trainer"] == cut["trainer"]
+    best = [
+        torch.load(tmp_path / r / "models" / "model.pt", weights_only=True)
+        for r in ("whole", "cut")
+    ]
+    assert all(torch.equal(v, best[1][k]) for k, v in best[0].items())
+    lines = (tmp_path / "cut" / "eval" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_mistyped_override_on_the_command_line_names_the_key(
+    tmp_path: Path, volumes: Path
+) -> None:
+    given = settings("pretrain", tmp_path, volumes)
+    words = [*command("pretrain", ["train.json"], given), "--learning_rat", "0.1"]
+    done = subprocess.run(
+        [sys.executable, *words], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stderr.strip().endswith(
+        "override must name a key of the config, got --learning_rat; did you mean learning_rate?"
+    )
+
+
+@pytest.mark.slow
+def test_a_failed_run_ends_with_its_cause(tmp_path: Path, volumes: Path) -> None:
+    given = settings("seg-finetune", tmp_path, volumes, label_names=["background"])
+    words = command("seg-finetune", ["train.json"], given)
+    done = subprocess.run(
+        [sys.executable, *words], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert (
+        done.stderr.strip()
+        .split("\n")[-1]
+        .startswith("ValueError: label_names must name the background and a class")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_two_ranks_train_the_bundle(bundle: str, tmp_path: Path, volumes: Path) -> None:
+    more = {**NETWORKS[bundle], "max_epochs": 2, "val_fraction": 0.4}
+    changes = settings(bundle, tmp_path, volumes, **more)
+    del changes["device"]
+    words = command(bundle, ["train.json", "multi_gpu_train.json"], changes)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *launch, *words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, [x for x in done.stderr.splitlines() if "rror" in x][:12]
+    rows = (tmp_path / "eval" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == [1, 2]
+    assert (tmp_path / "models" / "model.pt").exists()

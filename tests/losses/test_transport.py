@@ -1,0 +1,165 @@
+import math
+
+import numpy as np
+import ot
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from med3dinsight_ext.losses.transport import partial_plan, solve
+
+MASSES = (0.3, 0.8, 0.95, 1)
+EPSILONS = (0.01, 0.03, 0.1, 1)
+
+
+def cost_matrix(n: int, m: int | None = None, seed: int = 0) -> Tensor:
+    """Cosine costs of noisy pairs, divided by their maximum, in float64."""
+    random = torch.Generator().manual_seed(seed)
+    z = F.normalize(torch.randn(n, 16, generator=random, dtype=torch.float64), dim=1)
+    other = torch.randn(m or n, 16, generator=random, dtype=torch.float64)
+    y = F.normalize(other + (z if m is None else 0), dim=1)
+    cost = 1 - z @ y.mT
+    return cost / cost.max()
+
+
+def oracle(cost: Tensor, mass: float, epsilon: float) -> Tensor:
+    """POT's Dykstra iterations in float64, run until they stand still."""
+    row, column = (np.full(k, 1 / k) for k in cost.shape)
+    plan = ot.partial.entropic_partial_wasserstein(
+        row, column, cost.numpy(), reg=epsilon, m=mass, numItermax=20_000, stopThr=1e-12
+    )
+    return torch.from_numpy(plan)
+
+
+@pytest.mark.parametrize("mass", MASSES)
+@pytest.mark.parametrize("n", [2, 3, 8, 33])
+def test_the_plan_equals_pots_in_float64(n: int, mass: float) -> None:
+    cost = cost_matrix(n, seed=n)
+    for epsilon in EPSILONS:
+        found = solve(cost[None].float(), mass, epsilon)
+        error = (found.log_plan[0].exp() - oracle(cost, mass, epsilon)).abs().max() * n
+        # Only at the smallest epsilon may the rounds fall short, and then the residual says so.
+        assert error < max(1e-3, 2 * float(found.residual) if epsilon < 0.03 else 0), epsilon
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 7), (9, 4), (1, 5)])
+def test_sets_of_different_size_equal_pot(n: int, m: int) -> None:
+    cost = cost_matrix(n, m)
+    plan = partial_plan(cost[None], 0.8, 0.1)[0]
+    assert (plan - oracle(cost, 0.8, 0.1)).abs().max() < 1e-3 / max(n, m)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(2, 12), st.integers(2, 12), st.sampled_from(MASSES), st.sampled_from(EPSILONS),
+    st.integers(0, 1000),
+)  # fmt: skip
+def test_marginals_and_mass_hold(n: int, m: int, mass: float, epsilon: float, seed: int) -> None:
+    cost = torch.rand(2, n, m, generator=torch.Generator().manual_seed(seed))
+    found = solve(cost, mass, epsilon)
+    plan, slack = found.log_plan.exp(), 1 + found.residual.max() + 1e-4
+    assert (plan.sum(2) <= slack / n).all() and (plan.sum(1) <= slack / m).all()
+    assert torch.allclose(plan.sum((1, 2)), torch.full((2,), float(mass)), atol=2e-3)
+    assert found.residual.max() < 1e-2
+
+
+def test_the_residual_tells_when_the_rounds_did_not_suffice() -> None:
+    cost = cost_matrix(64, seed=3)[None]
+    assert solve(cost, 0.8, 0.01, steps=1).residual > 1e-3 > solve(cost, 0.8, 0.01).residual
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 5), (16, 16)])
+def test_hard_problems_converge_as_well(n: int, m: int) -> None:
+    """Nearly sparse plans: Newton steps without a bound lose one problem in twelve."""
+    cost = torch.rand(50, n, m, generator=torch.Generator().manual_seed(0))
+    lost = sum((solve(cost, mass, 0.005).residual > 1e-3).sum() for mass in MASSES)
+    assert lost <= 4  # of 200
+
+
+def test_permuting_rows_permutes_the_plan() -> None:
+    cost, order = cost_matrix(9)[None], torch.randperm(9)
+    assert torch.allclose(
+        partial_plan(cost[:, order], 0.8), partial_plan(cost, 0.8)[:, order], atol=1e-6
+    )
+
+
+def test_problems_of_a_batch_do_not_see_each_other() -> None:
+    cost = torch.stack((cost_matrix(6, seed=1), cost_matrix(6, seed=2)))
+    assert torch.allclose(partial_plan(cost, 0.8)[1], partial_plan(cost[1:], 0.8)[0], atol=1e-6)
+
+
+def test_an_outlier_is_left_unmatched() -> None:
+    cost = torch.zeros(1, 4, 4)
+    cost[:, 3] = 2.0  # slice 3 resembles nothing
+    assert partial_plan(cost, 0.75, 0.05)[0, 3].sum() < 1e-6
+
+
+def test_a_small_epsilon_finds_the_assignment() -> None:
+    cost = 1 - torch.eye(5)[torch.tensor([2, 0, 1, 4, 3])][None]
+    assert torch.allclose(partial_plan(cost, 1, 0.01), (1 - cost) / 5, atol=1e-5)
+
+
+def test_a_large_epsilon_spreads_evenly() -> None:
+    assert torch.allclose(
+        partial_plan(torch.rand(1, 4, 6), 0.5, 1e4), torch.tensor(0.5 / 24), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("mass", [0.5, 0.9, 1])
+@pytest.mark.parametrize("epsilon", [0.05, 0.5])
+def test_the_implicit_gradient_equals_finite_differences(mass: float, epsilon: float) -> None:
+    cost = cost_matrix(5, seed=4)[None].requires_grad_()
+    weight = torch.randn(1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def value(c: Tensor) -> Tensor:
+        return (weight * partial_plan(c, mass, epsilon, steps=24)).sum()
+
+    assert torch.autograd.gradcheck(value, (cost,), eps=1e-6, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mass", [0.8, 1])
+def test_finite_at_small_epsilon_in_float32_and_under_autocast(mass: float) -> None:
+    """Defect 7."""
+    cost = cost_matrix(40, seed=5)[None].float().requires_grad_()
+    plain = solve(cost, mass, 0.005).log_plan
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = solve(cost, mass, 0.005).log_plan
+    assert plain.dtype == inside.dtype == torch.float32 and torch.equal(plain, inside)
+    plain.diagonal(dim1=1, dim2=2).sum().backward()
+    assert plain.isfinite().all() and cost.grad is not None and cost.grad.isfinite().all()
+
+
+def test_ties_and_zero_costs_are_finite() -> None:
+    for cost in (torch.zeros(1, 3, 3), torch.ones(1, 3, 3), torch.eye(3)[None] * 1e4):
+        leaf = cost.clone().requires_grad_()
+        partial_plan(leaf, 0.8, 0.1).sum().backward()
+        assert leaf.grad is not None and leaf.grad.isfinite().all()
+
+
+def test_no_iteration_is_recorded() -> None:
+    """Defect 12: the public code records about 205,000 operations a loss."""
+    cost = cost_matrix(8)[None].requires_grad_()
+    nodes, seen = [solve(cost, 0.95).log_plan.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+    assert len(seen) <= 3
+
+
+def test_wrong_arguments_are_named() -> None:
+    cost = torch.zeros(1, 3, 3)
+    for arguments, message in (
+        ((cost[0], 0.5), r"cost must have shape \(b, n, m\).* got \(3, 3\)"),
+        ((cost, 0.0), r"mass must be in \(0, 1\], got 0.0"),
+        ((cost, 1.5), r"mass must be in \(0, 1\], got 1.5"),
+        ((cost, 0.5, 0.0), "epsilon must be > 0, got 0.0"),
+        ((cost, 0.5, 0.1, 0), "steps must be >= 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            partial_plan(*arguments)
+    assert math.isclose(float(partial_plan(cost, 0.5).sum()), 0.5, rel_tol=1e-4)

@@ -1,0 +1,332 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine
+from monai.networks.nets import UNETR, DenseNet, DynUNet, SegResNet, SwinUNETR, UNet, ViT
+from safetensors.torch import save_file
+from torch import nn
+
+from med3dinsight_ext.models.features import encoder_parameters
+from med3dinsight_ext.training.engine import EMA, FreezeEncoder, ema_of
+from med3dinsight_ext.training.transfer import (
+    Transfer,
+    load_pretrained,
+    parameter_groups,
+    read_weights,
+    renamed,
+    transfer_report,
+)
+
+SIZE = (32, 32, 32)
+
+
+def unet(out: int = 1, width: int = 4, channels: int = 1) -> UNet:
+    return UNet(3, channels, out, (width, 8, 8), (2, 2), num_res_units=1, norm="INSTANCE")
+
+
+def saved(network: nn.Module, path: Path) -> Path:
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        SegResNet(3, 8, 1, 1),
+        unet(),
+        UNETR(1, 1, SIZE, 4, 48, 48, 4),
+        DenseNet(3, 1, 2, 4, 4, (2, 2)),
+        ViT(1, SIZE, (16,) * 3, 48, 48, 2, 4),
+    ],
+    ids=lambda n: type(n).__name__,
+)
+def test_encoder_parameters_are_those_that_move_the_features(network: nn.Module) -> None:
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    modes = [m.training for m in network.modules()]
+    names = encoder_parameters(network, SIZE)
+    assert 0 < len(names) == len(set(names)) <= len(dict(network.named_parameters()))
+    assert [m.training for m in network.modules()] == modes
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_encoder_of_segresnet_is_what_its_class_calls_encode() -> None:
+    network = SegResNet(3, 8, 1, 1)
+    expected = [
+        n for n, _ in network.named_parameters() if n.startswith(("convInit", "down_layers"))
+    ]
+    # convInit acts first, then the stages in order
+    names = encoder_parameters(network, SIZE)
+    assert sorted(names) == sorted(expected) and names[0] == "convInit.conv.weight"
+    assert names[-1].startswith("down_layers.3")
+
+
+def test_a_frozen_encoder_is_still_found() -> None:
+    network = unet()
+    expected = encoder_parameters(network, SIZE)
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    assert encoder_parameters(network, SIZE) == expected
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors", "nested", "ddp", "student"])
+def test_weights_arrive_from_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+    source, target = unet(), unet(out=3)
+    state = source.state_dict()
+    path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pt")
+    if kind == "safetensors":
+        save_file(state, path)
+    elif kind == "nested":
+        torch.save({"state_dict": state, "epoch": 3}, path)
+    elif kind == "ddp":
+        torch.save({f"module.{k}": v for k, v in state.items()}, path)
+    elif kind == "student":
+        inside = {f"network.{k}": v for k, v in state.items()} | {"psat.x": torch.zeros(1)}
+        torch.save({"student": inside, "trainer": {"epoch": 3}}, path)
+    else:
+        torch.save(state, path)
+    encoder = encoder_parameters(target, SIZE)
+    report = load_pretrained(target, path, encoder=encoder)
+    assert report.encoder_share == 1 and set(encoder) <= set(report.loaded)
+    assert all(torch.equal(target.state_dict()[n], state[n]) for n in report.loaded)
+    last = {n for n in state if n.startswith("model.2")}  # both layers that make classes
+    assert set(report.skipped) <= last and report.skipped and "(1," in str(report)
+    assert 0.8 < report.share < 1 and "encoder 100 %" in str(report)
+
+
+def test_share_counts_parameters_not_tensors(tmp_path: Path) -> None:
+    target = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
+    path = tmp_path / "a.pt"
+    torch.save({k: v for k, v in target.state_dict().items() if k.startswith("0")}, path)
+    assert load_pretrained(target, path, min_match=0.1).share == pytest.approx(9 / 29)
+
+
+def test_swinunetr_takes_monais_self_supervised_encoder_by_a_rename_table(tmp_path: Path) -> None:
+    network = SwinUNETR(1, 2, feature_size=12)
+    inner = {k: torch.randn_like(v) for k, v in network.swinViT.named_parameters()}
+    path = tmp_path / "model_swinvit.pt"
+    index = {k: v for k, v in network.swinViT.state_dict().items() if "position_index" in k}
+    theirs = {f"module.{k.replace('mlp.linear', 'mlp.fc')}": v for k, v in (inner | index).items()}
+    torch.save({"state_dict": theirs, "epoch": 1}, path)
+    rename = {r"^module\.": "swinViT.", r"mlp\.fc": "mlp.linear"}
+    encoder = encoder_parameters(network, (64, 32, 32))
+    with pytest.raises(ValueError, match=r"fill 100 % of the encoder's .*; min_match lets"):
+        load_pretrained(network, path, rename, encoder=encoder)  # encoder10 is not in it
+    report = load_pretrained(network, path, rename, 0.2, encoder)
+    assert {f"swinViT.{k}" for k in inner} <= set(report.loaded)
+    oracle = SwinUNETR(1, 2, feature_size=12)
+    oracle.load_from(torch.load(path, weights_only=True))  # MONAI's own
+    expected = oracle.swinViT.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in network.swinViT.state_dict().items())
+
+
+def test_a_rename_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"rename must match names .* got '\^vit', which matches"):
+        renamed({"a.weight": torch.zeros(1)}, {"^vit": ""})
+    with pytest.raises(ValueError, match="rename must keep names apart, but 'b' joins some"):
+        renamed({"a": torch.zeros(1), "ab": torch.zeros(1)}, {"b": ""})
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        (unet(channels=2), "takes 2 input channels .* and 1 in the .* with in_channels=2\n"),
+        (unet(width=8), "another width or patch size"),
+        (SegResNet(3, 8, 1, 1), "another backbone, or names with another prefix"),
+    ],
+    ids=["channels", "width", "backbone"],
+)
+def test_what_does_not_fit_names_the_cause(source: nn.Module, cause: str, tmp_path: Path) -> None:
+    target = unet()
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    with pytest.raises(ValueError, match=cause):
+        path = saved(source, tmp_path / "a.pt")
+        load_pretrained(target, path, encoder=encoder_parameters(target, SIZE))
+    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+GROWING = {
+    "SegResNet": lambda c: SegResNet(3, 8, c, 2),
+    "UNet": lambda c: unet(2, 8, c),  # two convolutions read the input: the residual one too
+    "SwinUNETR": lambda c: SwinUNETR(c, 2, feature_size=12),
+    "DynUNet": lambda c: DynUNet(3, c, 2, [3] * 3, [1, 2, 2], [2, 2], [4, 8, 8], res_block=True),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_extra_input_channels_start_without_effect(name: str, tmp_path: Path) -> None:
+    one, three = GROWING[name](1).eval(), GROWING[name](3).eval()
+    encoder = [n for n, _ in three.named_parameters()]
+    report = load_pretrained(three, saved(one, tmp_path / "a.pt"), None, 1.0, encoder, True)
+    readers = [n for n, p in three.named_parameters() if p.shape != one.get_parameter(n).shape]
+    assert list(report.extended) == readers and len(readers) == {
+        "SegResNet": 1,
+        "SwinUNETR": 3,
+    }.get(name, 2)
+    assert f"extended {readers[0]}: 2 extra input channels start at zero" in str(report)
+    volume, size = torch.rand(1, 3, 64, 32, 32), (64, 32, 32)
+    with torch.no_grad():
+        expected = one(volume[:, :1])
+        assert torch.allclose(three(volume), expected, atol=1e-5)
+        volume[:, 1:] = 0
+        assert torch.allclose(three(volume), expected, atol=1e-5)
+    assert report.encoder_share == 1 and expected.shape[2:] == size
+
+
+def test_extra_input_channels_are_refused_unless_asked_for(tmp_path: Path) -> None:
+    path = saved(unet(), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="start at zero with add_channels=True"):
+        load_pretrained(unet(channels=3), path)
+    with pytest.raises(ValueError, match="takes 3 input channels in the file and 1 in the"):
+        load_pretrained(unet(), saved(unet(channels=3), path), add_channels=True)
+
+
+def test_only_input_layers_take_extra_channels(tmp_path: Path) -> None:
+    def net(hidden: int) -> nn.Module:
+        return nn.Sequential(nn.Conv3d(1, 4, 3), nn.Conv3d(hidden, 4, 3, groups=1))
+
+    path = saved(net(2), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"skipped  1\.weight: its shape in the file is \(4, 2"):
+        load_pretrained(net(4), path, add_channels=True)
+
+
+def test_another_patch_size_is_named(tmp_path: Path) -> None:
+    path = saved(ViT(1, (32,) * 3, (16,) * 3, 48, 48, 2, 4), tmp_path / "a.pt")
+    target = ViT(1, (48, 32, 32), (16,) * 3, 48, 48, 2, 4)
+    with pytest.raises(ValueError, match="another length, so another patch_size"):
+        load_pretrained(target, path)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path(Evil.mark),)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    Evil.mark = str(tmp_path / "executed")
+    torch.save({"model": Evil()}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil()))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(ValueError, match="pretrained must .* broken"):
+            read_weights(tmp_path / name)
+    assert not Path(Evil.mark).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.pt", None, "must be a weights file, got no file at"),
+        ("a.pt", b"", "must hold weights, got the empty file"),
+        ("a.pt", b"PK\x03\x04 not a zip", "must .* broken"),
+        ("a.safetensors", b"12345678 no header", "must be readable, got the broken file"),
+    ],
+)
+def test_a_bad_file_is_named(
+    name: str, content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"(?s)pretrained {message}.*{name}"):
+        read_weights(tmp_path / name)
+
+
+def test_a_cut_off_file_and_a_file_without_tensors_are_errors(tmp_path: Path) -> None:
+    whole = saved(unet(), tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"broken .*a\.pt"):
+        read_weights(tmp_path / "a.pt")
+    torch.save({"epoch": 3}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"hold named tensors, got \['epoch'\] in .*b\.pt"):
+        read_weights(tmp_path / "b.pt")
+    torch.save({"a": torch.tensor([float("nan")])}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"be finite, got NaN or infinity in \['a'\]"):
+        read_weights(tmp_path / "c.pt")
+
+
+def test_transfer_writes_its_report_and_keeps_it_in_the_checkpoint(tmp_path: Path) -> None:
+    target = unet(out=3)
+    transfer = Transfer(target, saved(unet(), tmp_path / "a.pt"), tmp_path / "x" / "t.json",
+                        encoder=encoder_parameters(target, SIZE))  # fmt: skip
+    transfer.load()
+    written = json.loads((tmp_path / "x" / "t.json").read_text())
+    assert written["encoder_share"] == 1 and written["skipped"]
+    torch.save(transfer.state_dict(), tmp_path / "s.pt")
+    other = Transfer(target, None, tmp_path / "t.json")
+    other.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True))
+    assert other.report == transfer.report
+    scratch = Transfer(target, None, tmp_path / "t.json")
+    assert "from scratch" in str(scratch.load())
+
+
+def test_learning_rates_rise_through_the_encoder() -> None:
+    network = SegResNet(3, 8, 1, 1)
+    encoder = encoder_parameters(network, SIZE)
+    groups = parameter_groups(network, encoder, 0.1, 0.01)
+    rates = [group["lr"] for group in groups]
+    assert rates[0] == pytest.approx(0.001) and rates[-1] == 0.1
+    assert rates == sorted(set(rates))  # each layer faster than the one before
+    assert groups[0]["params"][0] is network.convInit.conv.weight
+    given = [id(p) for group in groups for p in group["params"]]
+    assert sorted(given) == sorted(id(p) for p in network.parameters())
+    assert len(parameter_groups(network, encoder, 0.1)) == 1
+    with pytest.raises(ValueError, match=r"layer_decay must be in \(0, 1\], got 0"):
+        parameter_groups(network, encoder, 0.1, 0)
+
+
+@pytest.mark.parametrize(("epochs", "moves"), [(0, [1, 1, 1]), (2, [0, 0, 1]), (-1, [0, 0, 0])])
+def test_a_frozen_encoder_stays_for_its_epochs(epochs: int, moves: list[int]) -> None:
+    network = unet()
+    encoder = encoder_parameters(network, SIZE)
+    optimizer = torch.optim.AdamW(network.parameters(), 0.1)
+
+    def step(*_: object) -> None:
+        optimizer.zero_grad()
+        network(torch.rand(1, 1, 8, 8, 8)).square().mean().backward()
+        optimizer.step()
+
+    engine = Engine(step)
+    FreezeEncoder(network, encoder, epochs).attach(engine)
+    moved = []
+    for epoch in range(3):
+        engine.state.epoch = epoch
+        before = {n: p.detach().clone() for n, p in network.named_parameters()}
+        engine.run([0], max_epochs=epoch + 1)
+        changed = {n for n, p in network.named_parameters() if not torch.equal(p, before[n])}
+        moved.append(int(encoder[0] in changed))
+        assert changed - set(encoder)
+    assert moved == moves
+
+
+def test_the_average_starts_at_the_first_step_and_lags_behind() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    average = ema_of(network, 0.9)
+    assert average is not None and ema_of(network, 0) is None
+    engine = Engine(lambda *_: network.weight.data.add_(1))
+    network.weight.data.fill_(4)  # as weights that were transferred after the copy was made
+    EMA(average, network).attach(engine)
+    engine.run([0, 0], max_epochs=1)
+    assert average.module.weight.item() == pytest.approx(2 / 11 * 5 + 9 / 11 * 6)
+    average.n_averaged.fill_(1000)
+    before = average.module.weight.item()
+    network.weight.data.fill_(7)
+    average.update_parameters(network)
+    assert average.module.weight.item() == pytest.approx(0.9 * before + 0.1 * 7)
+    with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got 1"):
+        ema_of(network, 1)
+
+
+def test_the_command_prints_the_report_of_a_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bundles = Path(__file__).parents[2] / "bundles"
+    path = saved(SegResNet(3, 8, 1, 1, blocks_down=(1, 2, 2, 4)), tmp_path / "a.pt")
+    overrides = {"backbone::init_filters": 8, "patch_size": [32, 32, 32]}
+    transfer_report(str(path), str(bundles / "seg-finetune/configs/train.json"), **overrides)
+    out = capsys.readouterr().out
+    assert "-> SegResNet" in out and "encoder 100 %" in out and "skipped  conv_final.2" in out
+    transfer_report(str(path), str(saved(unet(), tmp_path / "b.pt")))
+    assert "loaded   0 of" in capsys.readouterr().out
