@@ -1,4 +1,4 @@
-"""Records what a checkout computes at fixed seeds: weights, store entries, metrics, published files.
+"""Records what a checkout computes at fixed seeds: weights, store, metrics, published files.
 
     python benchmarks/record_outputs.py CHECKOUT OUT.json
     python benchmarks/record_outputs.py --compare BEFORE.json AFTER.json

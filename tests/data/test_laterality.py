@@ -1,0 +1,159 @@
+"""Left and right: names, labels, flips."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import real_data
+from monai.data import MetaTensor
+
+from med3dinsight_ext.data.laterality import (
+    Mirror,
+    RandMirrord,
+    mirror,
+    name_pairs,
+    offsets,
+    one_sided,
+    side_words,
+    swap,
+    swap_labels,
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs"),
+    [
+        (["background", "Brainstem", "SpinalCord", "RightParotid", "LeftParotid"], [(4, 3)]),
+        (["background", "kidney_left", "kidney_right"], [(1, 2)]),
+        (["background", "left kidney", "right kidney", "liver"], [(1, 2)]),
+        (["background", "Kidney_L", "Kidney_R"], [(1, 2)]),
+        (["background", "Parotid L", "Parotid R", "Eye R", "Eye L"], [(1, 2), (4, 3)]),
+        (["background", "Niere links", "Niere rechts"], [(1, 2)]),
+        (["background", "rein_gauche", "rein_droit"], [(1, 2)]),
+        (["background", "femur_lt", "femur_rt"], [(1, 2)]),
+        (["background", "LeftLungUpper", "RightLungUpper", "LeftLungLower"], [(1, 2)]),
+        (["background", "anterior", "posterior"], []),
+        (["background", "L", "S"], []),
+        (["background", "leftover", "rightful"], []),
+    ],
+)
+def test_names_that_differ_in_the_side_are_pairs(
+    names: list[str], pairs: list[tuple[int, int]]
+) -> None:
+    assert name_pairs(names) == pairs
+
+
+def test_a_name_with_both_sides_has_none() -> None:
+    assert side_words("left and right lung")[0] == 0
+
+
+def saved(folder: Path, name: str, centres: dict[int, int], affine: np.ndarray) -> str:
+    label = np.zeros((20, 6, 8), np.uint8)
+    for number, x in centres.items():
+        label[x - 1 : x + 2, 2:4, 2:5] = number
+    path = folder / name
+    nib.save(nib.Nifti1Image(label, affine), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_offsets_are_those_of_the_patient_not_of_the_file(tmp_path: Path, direction: int) -> None:
+    affine = np.diag([direction * 1.5, 2, 1, 1])
+    path = saved(tmp_path, "a.nii.gz", {1: 4, 2: 15}, affine)
+    found = offsets(path, 4)
+    assert set(found) == {1, 2}
+    assert found[1] == pytest.approx(direction * (4.5 / 20 - 0.5))
+    assert found[2] == pytest.approx(direction * (15.5 / 20 - 0.5))
+
+
+def test_a_class_on_one_side_is_found_and_one_that_changes_sides_is_not(tmp_path: Path) -> None:
+    paths = [
+        saved(tmp_path, f"{i}.nii.gz", {1: 4, 2: (4, 15)[i % 2], 3: 10}, np.eye(4))
+        for i in range(6)
+    ]
+    assert one_sided(paths, 4) == [1]
+
+
+def test_real_parotids_lie_on_their_sides() -> None:
+    folder = real_data("headneck")
+    names = ["background", "Brainstem", "SpinalCord", "RightParotid", "LeftParotid"]
+    paths = sorted(str(path) for path in (folder / "labelsTr").glob("*.nii.gz"))
+    assert one_sided(paths, 5) == [3, 4]
+    assert offsets(paths[0], 5)[3] > 0 > offsets(paths[0], 5)[4]
+    found = mirror(names, [{"label": path} for path in paths])
+    assert found.axes == (0,) and found.pairs == ((4, 3),)
+
+
+def test_one_sided_without_a_partner_is_not_flipped(tmp_path: Path) -> None:
+    paths = [saved(tmp_path, f"{i}.nii.gz", {1: 4}, np.eye(4)) for i in range(4)]
+    found = mirror(["background", "liver"], [{"label": path} for path in paths])
+    assert found.axes == () and "liver lies on one side" in found.reason
+    assert found.allowed([0, 1, 2]) == [1, 2]
+
+
+def test_a_named_side_without_a_partner_is_not_flipped() -> None:
+    assert mirror(["background", "left kidney"]).axes == ()
+
+
+def test_central_classes_are_flipped() -> None:
+    assert mirror(["background", "anterior"]).axes == (0,)
+
+
+def test_axes_and_pairs_may_be_given() -> None:
+    found = mirror(["background", "a", "b", "liver"], axes=[0, 2], pairs=[[1, 2]])
+    assert found.axes == (0, 2) and found.pairs == ((1, 2),)
+
+
+@pytest.mark.parametrize("pairs", [[[0, 1]], [[1, 1]], [[1, 2], [2, 3]], [[1]], [[1, 9]], "x", 3])
+def test_bad_pairs_are_refused(pairs: object) -> None:
+    with pytest.raises(ValueError, match=r"mirror_pairs must be auto or pairs"):
+        mirror(["background", "a", "b", "c"], pairs=pairs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("axes", [[3], "x", 0, [-1]])
+def test_bad_axes_are_refused(axes: object) -> None:
+    with pytest.raises(ValueError, match="mirror_axes must be auto or some of"):
+        mirror(["background", "a"], axes=axes)  # type: ignore[arg-type]
+
+
+def test_swap_is_its_own_inverse() -> None:
+    order = swap([(1, 3)], 5)
+    assert order == [0, 3, 2, 1, 4] and [order[i] for i in order] == list(range(5))
+    assert swap([(1, 2)], 4, first=1) == [0, 1, 3, 2]
+    label = torch.randint(0, 4, (1, 3, 4, 5))
+    twice = swap_labels(swap_labels(label, [(1, 3)]), [(1, 3)])
+    assert torch.equal(twice, label)
+
+
+def test_a_left_right_flip_moves_voxels_and_swaps_classes() -> None:
+    image = MetaTensor(torch.rand(1, 4, 3, 5))
+    label = MetaTensor(torch.zeros(1, 4, 3, 5))
+    label[:, 0], label[:, 3] = 1, 2
+    flip = RandMirrord(["image", "label"], "label", Mirror((0,), ((1, 2),), ""), prob=1.0)
+    made = flip({"image": image, "label": label})
+    assert torch.equal(made["image"].as_tensor(), image.as_tensor().flip(1))
+    assert torch.equal(made["label"].as_tensor(), label.as_tensor())  # 1 is left again
+    assert made["label"].applied_operations or made["image"].applied_operations
+
+
+def test_other_axes_do_not_swap() -> None:
+    label = MetaTensor(torch.randint(0, 3, (1, 4, 3, 5)).float())
+    flip = RandMirrord("label", "label", Mirror((1,), ((1, 2),), ""), prob=1.0)
+    assert torch.equal(flip({"label": label})["label"].as_tensor(), label.as_tensor().flip(2))
+
+
+def test_a_class_number_swaps_with_the_volume() -> None:
+    flip = RandMirrord(["image", "label"], "label", Mirror((0,), ((0, 1),), ""), prob=1.0)
+    assert flip({"image": torch.rand(1, 4, 3, 5), "label": 1})["label"] == 0
+
+
+def test_flips_are_drawn_from_the_seed() -> None:
+    def drawn(seed: int) -> list[bool]:
+        flip = RandMirrord("image", "label", Mirror((0,), (), "")).set_random_state(seed)
+        image = torch.rand(1, 4, 3, 5)
+        return [not torch.equal(flip({"image": image})["image"], image) for _ in range(40)]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert 8 < sum(drawn(0)) < 32
