@@ -22,11 +22,11 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[0] / "tests")]
-from common import spread, timed, write  # noqa: E402
 from fakes import FakeMllm, teacher  # noqa: E402
 from tiny_mllm import WORDS, save, tokenizer  # noqa: E402
 from tiny_mllm import llava as tiny  # noqa: E402
 
+from common import spread, timed, write  # noqa: E402
 from med3dinsight_ext.captions.local import TransformersCaptions  # noqa: E402
 from med3dinsight_ext.captions.multimodal import SliceRequest  # noqa: E402
 from med3dinsight_ext.captions.sources import TemplateCaptions  # noqa: E402

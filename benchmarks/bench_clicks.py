@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
-
 from med3dinsight_ext.data.clicks import corrective_click  # noqa: E402
 from med3dinsight_ext.metrics.segmentation import case_scores, mean_scores, summary  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES, bundle_run  # noqa: E402

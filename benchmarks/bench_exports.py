@@ -23,7 +23,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, write  # noqa: E402
-
 from med3dinsight_ext.publishing.export import export  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 

@@ -24,7 +24,6 @@ from monai.bundle import ConfigWorkflow
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
-
 from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 
 HERE = Path(__file__).parent

@@ -33,8 +33,8 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[0] / "tests")]
 import label_running  # noqa: E402
-from common import spread, timed, write  # noqa: E402
 
+from common import spread, timed, write  # noqa: E402
 from med3dinsight_ext.metrics.retrieval import bootstrap  # noqa: E402
 from med3dinsight_ext.metrics.segmentation import case_scores, mean_scores  # noqa: E402
 from med3dinsight_ext.monailabel.label_bundle import BUNDLE, label_bundle  # noqa: E402

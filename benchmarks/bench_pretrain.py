@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, spread, timed, write  # noqa: E402
-
 from med3dinsight_ext.captions.sources import TemplateCaptions  # noqa: E402
 from med3dinsight_ext.data import slicing  # noqa: E402
 from med3dinsight_ext.data.volumes import read_volume  # noqa: E402

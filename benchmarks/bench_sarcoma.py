@@ -18,7 +18,6 @@ import fire
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import machine, write  # noqa: E402
-
 from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
 
 OVERLAY = str(Path(__file__).parent / "sarcoma.yaml")

@@ -26,7 +26,6 @@ from urllib3 import PoolManager
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
-
 from med3dinsight_ext.captions.multimodal import SliceRequest  # noqa: E402
 from med3dinsight_ext.captions.served import ServedCaptions  # noqa: E402
 

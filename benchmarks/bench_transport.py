@@ -20,7 +20,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
-
 from med3dinsight_ext.losses.alignment import partial_transport  # noqa: E402
 from med3dinsight_ext.losses.transport import solve  # noqa: E402
 
