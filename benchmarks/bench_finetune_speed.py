@@ -44,7 +44,7 @@ def loading(root: Path, cases: int = 40, repeats: int = 3) -> dict[str, Any]:
     rows = []
     for i in range(cases):
         paths = {"image": f"v{i}.nii.gz", "label": f"v{i}_seg.nii.gz"}
-        label = np.zeros((36, 50, 36), np.uint8)
+        label: np.ndarray = np.zeros((36, 50, 36), np.uint8)
         label[10:20, 10:40, 10:20], label[10:20, 25:40, 10:20] = 1, 2
         image = (random.random(label.shape) + label).astype(np.float32)
         for key, array in (("image", image), ("label", label)):

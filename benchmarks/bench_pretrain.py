@@ -217,7 +217,7 @@ def store_cost(repeats: int, step_seconds: float, volumes: int = 6) -> dict[str,
         rates = []
         for repeat in range(repeats):
             store = Store(root / f"store{repeat}", teacher, TemplateCaptions(), 16, device=DEVICE)
-            filling = timed(lambda store=store: store.fill(items))
+            filling = timed(partial(store.fill, items))
             bare = timed(lambda: [teacher.encode_image(part) for part in slices])
             rates.append((count / filling, count / bare))
             print("store", rates[-1], flush=True)

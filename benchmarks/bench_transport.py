@@ -101,7 +101,7 @@ def oracle(cost: Tensor, mass: float, epsilon: float) -> tuple[np.ndarray, str, 
 
 def agreement() -> dict[str, Any]:
     """Largest difference of a plan's entry from POT's in float64, times n, over a grid."""
-    rows = []
+    rows: list[list[Any]] = []
     for n in (2, 3, 8, 33, 128):
         for kind, cost in costs(n).items():
             for mass in (0.3, 0.8, 0.95, 1.0):

@@ -215,7 +215,8 @@ def cells(budget: str, records: Sequence[Record], arms: Sequence[str] = ()) -> l
     fine = [r for r in records if "error" not in r and r["bundle"] != "pretrain"]
     rank = {arm: i for i, arm in enumerate(arms)}
     for record in sorted(fine, key=lambda r: (rank.get(r["arm"], len(rank)), r["seed"])):
-        key = (*(record[k] for k in FINE), record["labels"])
-        cell = found.setdefault(key, Cell(budget, *key, {}))
+        key = (*(record[name] for name in FINE), record["labels"])
+        fields = {name: record[name] for name in FINE}
+        cell = found.setdefault(key, Cell(budget, **fields, labels=record["labels"], arms={}))
         cell.arms.setdefault(record["arm"], []).append(outcome(record))
     return sorted(found.values(), key=lambda cell: (*cell.table, cell.labels or 10**9))

@@ -5,12 +5,10 @@ python benchmarks/evidence/tables.py
 
 from __future__ import annotations
 
-import json
 import re
-import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import yaml
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from evidence import results  # noqa: E402
+from evidence import readout_tables, results  # noqa: E402
 from evidence.differences import Cell, Difference, cells, holm, level  # noqa: E402
 from evidence.drawing import curves, forest, metric  # noqa: E402
 from evidence.questions import (  # noqa: E402
@@ -141,8 +139,8 @@ def noise(found: Sequence[Cell], records: Sequence[Record]) -> list[str]:
         shares = [0, *NOISE]
         heads = [f"{what}, {share} %" for what in (metric(cell), "R@5") for share in shares]
         lines += [
-            f"Captions of other slices, {cell.task}, {cell.backbone}, {labels_text(cell.labels)} labelled: "
-            "scores, and R@5 of slice → text as above.", "",
+            f"Captions of other slices, {cell.task}, {cell.backbone}, "
+            f"{labels_text(cell.labels)} labelled: scores, and R@5 of slice → text as above.", "",
             f"| loss | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads),
         ]  # fmt: skip
         for base, name in NOISY.items():
@@ -233,57 +231,6 @@ def costs(budgets: dict[str, list[Record]]) -> list[str]:
     return lines
 
 
-def readout(path: Path) -> list[str]:
-    """The table of a file that readout.py wrote."""
-    found = json.loads(path.read_text())["auroc"]
-    counts = list(found["scratch"])
-    lines = [
-        f"### Read-outs of budget {path.stem.removeprefix('readout-')}", "",
-        "Linear probes on adrenal, judged on held-out development cases: AUROC, mean of "
-        f"{len(found['scratch'][counts[0]])} draws of labelled cases and of the pre-trainings, and "
-        "the least and greatest of several pre-trainings. The teacher's row is the mean of its "
-        "embeddings over a volume's slices, scratch is a fresh network; the others are the deepest "
-        "features of pre-trained ones. Written by `readout.py`.", "",
-        "| features | pre-trainings | " + " | ".join(f"{n} labelled" for n in counts) + " |",
-        "|---" + "|---:" * (1 + len(counts)) + "|",
-    ]  # fmt: skip
-    for name, group in groupby(sorted(found, key=_network), key=_network):
-        runs = list(group)
-        row = [name, str(len(runs)) if name not in ("scratch", "teacher") else "–"]
-        for n in counts:
-            means = [sum(found[run][n]) / len(found[run][n]) for run in runs]
-            ends = f" ({span((min(means), max(means)), False)})" if len(runs) > 1 else ""
-            row.append(points(sum(means) / len(means), False) + ends)
-        lines.append(f"| {' | '.join(row)} |")
-    return [*lines, "", *_ranked(found)]
-
-
-def _ranked(found: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Arms with three pre-trainings or more on each of two corpora, the best first."""
-    scores: dict[str, dict[str, list[float]]] = {}  # by arm and corpus, one a pre-training
-    for name, by_labels in found.items():
-        if "-pretrain-s" in name:
-            corpus, _, arm = _network(name).split("-")
-            draws = [sum(values) / len(values) for values in by_labels.values()]
-            scores.setdefault(arm, {}).setdefault(corpus, []).append(mean(draws) or 0)
-    means, errors = {}, {}
-    for arm, corpora in scores.items():
-        if len(corpora) > 1 and min(map(len, corpora.values())) > 2:
-            means[arm] = sum(map(statistics.mean, corpora.values())) / len(corpora)
-            parts = [statistics.variance(v) / len(v) for v in corpora.values()]
-            errors[arm] = sum(parts) ** 0.5 / len(corpora)
-    if not means:
-        return []
-    best = sorted(means, key=lambda arm: -means[arm])
-    shown = (f"`{arm}` {points(means[arm], False)} ± {points(errors[arm], False)}" for arm in best)
-    return [f"Means of both corpora and both columns, ± standard error: {', '.join(shown)}.", ""]
-
-
-def _network(name: str) -> str:
-    """A pre-training's name without its seed."""
-    return name.partition("-pretrain-s")[0]
-
-
 def readme(root: Path = HERE) -> str:
     """The page: page.md filled with the runs of ``root/results``."""
     budgets = by_budget(root)
@@ -298,16 +245,15 @@ def readme(root: Path = HERE) -> str:
     held_answers = [line for line in answers(held) if not line.endswith("Not run yet.")]
     summary = "<details><summary>The questions above, on these runs</summary>"
     shown = [arm for arm in ORDER if arm in present]
-    blocks = {
+    readouts = sorted(root.glob("readout-*.json"))
+    blocks: dict[str, Iterable[str]] = {
         "verdict": verdict(tested, list(dict.fromkeys([CHOSEN, "default"]))),
         "arms": [f"| {arm} | {ARMS[arm]} |" for arm in shown],
         "answers": answers(tested),
         "findings": prose(root / "findings.md"),
         "tested": sections[True] if tested else ["Not run yet."],
         "choices": prose(root / "choices.md"),
-        "readouts": [
-            line for path in sorted(root.glob("readout-*.json")) for line in readout(path)
-        ],
+        "readouts": chain.from_iterable(map(readout_tables.table, readouts)),
         "held_answers": [summary, "", *held_answers, "", "</details>"] if held else [],
         "held": sections[False],
         "costs": costs(budgets),
