@@ -1,4 +1,4 @@
-"""How far the fine-tuning bundles are from their floor: no data loading, and the bare network.
+"""Overhead of the fine-tuning bundles over training without data loading and the bare network.
 
 python benchmarks/bench_finetune_speed.py
 
@@ -39,7 +39,7 @@ def workflow(files: list[Path], kind: str, **overrides: Any) -> ConfigWorkflow:
 
 
 def loading(root: Path, cases: int = 40, repeats: int = 3) -> dict[str, Any]:
-    """Seconds an epoch with the loader and with fixed batches, by turns."""
+    """Seconds an epoch with the loader and with fixed batches, in turn."""
     random = np.random.default_rng(0)
     rows = []
     for i in range(cases):

@@ -1,4 +1,4 @@
-"""How far from the floor: overhead of a step, aligned pairs a second, cost of the store.
+"""Pre-training: overhead of a step, aligned pairs a second, cost of the store.
 
 python benchmarks/bench_pretrain.py [--repeats 3] [--only_store]
 
@@ -107,7 +107,7 @@ def overhead(repeats: int, size: int = 96, batch: int = 2) -> dict[str, Any]:
 
 
 class PlainPaper(nn.Module):
-    """The step of the papers' public code, written plainly: a 768-wide decoder with 300 queries."""
+    """The step of the papers' public code: a 768-wide decoder with 300 queries."""
 
     def __init__(self, network: nn.Module, channels: int, layer: str) -> None:
         super().__init__()
