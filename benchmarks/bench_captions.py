@@ -1,8 +1,9 @@
-"""Captioning by a local model against its bare generate(); resuming, and memory over many slices.
+"""Throughput of captioning by a local model, time to resume, and memory over many slices.
 
 python benchmarks/bench_captions.py [--batches 8] [--volumes 100000] [--slices 10000]
 
-The model is LLaVA's architecture with random weights, wide enough that generate() is what costs.
+The model has LLaVA's architecture and random weights, wide enough that generate() takes most of the
+time.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[0] / "tests")]
-from common import spread, timed, write  # noqa: E402
 from fakes import FakeMllm, teacher  # noqa: E402
 from tiny_mllm import WORDS, save, tokenizer  # noqa: E402
 from tiny_mllm import llava as tiny  # noqa: E402
 
+from common import spread, timed, write  # noqa: E402
 from med3dinsight_ext.captions.local import TransformersCaptions  # noqa: E402
 from med3dinsight_ext.captions.multimodal import SliceRequest  # noqa: E402
 from med3dinsight_ext.captions.sources import TemplateCaptions  # noqa: E402
@@ -54,7 +55,7 @@ def model(folder: Path) -> Path:
 
 
 def against_generate(batches: int, folder: Path) -> dict:
-    """Slices a second of ours and of generate() alone on inputs made beforehand, in turns."""
+    """Slices a second with ours and with generate() alone on prepared inputs, in turn."""
     ours = TransformersCaptions(str(model(folder)), batch_size=BATCH, max_tokens=TOKENS)
     random = np.random.default_rng(0)
     requests = [
@@ -82,7 +83,7 @@ def against_generate(batches: int, folder: Path) -> dict:
 
 
 def resume(volumes: int, folder: Path) -> dict:
-    """Seconds to find that nothing is left to do, with as many volumes as named."""
+    """Seconds to find that nothing is left to do for this number of volumes."""
     image = folder / "one.nii.gz"
     nib.save(
         nib.Nifti1Image(np.random.default_rng(0).random((8, 9, 10), np.float32), np.eye(4)), image
@@ -91,14 +92,14 @@ def resume(volumes: int, folder: Path) -> dict:
     store = Store(root, teacher(), TemplateCaptions(), per_plane=1)
     store.fill([{"image": str(image), "modality": "MR"}])
     items = []
-    for number in range(volumes):  # each with a name and an entry of its own
+    for number in range(volumes):  # each with its own name and entry
         copy = folder / "images" / f"{number % 1000:03d}" / f"{number}.nii.gz"
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(str(number))
         items.append({"image": str(copy), "modality": "MR"})
         target = store.path(items[-1])
         target.parent.mkdir(exist_ok=True)
-        target.touch()  # that it is there is all that is asked
+        target.touch()  # only its existence is checked
     again = Store(root, teacher(), TemplateCaptions(), per_plane=1)
     begin = perf_counter()
     done = again.fill(items)

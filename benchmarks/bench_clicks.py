@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
-
 from med3dinsight_ext.data.clicks import corrective_click  # noqa: E402
 from med3dinsight_ext.metrics.segmentation import case_scores, mean_scores, summary  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES, bundle_run  # noqa: E402
@@ -51,7 +50,7 @@ def inference(overlay: str, **overrides: Any) -> ConfigParser:
 
 
 def segmenter(parser: ConfigParser) -> Callable[[dict], np.ndarray]:
-    """From an item to class numbers on its file's grid, as MONAI Label asks a bundle."""
+    """Function from an item to class numbers on its file's grid, as MONAI Label calls a bundle."""
     network, inferer, before, after = (
         parser.get_parsed_content(key)
         for key in ("network", "inferer", "preprocessing", "postprocessing")
@@ -96,7 +95,7 @@ def draw(path: Path, steps: list[dict[str, Any]], title: str) -> None:
 def score(
     data: str, out: str = "clicks_run", labelled: int | None = None, epochs: int = 14
 ) -> None:
-    """Training on the development cases, or as many of them as are labelled; 60 test cases."""
+    """Train on development cases, all or ``labelled`` of them; score clicks on 60 test cases."""
     root, name = Path(data), f"clicks_{labelled}" if labelled else "clicks"
     out = f"{out}_{labelled}" if labelled else out
     source = {
@@ -134,7 +133,7 @@ def score(
 
 
 def seconds() -> None:
-    """One click on 128 x 128 x 128 voxels: reading, preparing, asking, bringing it back."""
+    """Seconds of a click on 128 x 128 x 128 voxels: reading, transforms, inference, inversion."""
     times = {}
     with TemporaryDirectory() as folder:
         path = f"{folder}/volume.nii.gz"

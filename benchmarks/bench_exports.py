@@ -1,11 +1,11 @@
-"""Which backbones become TorchScript and ONNX, and how far their answers are from PyTorch's.
+"""TorchScript and ONNX exports of every backbone, and their difference from PyTorch.
 
 python benchmarks/bench_exports.py [--only seg-finetune/unet] [--again]
 
 Every backbone overlay of the fine-tuning bundles at its own width, on the smallest input that it
 takes, with random weights and random batch statistics, in eval mode (so without the outputs of deep
-supervision), as a bundle folder through ``export``. Networks that the JSON has are left out unless
-asked for ``again``.
+supervision), as a bundle folder through ``export``. Networks in the JSON are skipped, but not with
+``--again``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, write  # noqa: E402
-
 from med3dinsight_ext.publishing.export import export  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 
@@ -66,7 +65,7 @@ def measure(overlay: Path) -> dict[str, Any]:
         parameters = folder(Path(name), overlay, size)
         try:
             export(name)
-        except ValueError as error:  # the report says which and why
+        except ValueError as error:  # exports.json has the reason
             print(error)
         row = json.loads((Path(name) / "models" / "exports.json").read_text())
     return {"size": size, "parameters": parameters, **row}

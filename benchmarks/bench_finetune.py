@@ -1,4 +1,4 @@
-"""Train from scratch and score on test cases, by the fine-tuning bundles' own runs.
+"""Train from scratch and score on test cases with the fine-tuning bundles.
 
 python benchmarks/bench_finetune.py hippocampus ../shared/data/hippocampus [--out DIR]
 python benchmarks/bench_finetune.py adrenal ../shared/data/adrenal/adrenalmnist3d_64.npz
@@ -18,14 +18,13 @@ import fire
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import write  # noqa: E402
-
 from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
 
 HERE = Path(__file__).parent
 
 
 def trained(name: str, bundle: str, out: str, train: dict[str, Any], test: dict[str, Any]) -> Path:
-    """Train and evaluate with the overlay <name>.yaml what is not finished; the file of scores."""
+    """Train and evaluate with the overlay <name>.yaml unless done; the file of scores."""
     folder, overlay = Path(out), str(HERE / f"{name}.yaml")
     scores = folder / "eval" / ("retrieval" if bundle == "pretrain" else "metrics")
     scores, record = scores.with_suffix(".json"), folder / "seconds.json"
@@ -56,7 +55,7 @@ def hippocampus(data: str, out: str = "hippocampus_run") -> None:
 
 
 def adrenal(data: str, out: str = "adrenal_run") -> None:
-    """MedMNIST's own sections: train (a tenth of it for validation) and test."""
+    """MedMNIST's own split: train (a tenth of it for validation) and test."""
     measure(
         "adrenal", "cls-finetune", out,
         {"dataset_dir": data, "subset": "train"}, {"dataset_dir": data, "subset": "test"},

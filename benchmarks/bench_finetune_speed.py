@@ -1,4 +1,4 @@
-"""How far the fine-tuning bundles are from their floor: no data loading, and the bare network.
+"""Overhead of the fine-tuning bundles over training without data loading and the bare network.
 
 python benchmarks/bench_finetune_speed.py
 
@@ -24,7 +24,6 @@ from monai.bundle import ConfigWorkflow
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
-
 from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -40,12 +39,12 @@ def workflow(files: list[Path], kind: str, **overrides: Any) -> ConfigWorkflow:
 
 
 def loading(root: Path, cases: int = 40, repeats: int = 3) -> dict[str, Any]:
-    """Seconds an epoch with the loader and with fixed batches, by turns."""
+    """Seconds an epoch with the loader and with fixed batches, in turn."""
     random = np.random.default_rng(0)
     rows = []
     for i in range(cases):
         paths = {"image": f"v{i}.nii.gz", "label": f"v{i}_seg.nii.gz"}
-        label = np.zeros((36, 50, 36), np.uint8)
+        label: np.ndarray = np.zeros((36, 50, 36), np.uint8)
         label[10:20, 10:40, 10:20], label[10:20, 25:40, 10:20] = 1, 2
         image = (random.random(label.shape) + label).astype(np.float32)
         for key, array in (("image", image), ("label", label)):

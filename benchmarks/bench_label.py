@@ -1,9 +1,9 @@
-"""Our MONAI Label app over REST: seconds to an overlay and of a click, and what a round brings.
+"""MONAI Label app over REST: seconds to an overlay and of a click, and the gain of a round.
 
 ENV/bin/python benchmarks/bench_label.py ../shared/data/hippocampus [--out DIR]
 
-ENV is what ``label-install`` made. A part that is finished is not repeated; give a new DIR for new
-figures. Seconds want an idle machine: the load average stands beside them.
+ENV is the environment of ``label-install``. A part that is finished is not repeated; give a new DIR
+to measure again. Seconds need an idle machine; the JSON has the load average.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[0] / "tests")]
 import label_running  # noqa: E402
-from common import spread, timed, write  # noqa: E402
 
+from common import spread, timed, write  # noqa: E402
 from med3dinsight_ext.metrics.retrieval import bootstrap  # noqa: E402
 from med3dinsight_ext.metrics.segmentation import case_scores, mean_scores  # noqa: E402
 from med3dinsight_ext.monailabel.label_bundle import BUNDLE, label_bundle  # noqa: E402
@@ -51,7 +51,7 @@ CASES, CORRECTED, EPOCHS = 35, 5, 100
 def start(
     folder: Path, bundles: Sequence[Path], studies: Path, threads: int
 ) -> label_running.Server:
-    """A server of these bundles, by the command that a user types."""
+    """A server of these bundles, started by the command for users."""
     folder.mkdir(parents=True, exist_ok=True)
     port = label_running.free_port()
     words = [f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "med3dinsight_ext", "label"]
@@ -61,7 +61,11 @@ def start(
 
 
 def granted(answer: label_running.Answer, server: label_running.Server) -> Any:
-    """The body of an answer that is no refusal."""
+    """The body of an answer.
+
+    Raises:
+        ValueError: the status is not 200.
+    """
     if answer.status != 200:
         raise ValueError(f"the server must answer 200, got {answer.status}; read {server.log}")
     return answer.body
@@ -70,7 +74,7 @@ def granted(answer: label_running.Answer, server: label_running.Server) -> Any:
 def ask(
     server: label_running.Server, model: str, image: str, output: str, clicks: dict[str, Any]
 ) -> Any:
-    """What the server answers: the file's bytes for "image", what it says for "json"."""
+    """Answer to an inference request: the file's bytes for "image", a dictionary for "json"."""
     path = f"/infer/{model}?image={image}&output={output}"
     return granted(server.ask("POST", path, params=json.dumps(clicks)), server)
 
@@ -89,7 +93,7 @@ def untrained(folder: Path, overlays: Sequence[Path], click: bool = False) -> Pa
 
 
 def write_volume(path: Path) -> None:
-    """A head-sized ball of blobs, noisy and with whole numbers, as scanners store them."""
+    """Write a head-sized ball of blobs with noise, as whole numbers like those of scanners."""
     random = np.random.default_rng(0)
     blobs = ndimage.gaussian_filter(random.standard_normal((SIZE,) * 3), 4)
     away = np.linalg.norm(np.indices((SIZE,) * 3) - SIZE / 2, axis=0)
@@ -110,7 +114,7 @@ def forward(bundle: str) -> None:
 
 
 def floor(bundle: Path) -> list[float]:
-    """The same of a process of its own, with a server's threads."""
+    """Seconds of ``forward`` in a new process with a server's threads."""
     environment = {**label_running.environment(), "OMP_NUM_THREADS": str(THREADS)}
     words = [sys.executable, __file__, "forward", str(bundle)]
     done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
@@ -118,7 +122,7 @@ def floor(bundle: Path) -> list[float]:
 
 
 def one_start(folder: Path, bundles: list[Path], studies: Path) -> dict[str, Any]:
-    """Start a server, ask for an overlay, then click again and again."""
+    """Seconds of a server's start, its first overlay and of CLICKS clicks."""
     plain, click = bundles
     load = os.getloadavg()[0]
     begin = perf_counter()
@@ -129,28 +133,28 @@ def one_start(folder: Path, bundles: list[Path], studies: Path) -> dict[str, Any
         names = [name.lower() for name in class_names(click)]
         points = np.random.default_rng(0).integers(20, SIZE - 20, (CLICKS + 1, 3)).tolist()
         given: dict[str, list[Any]] = {name: [] for name in names}
-        seconds, told = [], []
-        for n, point in enumerate(points):  # an annotator's clicks add up
+        seconds, latencies = [], []
+        for n, point in enumerate(points):  # each request has all clicks so far
             given[names[n % len(names)]].append(point)
             answer = partial(ask, server, click.name, "volume", "image", given)
             seconds.append(timed(answer, False))
-            told.append(ask(server, click.name, "volume", "json", given)["latencies"])
+            latencies.append(ask(server, click.name, "volume", "json", given)["latencies"])
     finally:
         server.stop()
     return {
         "load_average": load, "load_average_after": os.getloadavg()[0],
         "start": server.seconds, "first_answer": first, "command_to_overlay": command,
         "first_click": seconds[0], "click": seconds[1:], "network_alone": floor(click),
-        "parts": parts(told[1:]),
+        "parts": parts(latencies[1:]),
     }  # fmt: skip
 
 
-def parts(told: list[dict[str, Any]]) -> dict[str, float]:
-    """Median seconds of each step that the server told of."""
+def parts(latencies: list[dict[str, Any]]) -> dict[str, float]:
+    """Median seconds of each step in the server's answers."""
     rows = []
-    for latencies in told:
-        row = {key: latencies[key] for key in ("total", "infer", "write")}
-        for stage, steps in latencies["transform"].items():
+    for answer in latencies:
+        row = {key: answer[key] for key in ("total", "infer", "write")}
+        for stage, steps in answer["transform"].items():
             row |= {f"{stage} {name}": seconds for name, seconds in steps.items()}
         rows.append(row)
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
@@ -223,7 +227,7 @@ def correct_and_train(root: Path, data: Path) -> dict[str, Any]:
 
 
 def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a part measured, now or before."""
+    """Figures of a part: those in its file, or measured now."""
     if not path.exists():
         found = measure()
         path.write_text(json.dumps(found))

@@ -1,4 +1,4 @@
-"""How far from the floor: overhead of a step, aligned pairs a second, cost of the store.
+"""Pre-training: overhead of a step, aligned pairs a second, cost of the store.
 
 python benchmarks/bench_pretrain.py [--repeats 3] [--only_store]
 
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, spread, timed, write  # noqa: E402
-
 from med3dinsight_ext.captions.sources import TemplateCaptions  # noqa: E402
 from med3dinsight_ext.data import slicing  # noqa: E402
 from med3dinsight_ext.data.volumes import read_volume  # noqa: E402
@@ -108,7 +107,7 @@ def overhead(repeats: int, size: int = 96, batch: int = 2) -> dict[str, Any]:
 
 
 class PlainPaper(nn.Module):
-    """The step of the papers' public code, written plainly: a 768-wide decoder with 300 queries."""
+    """The step of the papers' public code: a 768-wide decoder with 300 queries."""
 
     def __init__(self, network: nn.Module, channels: int, layer: str) -> None:
         super().__init__()
@@ -218,7 +217,7 @@ def store_cost(repeats: int, step_seconds: float, volumes: int = 6) -> dict[str,
         rates = []
         for repeat in range(repeats):
             store = Store(root / f"store{repeat}", teacher, TemplateCaptions(), 16, device=DEVICE)
-            filling = timed(lambda store=store: store.fill(items))
+            filling = timed(partial(store.fill, items))
             bare = timed(lambda: [teacher.encode_image(part) for part in slices])
             rates.append((count / filling, count / bare))
             print("store", rates[-1], flush=True)

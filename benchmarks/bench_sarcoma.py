@@ -1,4 +1,4 @@
-"""Does a student know its slices on patients it never saw? Three seeds, by the bundle's own runs.
+"""Retrieval of slices on sarcoma patients held out from pre-training, three seeds.
 
 python benchmarks/bench_sarcoma.py DATA [--out DIR] [--seeds 3]
 
@@ -18,7 +18,6 @@ import fire
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import machine, write  # noqa: E402
-
 from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
 
 OVERLAY = str(Path(__file__).parent / "sarcoma.yaml")
@@ -30,7 +29,7 @@ KEYS = ("image_all_r1", "image_within_r1", "image_within_r5", "text_all_r10", "t
 def main(data: str, out: str = "sarcoma_runs", seeds: int = 3) -> None:
     root = Path(data)
     runs = []
-    patient = json.loads((root / "split.json").read_text())["test"][0]  # to ask, by no other rule
+    patient = json.loads((root / "split.json").read_text())["test"][0]  # for the prompts
     for seed in range(seeds):
         folder = Path(out) / f"seed{seed}"
         table = folder / "eval" / "retrieval.json"
@@ -52,13 +51,13 @@ def main(data: str, out: str = "sarcoma_runs", seeds: int = 3) -> None:
                     | json.loads(table.read_text()))  # fmt: skip
         if seed == 0:
             images = [str(root / patient / f"{name}.nii.gz") for name in ("CT", "MR_T1")]
-            listed = Path(out) / "asked.json"
+            listed = Path(out) / "prompted.json"
             listed.write_text(json.dumps([{"image": image} for image in images]))
-            asked = {
+            options = {
                 "bundle_root": str(folder), "dataset_dir": str(root), "datalist": str(listed),
                 "prompts": PROMPTS, "output_dir": str(Path(out) / "text"),
             }  # fmt: skip
-            bundle_run("pretrain", ["inference.json", OVERLAY], **asked)
+            bundle_run("pretrain", ["inference.json", OVERLAY], **options)
             FIGURES.mkdir(exist_ok=True)
             for image in ("CT", "MR_T1"):
                 png = Path(out) / "text" / patient / f"{image}_text.png"

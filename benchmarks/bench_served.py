@@ -1,11 +1,10 @@
-"""Captions from a server against a plain load generator: requests a second at one concurrency.
+"""Requests a second of served captions against a plain load generator.
 
 python benchmarks/bench_served.py [--repeats 3]
 
-The server is tests/chat_server.py in a process of its own, its answers take 0.2 s give or take a
-fifth. The load generator sends bodies made beforehand through plain threads and the same HTTP
-library and reads the answers, no more; ours also makes each picture's PNG, checks, counts and would
-try again.
+The server is tests/chat_server.py in its own process; an answer takes 0.2 s ± 20 %. The load
+generator sends prepared bodies through plain threads and the same HTTP library and reads the
+answers; ours also encodes each picture as PNG, checks and counts the answers, and retries.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from urllib3 import PoolManager
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
-
 from med3dinsight_ext.captions.multimodal import SliceRequest  # noqa: E402
 from med3dinsight_ext.captions.served import ServedCaptions  # noqa: E402
 
@@ -36,7 +34,7 @@ DELAY, JITTER = 0.2, 0.2
 
 @contextmanager
 def server() -> Iterator[int]:
-    """The port of a server that ends with the block."""
+    """Port of a server that is stopped at the end of the block."""
     command = [sys.executable, str(SERVER), f"--delay={DELAY}", f"--jitter={JITTER}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -45,7 +43,7 @@ def server() -> Iterator[int]:
 
 
 def pictures(count: int = 16, size: int = 448) -> list[Image.Image]:
-    """Smooth noise, about as hard to compress as slices that were magnified to this size."""
+    """Smooth noise that compresses about as well as slices resized to this size."""
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (count, size // 8, size // 8), dtype=np.uint8)
     return [Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in coarse]
@@ -89,7 +87,7 @@ def compare(port: int, concurrency: int, rounds: int, repeats: int) -> dict[str,
         ours = lambda: len(list(captioner.answers(requests)))  # noqa: E731
         theirs = lambda: plain(port, bodies, concurrency)  # noqa: E731
         pair = (timed(ours), timed(theirs)) if repeat % 2 else (timed(theirs), timed(ours))[::-1]
-        if repeat:  # the first pays for imports and caches
+        if repeat:  # the first includes imports and caches
             seconds.append(pair)
     return {
         "concurrency": concurrency,

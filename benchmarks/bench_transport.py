@@ -20,11 +20,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
-
 from med3dinsight_ext.losses.alignment import partial_transport  # noqa: E402
 from med3dinsight_ext.losses.transport import solve  # noqa: E402
 
-GOAL = 1e-3  # agreement asked for, in units of 1 / n
+GOAL = 1e-3  # largest error, in units of 1 / n
 
 
 def pairs(n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -60,7 +59,7 @@ def speed(repeats: int, n: int = 256, d: int = 512) -> dict[str, Any]:
     leaf = z.requires_grad_()
     ours = lambda: partial_transport(leaf, y, 0.95, 0.03).backward()  # noqa: E731
     theirs = lambda: pots_loss(leaf, y).backward()  # noqa: E731
-    ours(), theirs()  # the first call of either pays for its memory
+    ours(), theirs()  # the first call allocates memory
     both = [(timed(ours), timed(theirs)) for _ in range(repeats)]
     return {
         "n": n,
@@ -81,10 +80,10 @@ def costs(n: int) -> dict[str, Tensor]:
 
 
 def oracle(cost: Tensor, mass: float, epsilon: float) -> tuple[np.ndarray, str, float, float]:
-    """POT's plan, its solver, its last move and by how much it exceeds a marginal (times n).
+    """POT's plan, its solver, its last change and its excess over a marginal (times n).
 
-    Where the plain solver breaks a marginal by more than the agreement asked for, be it that its
-    kernel underflows or that it is not done, POT's solver in the log domain takes over.
+    Where the plain solver exceeds a marginal by more than GOAL, because its kernel underflows or it
+    has not converged, POT's solver in the log domain is used.
     """
     n = len(cost)
     share = np.full(n, 1 / n)
@@ -102,7 +101,7 @@ def oracle(cost: Tensor, mass: float, epsilon: float) -> tuple[np.ndarray, str, 
 
 def agreement() -> dict[str, Any]:
     """Largest difference of a plan's entry from POT's in float64, times n, over a grid."""
-    rows = []
+    rows: list[list[Any]] = []
     for n in (2, 3, 8, 33, 128):
         for kind, cost in costs(n).items():
             for mass in (0.3, 0.8, 0.95, 1.0):
@@ -121,9 +120,9 @@ def agreement() -> dict[str, Any]:
 
 
 def peak(n: int = 4096, d: int = 512) -> None:
-    """Print by how many MB forward and backward at n raise the peak of a fresh process."""
+    """Print the rise of a new process's peak memory by forward and backward at n, in MB."""
     z, y = pairs(64, d)
-    partial_transport(z.requires_grad_(), y).backward()  # libraries loaded
+    partial_transport(z.requires_grad_(), y).backward()  # loads the libraries
     z, y = pairs(n, d)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     partial_transport(z.requires_grad_(), y, 0.95, 0.1).backward()

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: commit, device, versions."""
+"""Circumstances of a measurement (commit, device, versions), timing and result files."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def timed(call: Callable[[], Any], synchronise: bool = torch.cuda.is_available()
 
 
 def device_name() -> str:
+    """Name of the GPU, or of the CPU and the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
     names = [
@@ -43,7 +44,7 @@ def device_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Commit, device and versions of this moment."""
+    """Commit, device and versions."""
     here = Path(__file__).parent
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True

@@ -1,34 +1,37 @@
-"""What one arm scores above another: paired by case and by seed, with intervals and a test."""
+"""Differences between arms, paired by case and by seed: intervals and tests."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from evidence.results import Record
+
 DRAWS = 2000  # of the bootstrap
-FLIPS = 10_000  # of the test
-FINE = ("task", "backbone", "variant", "score")  # what runs of a table share, beside labels
-Record = dict[str, Any]
+FLIPS = 10_000  # of the permutation test
+FINE = ("task", "backbone", "variant", "score")  # fields that runs of a table share, beside labels
 Interval = tuple[float, float]
 
 
 class Outcome(NamedTuple):
     """Score of a run.
 
-    stream: of random numbers, the task's own, so that tasks are drawn apart. names: its n cases.
-    value: mean Dice, or AUROC. drawn: (DRAWS,) the same of cases drawn again. second: mean NSD, or
-    balanced accuracy. parts: (n,) Dice of each case, or its placement value (DeLong et al., 1988):
-    the share of the other class that it stands in the right order with. positive: (n,) bool, of a
-    classifier.
+    Attributes:
+        stream: seed of the bootstrap; one a task, so that tasks are drawn independently.
+        names: of its n cases.
+        value: mean Dice, or AUROC.
+        drawn: (DRAWS,) bootstrap values of ``value``.
+        second: mean NSD, or balanced accuracy.
+        parts: (n,) Dice of each case, or its placement value (DeLong et al., 1988): the share of
+            cases of the other class that are ranked correctly against it.
+        positive: (n,) bool, of a classifier.
     """
 
     seed: int
@@ -42,9 +45,9 @@ class Outcome(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Runs that may be compared: all but arm and seed is the same. labels: None is all."""
+    """Runs that may be compared: they differ in arm and seed alone. labels: None is all."""
 
-    folder: str
+    budget: str
     task: str
     backbone: str
     variant: str
@@ -54,16 +57,20 @@ class Cell(NamedTuple):
 
     @property
     def table(self) -> tuple[str, ...]:
-        """Names what its numbers of labels have in common."""
-        return self.folder, self.task, self.backbone, self.variant, self.score
+        """Fields that cells with other numbers of labels share."""
+        return self.budget, self.task, self.backbone, self.variant, self.score
 
 
 class Difference(NamedTuple):
-    """Mean of what an arm is above another, over the seeds that both have.
+    """Mean difference between two arms over the seeds that both have.
 
-    cases: 95 % interval over cases. both: over cases and seeds, drawn apart; NaN of one seed, which
-    cannot tell. p: that of no difference over cases, for these trainings. seeds: the difference of
-    each seed. drawn: (DRAWS,) what ``both`` is the interval of.
+    Attributes:
+        above: the mean.
+        cases: 95 % interval over cases.
+        both: 95 % interval over cases and seeds, drawn independently; NaN for one seed.
+        p: of no difference over cases, for these trainings.
+        seeds: difference of each seed.
+        drawn: (DRAWS,) bootstrap values that ``both`` is the interval of.
     """
 
     above: float
@@ -76,7 +83,7 @@ class Difference(NamedTuple):
 
 @lru_cache(maxsize=64)
 def counts(size: int, stream: int) -> Tensor:
-    """How often each of ``size`` is drawn, (size, DRAWS)."""
+    """(size, DRAWS) counts of bootstrap draws."""
     generator = torch.Generator().manual_seed(stream)
     drawn = torch.randint(size, (size, DRAWS), generator=generator)
     zeros = torch.zeros(size, DRAWS, dtype=torch.float64)
@@ -85,12 +92,13 @@ def counts(size: int, stream: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def signs(size: int) -> Tensor:
-    """Random signs, (FLIPS, size)."""
+    """(FLIPS, size) random signs."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(2, (FLIPS, size), generator=generator).double() * 2 - 1
 
 
 def outcome(record: Record) -> Outcome:
+    """Score of a run with its bootstrap values."""
     stream = crc32(record["task"].encode())
     rows = sorted(record["cases"], key=lambda row: row["case"])
     if "dice" in rows[0]:
@@ -98,7 +106,7 @@ def outcome(record: Record) -> Outcome:
         nan = float("nan")
         dice = [[nan if r["dice"] is None else r["dice"] for r in g] for g in groups.values()]
         parts = torch.tensor(dice, dtype=torch.float64).nanmean(1)
-        there = ~parts.isnan()  # a case without any class says nothing
+        there = ~parts.isnan()  # a case without any class does not count
 
         def mean(weight: Tensor) -> Tensor:
             return (parts[there] @ weight[there]) / weight[there].sum(0)
@@ -111,7 +119,9 @@ def outcome(record: Record) -> Outcome:
     names = record["settings"]["class_names"]
     positive = torch.tensor([row["label"] == names[-1] for row in rows])
     score = torch.tensor([row[f"p_{names[-1]}"] for row in rows], dtype=torch.float64)
-    right = ((score[positive, None] - score[~positive]).sign() + 1) / 2  # of each pair; ties half
+    right = (
+        (score[positive, None] - score[~positive]).sign() + 1
+    ) / 2  # of each pair; a tie is a half
     parts = torch.empty_like(score)
     parts[positive], parts[~positive] = right.mean(1), right.mean(0)
     weight = counts(len(rows), stream)
@@ -147,7 +157,7 @@ def difference(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Difference
     """Paired by case and by seed; None where no seed has both.
 
     Raises:
-        ValueError: they were judged on different cases.
+        ValueError: they were evaluated on different cases.
     """
     one, two = ({found.seed: found for found in part} for part in (ours, theirs))
     seeds = sorted(one.keys() & two.keys())
@@ -171,7 +181,7 @@ def difference(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Difference
 def p_value(parts: Tensor, positive: Tensor | None) -> float:
     """Two-sided test over cases, after the mean over seeds.
 
-    Of Dice by flipping the signs of the cases' differences at random; of AUROC by DeLong's test.
+    For Dice the signs of the cases' differences are flipped at random; for AUROC it is DeLong's.
 
     Args:
         parts: (n,) difference of each case.
@@ -190,7 +200,7 @@ def p_value(parts: Tensor, positive: Tensor | None) -> float:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """The p values corrected for their number (Holm, 1979), in their own order."""
+    """Correct p values for their number (Holm, 1979), in the order given."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     found, largest = [0.0] * len(values), 0.0
     for rank, i in enumerate(order):
@@ -199,17 +209,14 @@ def holm(values: Sequence[float]) -> list[float]:
     return found
 
 
-def results(folder: Path) -> list[Record]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-def cells(folder: str, records: Sequence[Record], arms: Sequence[str] = ()) -> list[Cell]:
-    """What a budget's fine-tuning runs say; few labels first, arms in the order of ``arms``."""
+def cells(budget: str, records: Sequence[Record], arms: Sequence[str] = ()) -> list[Cell]:
+    """Cells of a budget's fine-tuning runs; few labels first, arms in the order of ``arms``."""
     found: dict[Any, Cell] = {}
     fine = [r for r in records if "error" not in r and r["bundle"] != "pretrain"]
     rank = {arm: i for i, arm in enumerate(arms)}
     for record in sorted(fine, key=lambda r: (rank.get(r["arm"], len(rank)), r["seed"])):
-        key = (*(record[k] for k in FINE), record["labels"])
-        cell = found.setdefault(key, Cell(folder, *key, {}))
+        key = (*(record[name] for name in FINE), record["labels"])
+        fields = {name: record[name] for name in FINE}
+        cell = found.setdefault(key, Cell(budget, **fields, labels=record["labels"], arms={}))
         cell.arms.setdefault(record["arm"], []).append(outcome(record))
     return sorted(found.values(), key=lambda cell: (*cell.table, cell.labels or 10**9))

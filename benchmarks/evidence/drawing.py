@@ -1,21 +1,21 @@
-"""Figures of the evidence: learning curves, and differences to scratch at one glance."""
+"""Figures of the evidence: learning curves and forest plots of differences to scratch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from differences import Cell, difference, level
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from questions import CASES, CHOSEN, MAIN, few
 
+from evidence.differences import Cell, difference, level
+from evidence.questions import CASES, CHOSEN, MAIN, labels_text
 from med3dinsight_ext.reports.report import BLUE, GREEN, INK, ORANGE, SKY, STYLE, VERMILION
 
 HELD_OUT = 0.75  # share of the cases that train where a quarter is held out
-LOOKS: dict[str, dict[str, Any]] = {  # the same in all panels; other arms are in the tables alone
+STYLES: dict[str, dict[str, Any]] = {  # the same in all panels; other arms are in tables alone
     "scratch": {"color": INK, "marker": "o"},
     "scratch_matched": {"color": "#8a929c", "marker": "s"},
     "reconstruction": {"color": ORANGE, "marker": "^"},
@@ -28,15 +28,18 @@ COLUMNS = 3  # of panels
 
 
 def title(cell: Cell) -> str:
+    """Task, backbone and variant of a panel."""
     how = [cell.backbone, *([cell.variant] if cell.variant not in MAIN else [])]
     return f"{cell.task}\n{' · '.join(how)}"
 
 
 def metric(cell: Cell) -> str:
+    """Name of a cell's score."""
     return "AUROC" if next(iter(cell.arms.values()))[0].positive is not None else "Dice"
 
 
 def labelled(cell: Cell) -> int:
+    """Number of labelled cases."""
     whole = CASES[cell.task] * (HELD_OUT if cell.score == "held_out" else 1)
     return cell.labels or round(whole)
 
@@ -55,7 +58,7 @@ def curves(groups: Sequence[Sequence[Cell]]) -> Figure:
     for ax in axes[len(groups) :]:
         ax.remove()
     for ax, cells in zip(axes, groups, strict=False):
-        arms = [arm for arm in LOOKS if any(arm in cell.arms for cell in cells)]
+        arms = [arm for arm in STYLES if any(arm in cell.arms for cell in cells)]
         for i, arm in enumerate(arms):
             here = [cell for cell in cells if arm in cell.arms]
             found = [level(cell.arms[arm]) for cell in here]
@@ -63,14 +66,14 @@ def curves(groups: Sequence[Sequence[Cell]]) -> Figure:
             y = [100 * value for value, _ in found]
             error = [[100 * abs(value - ends[k]) for value, ends in found] for k in (0, 1)]
             bold = arm == CHOSEN
-            look = LOOKS[arm] | {"lw": 2.2 if bold else 1.2, "zorder": 3 if bold else 2}
-            shown[arm] = ax.errorbar(x, y, error, ms=4, elinewidth=0.9, **look)
+            style = STYLES[arm] | {"lw": 2.2 if bold else 1.2, "zorder": 3 if bold else 2}
+            shown[arm] = ax.errorbar(x, y, error, ms=4, elinewidth=0.9, **style)
         ax.set_xscale("log")
         ax.set_xticks([labelled(cell) for cell in cells], [str(labelled(cell)) for cell in cells])
         ax.set_xticks([], minor=True)
         ax.set_title(title(cells[0]), loc="left")
         ax.set(xlabel="labelled cases", ylabel=f"{metric(cells[0])} in per cent")
-    order = [arm for arm in LOOKS if arm in shown]
+    order = [arm for arm in STYLES if arm in shown]
     figure.legend(
         [shown[arm] for arm in order], order, loc="outside lower center", ncols=min(4, len(order))
     )
@@ -85,11 +88,11 @@ def present(groups: Sequence[Sequence[Cell]], order: Sequence[str]) -> list[str]
 
 @rc_context(STYLE)
 def forest(groups: Sequence[Sequence[Cell]], order: Sequence[str]) -> Figure:
-    """What each arm is above scratch, from the fewest labels (filled) to the most (open).
+    """Differences to scratch, from the fewest labels (filled) to the most (open).
 
     Args:
         groups: for each panel its cells, few labels first.
-        order: of the arms, from above.
+        order: arms from top to bottom.
     """
     groups = sorted(groups, key=lambda cells: -len(present([cells], order)))
     rows = [groups[i : i + COLUMNS] for i in range(0, len(groups), COLUMNS)]
@@ -114,7 +117,7 @@ def _differences(ax: Axes, cells: Sequence[Cell], arms: Sequence[str]) -> None:
             d = arm in cell.arms and difference(cell.arms[arm], cell.arms["scratch"])
             if not d:
                 continue
-            color = LOOKS.get(arm, {}).get("color", BLUE)
+            color = STYLES.get(arm, {}).get("color", BLUE)
             fill = to_rgba(color, 1 - k / max(1, len(cells) - 1))
             y = row + (k - (len(cells) - 1) / 2) * step
             ax.hlines(y, 100 * d.both[0], 100 * d.both[1], color=color, lw=0.9)
@@ -127,5 +130,5 @@ def _differences(ax: Axes, cells: Sequence[Cell], arms: Sequence[str]) -> None:
     ax.set_ylim(len(arms) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
     ax.set_title(title(cells[0]), loc="left")
-    shown = ", ".join(few(cell.labels) for cell in cells)
+    shown = ", ".join(labels_text(cell.labels) for cell in cells)
     ax.set_xlabel(f"{metric(cells[0])} points above scratch\n{shown} labelled")

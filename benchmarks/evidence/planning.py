@@ -1,4 +1,4 @@
-"""The runs that plan.yaml names, and their cases."""
+"""Runs of plan.yaml and their cases."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.overrides import check_overrides
 from med3dinsight_ext.quickstart import BUNDLES
 
-STEPS = ("steps", "epoch_steps")  # settings that are the runner's, not a bundle's
+STEPS = ("steps", "epoch_steps")  # settings of run.py, not of a bundle
 TASK = ("bundle", "data", "corpus")  # keys of a task that are no overrides
-HELD_OUT = 0.25  # of the development cases
+HELD_OUT = 0.25  # share of the development cases
 
 
 class Run(NamedTuple):
-    """One training and its evaluation.
+    """A training and its evaluation.
 
-    about: what the tables group by. data: keys of the plan's ``data``. settings: overrides of the
-    bundle, and ``STEPS``. pretraining: name of the run whose weights it starts from. matched: names
-    of a pre-training and of a training from scratch whose times it may spend together. pinned:
-    settings that an older JSON may lack.
+    Attributes:
+        about: fields that the tables group by.
+        data: keys of the plan's ``data``.
+        settings: overrides of the bundle, and ``STEPS``.
+        pretraining: name of the run whose weights it starts from.
+        matched: names of a pre-training and of a training from scratch; their times together are
+            the run's time.
+        pinned: settings that an older record may lack.
+        renamed: old and new names of settings.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Run(NamedTuple):
     pretraining: str | None = None
     matched: tuple[str, str] | None = None
     pinned: dict[str, Any] = {}
+    renamed: dict[str, str] = {}
 
     @property
     def needs(self) -> list[str]:
@@ -46,11 +52,11 @@ class Run(NamedTuple):
 
 
 def planned(plan: dict[str, Any], budget: str) -> dict[str, Run]:
-    """All runs of a budget by name, each behind those it needs.
+    """All runs of a budget by name, each after those it needs.
 
     Raises:
         ValueError: the plan has no such budget, or gives two different runs one name.
-        SystemExit: an override names no key of its bundle.
+        SystemExit: an override is not a key of its bundle.
     """
     if budget not in plan["budgets"]:
         raise ValueError(f"budget must be one of {list(plan['budgets'])}, got {budget!r}")
@@ -58,7 +64,9 @@ def planned(plan: dict[str, Any], budget: str) -> dict[str, Run]:
     for block in plan["budgets"][budget]:
         for run in sorted(_runs(plan, block), key=_order):
             if runs.setdefault(run.name, run) != run:
-                raise ValueError(f"name must mean one run, got two {run.name}; rename a variant")
+                raise ValueError(
+                    f"name must belong to one run, got two {run.name}; rename a variant"
+                )
     for run in runs.values():
         config = BUNDLES / run.bundle / "configs" / "train.json"
         given = [f"--{key}={value!r}" for key, value in run.overrides.items()]
@@ -67,7 +75,7 @@ def planned(plan: dict[str, Any], budget: str) -> dict[str, Run]:
 
 
 def _order(run: Run) -> tuple[int, int]:
-    """Seed by seed, so that all arms have a first result early."""
+    """Seeds first, so that all arms have a first result early."""
     return run.about["seed"], 0 if run.bundle == "pretrain" else 1 + len(run.needs)
 
 
@@ -120,13 +128,14 @@ def _finetuning(
     )
     parts = [task, backbone, arm, f"n{cases or 'all'}", variant, f"s{seed}"]
     name = "-".join(part for part in parts if part)
-    return Run(name, content["bundle"], about, [content["data"]], settings)
+    names = plan["renamed"]
+    return Run(name, content["bundle"], about, [content["data"]], settings, renamed=names)
 
 
 def _pretraining(
     plan: dict[str, Any], block: dict[str, Any], task: str, backbone: str, arm: str, seed: int
 ) -> Run:
-    """That of a fine-tuning seed; several of these may share one."""
+    """The pre-training of a fine-tuning seed; several seeds may share one."""
     corpus = plan["tasks"][task]["corpus"]
     content, own = plan["corpora"][corpus], seed % block["pretrain_seeds"]
     about = {
@@ -142,11 +151,21 @@ def _pretraining(
         | {"seed": own}
     )
     name = f"{corpus}-{backbone}-{arm}-pretrain-s{own}"
-    return Run(name, "pretrain", about, content["data"], settings, pinned=plan["pinned"])
+    pinned, names = plan["pinned"], plan["renamed"]
+    return Run(name, "pretrain", about, content["data"], settings, pinned=pinned, renamed=names)
+
+
+def renamed(value: Any, names: dict[str, str]) -> Any:
+    """Settings of an older record with the keys and values of today."""
+    if isinstance(value, dict):
+        return {names.get(key, key): renamed(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [renamed(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
 
 
 def items_of(about: dict[str, Any], root: Path, score: str) -> tuple[list[Any], list[Any]]:
-    """Cases of a data set that train, and those that judge."""
+    """Training cases and evaluation cases of a data set."""
     folder = root / about["folder"]
     split = folder / about["split"] if "split" in about else None
     parts = []
@@ -154,24 +173,24 @@ def items_of(about: dict[str, Any], root: Path, score: str) -> tuple[list[Any], 
         items = datalists.datalist(folder / about["datalist"], folder, split, subset)
         keep = about.get("keep", {}).items()
         parts.append([item for item in items if all(item.get(key) == v for key, v in keep)])
-    train, judge = datalists.hold_out(parts[0], HELD_OUT) if score == "held_out" else parts
+    train, evaluation = datalists.hold_out(parts[0], HELD_OUT) if score == "held_out" else parts
     first = about.get("first")
-    return datalists.take(train, first), datalists.take(judge, first)
+    return datalists.take(train, first), datalists.take(evaluation, first)
 
 
 def case_lists(plan: dict[str, Any], run: Run, root: Path, out: Path) -> dict[str, str | None]:
-    """Files that list the cases that train, those that judge, and captions."""
-    rows: dict[str, list[Any]] = {"train": [], "judge": [], "captions": []}
+    """Write the lists of training cases, evaluation cases and captions; their paths."""
+    rows: dict[str, list[Any]] = {"train": [], "evaluation": [], "captions": []}
     for about in (plan["data"][name] for name in run.data):
-        train, judge = items_of(about, root, run.about["score"])
+        train, evaluation = items_of(about, root, run.about["score"])
         rows["train"] += train
-        rows["judge"] += judge
+        rows["evaluation"] += evaluation
         if "captions" in about:
             folder = root / about["folder"]
             for _, row in datalists.read_rows(folder / about["captions"]):
                 rows["captions"].append(row | {"image": str(folder / row["image"])})
-    if run.bundle == "pretrain":  # what the data sets share: a batch must have the same fields
-        for part in ("train", "judge"):
+    if run.bundle == "pretrain":  # fields that all data sets have, since a batch needs the same
+        for part in ("train", "evaluation"):
             rows[part] = [{key: row[key] for key in ("image", "modality")} for row in rows[part]]
     files = {part: out / run.name / f"{part}.jsonl" for part in rows if rows[part]}
     for part, path in files.items():

@@ -1,4 +1,4 @@
-"""The issue's questions and the verdict, as sentences that the runs decide."""
+"""Questions and verdict of the evidence, answered by the runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 import yaml
-from differences import Cell, Difference, Interval, difference, interval
+
+from evidence.differences import Cell, Difference, Interval, difference, interval
 
 CHOSEN: str = yaml.safe_load(Path(__file__).with_name("plan.yaml").read_text())["chosen"]
-CASES = {  # that may train, in each task
+CASES = {  # number of training cases of each task
     "hippocampus": 140, "sarcoma_ct": 29, "sarcoma_mr": 29, "adrenal": 1188,
     "adrenal_long": 1188, "adrenal_from_both": 1188,
 }  # fmt: skip
@@ -21,10 +22,10 @@ DATA_SETS = {
     "hippocampus": ("hippocampus",), "sarcoma": ("sarcoma_ct", "sarcoma_mr"),
     "adrenal": ("adrenal",),
 }  # fmt: skip
-MAIN = ("", "chosen")  # variants of the fine-tuning that the verdict looks at
-SHARE = 0.1  # of the labels, or 3 cases: few
-NOISE = (20, 40)  # per cent of the captions are of other slices
-NOISY = {  # arms that such captions are tried on
+MAIN = ("", "chosen")  # variants of the fine-tuning that the verdict uses
+SHARE = 0.1  # "few labels" is at most this share, or 3 cases
+NOISE = (20, 40)  # per cent of the captions that are of other slices
+NOISY = {  # arms that are trained with such captions
     "info_nce": "InfoNCE",
     "siglip": "SigLIP",
     "transport_sharp": "partial transport at ε 0.03",
@@ -94,7 +95,7 @@ QUESTIONS = {  # pairs of arms that differ in one thing
 
 
 def points(value: float, sign: bool = True) -> str:
-    """A share as points of a hundred."""
+    """A share in per cent, with one digit."""
     rounded = round(100 * value, 1)
     if not rounded:
         return "0.0"
@@ -102,24 +103,28 @@ def points(value: float, sign: bool = True) -> str:
 
 
 def span(ends: Interval, sign: bool = True) -> str:
+    """An interval in per cent."""
     if isnan(ends[0]):
         return "one seed"
     return f"{points(ends[0], sign)} to {points(ends[1], sign)}"
 
 
 def compared(cell: Cell, one: str, other: str) -> Difference | None:
+    """Difference between two arms; None if one was not run."""
     if one not in cell.arms or other not in cell.arms:
         return None
     return difference(cell.arms[one], cell.arms[other])
 
 
-def few(labels: int | None) -> str:
+def labels_text(labels: int | None) -> str:
+    """Number of labelled cases, "all" for None."""
     return "all" if labels is None else str(labels)
 
 
 def place(cell: Cell, backbones: bool) -> str:
+    """Task, variant, backbone (if there are several) and number of labels."""
     words = [cell.task, cell.variant, *([cell.backbone] if backbones else [])]
-    return f"{' '.join(word for word in words if word)}, {few(cell.labels)} labelled"
+    return f"{' '.join(word for word in words if word)}, {labels_text(cell.labels)} labelled"
 
 
 def answers(cells: Sequence[Cell]) -> Iterator[str]:
@@ -154,11 +159,13 @@ def answers(cells: Sequence[Cell]) -> Iterator[str]:
         yield from lines
 
 
-class Judgement(NamedTuple):
-    """Of one data set. None is not run yet.
+class DataSetVerdict(NamedTuple):
+    """Verdict on one data set; None is not run yet.
 
-    wins: above scratch at few labels. keeps: not below scratch with all labels. level: not below
-    masked reconstruction at few labels.
+    Attributes:
+        wins: above scratch with few labels.
+        keeps: not below scratch with all labels.
+        level: not below masked reconstruction with few labels.
     """
 
     wins: bool | None
@@ -167,13 +174,13 @@ class Judgement(NamedTuple):
 
 
 def certain(cell: Cell, arm: str, other: str) -> Difference | None:
-    """What an arm is above another, if two seeds or more can say."""
+    """Difference between two arms if two seeds or more have both."""
     d = compared(cell, arm, other)
     return d if d and len(d.seeds) > 1 else None
 
 
-def judgement(cells: Sequence[Cell], arm: str) -> Judgement:
-    """Of an arm in the tasks of a data set: one wins and none loses."""
+def data_set_verdict(cells: Sequence[Cell], arm: str) -> DataSetVerdict:
+    """Verdict on an arm in the tasks of a data set: it wins if one task wins and none loses."""
     wins, keeps, level = [], [], []
     for _, group in groupby(cells, key=lambda cell: cell.task):
         here = list(group)
@@ -186,14 +193,14 @@ def judgement(cells: Sequence[Cell], arm: str) -> Judgement:
                 level.append(d.both[1] >= 0)
         full = (certain(cell, arm, "scratch") for cell in here if cell.labels is None)
         keeps += [d.both[1] >= 0 for d in full if d]
-    return Judgement(
+    return DataSetVerdict(
         any(w for w, _ in wins) and not any(loses for _, loses in wins) if wins else None,
         all(keeps) if keeps else None, all(level) if level else None,
     )  # fmt: skip
 
 
 def main_cells(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """The cells that judge each data set: on the backbone that most arms were run on."""
+    """Cells that decide each data set: those of the backbone with the most arms."""
     found = {}
     for name, tasks in DATA_SETS.items():
         ours = [cell for task in tasks for cell in cells if cell.task == task]
@@ -204,15 +211,15 @@ def main_cells(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def verdict(cells: Sequence[Cell], arms: Sequence[str] = (CHOSEN,)) -> list[str]:
-    """The first lines: do arms reach the aim on test cases? Sentences and a table a budget."""
+    """Whether arms reach the aim on test cases: sentences and a table for each budget."""
     lines = []
-    for folder in dict.fromkeys(cell.folder for cell in cells if cell.score == "test"):
-        here = [c for c in cells if (c.folder, c.score) == (folder, "test") and c.variant in MAIN]
-        judges = main_cells(here)
-        if not any(judges.values()):
+    for budget in dict.fromkeys(cell.budget for cell in cells if cell.score == "test"):
+        here = [c for c in cells if (c.budget, c.score) == (budget, "test") and c.variant in MAIN]
+        decisive = main_cells(here)
+        if not any(decisive.values()):
             continue
         for arm in arms:
-            found = {name: judgement(ours, arm) for name, ours in judges.items()}
+            found = {name: data_set_verdict(ours, arm) for name, ours in decisive.items()}
             wins = [name for name, j in found.items() if j.wins]
             unknown = [name for name, j in found.items() if None in j]
             could = [name for name, j in found.items() if j.wins or j.wins is None]
@@ -220,16 +227,16 @@ def verdict(cells: Sequence[Cell], arms: Sequence[str] = (CHOSEN,)) -> list[str]
             word = "Not complete yet" if unknown else "Reached"
             if lost or len(could) < 2:
                 word = "Not reached"
-            said = f" ({', '.join(wins)})" if wins else ""
+            names = f" ({', '.join(wins)})" if wins else ""
             parts = [
-                f"**{word}** (budget `{folder}`): with few labels `{arm}` beats training "
-                f"from scratch on {len(wins)} of {len(DATA_SETS)} data sets{said}",
+                f"**{word}** (budget `{budget}`): with few labels `{arm}` beats training "
+                f"from scratch on {len(wins)} of {len(DATA_SETS)} data sets{names}",
                 f"it falls behind (scratch with all labels, or masked reconstruction) on "
                 f"{' and '.join(lost)}" if lost else "",
                 f"not complete: {', '.join(unknown)}" if unknown else "",
             ]  # fmt: skip
             lines += [f"{'; '.join(part for part in parts if part)}.", ""]
-        lines += [*_glance([cell for ours in judges.values() for cell in ours], arms), ""]
+        lines += [*_glance([cell for ours in decisive.values() for cell in ours], arms), ""]
     return lines or [
         "**Not known yet**: no run has been judged on test cases. What stands below was judged on "
         "development cases that were held out, and served to choose; it is no evidence.",
@@ -238,7 +245,7 @@ def verdict(cells: Sequence[Cell], arms: Sequence[str] = (CHOSEN,)) -> list[str]
 
 
 def _glance(cells: Sequence[Cell], arms: Sequence[str]) -> list[str]:
-    """What arms are above scratch and above masked reconstruction, a row a cell."""
+    """Table of differences to scratch and to masked reconstruction, a row for each cell."""
     pairs = [(arm, other) for arm in arms for other in ("scratch", "reconstruction")]
     heads = [f"`{arm}` − {other}" for arm, other in pairs]
     lines = [
@@ -246,7 +253,7 @@ def _glance(cells: Sequence[Cell], arms: Sequence[str]) -> list[str]:
         "|---|---:|" + "---:|" * len(pairs),
     ]
     for cell in cells:
-        row = [f"{cell.task}, {cell.backbone}", few(cell.labels)]
+        row = [f"{cell.task}, {cell.backbone}", labels_text(cell.labels)]
         for d in (certain(cell, *pair) for pair in pairs):
             text = f"{points(d.above)} ({span(d.both)})" if d else "–"
             row.append(f"**{text}**" if d and d.both[0] * d.both[1] > 0 else text)

@@ -1,11 +1,11 @@
-"""How much of what the teacher knows arrives in the network? Writes readout-BUDGET.json.
+"""Linear probes of the teacher's embeddings and of pre-trained networks' features.
 
     python benchmarks/evidence/readout.py ../shared/data [--out DIR] [--budget pilot]
 
-Linear probes on adrenal, judged on held-out development cases: of the teacher's own image
-embeddings (their mean over a volume's slices), of a fresh network's features, and of those of each
-network that run.py has pre-trained for the budget and left in DIR. Twenty draws of labelled cases.
-What is in the file already is not probed again.
+Writes readout-BUDGET.json: AUROC on adrenal's held-out development cases for the teacher's image
+embeddings (their mean over a volume's slices), for a fresh network's features, and for the features
+of each network that run.py has pre-trained for the budget and left in DIR; twenty draws of labelled
+cases. Networks that are in the file already are not probed again.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
 from common import write  # noqa: E402
-from planning import items_of  # noqa: E402
-
+from evidence import results  # noqa: E402
+from evidence.planning import items_of  # noqa: E402
 from med3dinsight_ext.captions.sources import TemplateCaptions  # noqa: E402
 from med3dinsight_ext.data.datalists import take  # noqa: E402
 from med3dinsight_ext.embeddings.store import Store  # noqa: E402
@@ -36,13 +36,13 @@ from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 from med3dinsight_ext.teachers.teacher import bundled  # noqa: E402
 
 LABELS, DRAWS = (12, 119), 20
-Features = tuple[Tensor, Tensor]  # of the cases that may train and of those that judge
+Features = tuple[Tensor, Tensor]  # of the training cases and of the evaluation cases
 
 
-def probed(features: Features, train: list[Any], judge: list[Any]) -> dict[str, list[float]]:
-    """AUROC of each draw, by number of labelled cases."""
+def probe(features: Features, train: list[Any], evaluation: list[Any]) -> dict[str, list[float]]:
+    """AUROC of a linear probe for each draw of labelled cases, by their number."""
     place = {item["image"]: i for i, item in enumerate(train)}
-    labels = torch.tensor([item["label"] for item in judge])
+    labels = torch.tensor([item["label"] for item in evaluation])
     found: dict[str, list[float]] = {}
     for count in LABELS:
         for seed in range(DRAWS):
@@ -55,23 +55,25 @@ def probed(features: Features, train: list[Any], judge: list[Any]) -> dict[str, 
 
 
 def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
-    """Probe all that is there.
+    """Probe the teacher, a fresh network and the networks of a budget.
 
     Args:
-        data: folder that the plan's data folders are in.
+        data: folder that holds the plan's data folders.
         out: folder of run.py's stores and weights.
-        budget: whose weights.
+        budget: name of the budget.
     """
     plan = yaml.safe_load((HERE / "plan.yaml").read_text())
-    train, judge = items_of(plan["data"]["adrenal"], Path(data).resolve(), "held_out")
+    train, evaluation = items_of(plan["data"]["adrenal"], Path(data).resolve(), "held_out")
     pretrain = plan["pretrain"]
     teacher = bundled(pretrain["teacher"]["size"])
     store = Store(Path(out) / "store", teacher, TemplateCaptions(), pretrain["per_plane"])
-    entries = [[load_file(i["targets"])["image"] for i in store.fill(p)] for p in (train, judge)]
+    entries = [
+        [load_file(i["targets"])["image"] for i in store.fill(p)] for p in (train, evaluation)
+    ]
     means = [torch.stack([e.float().mean(0) for e in part]) for part in entries]
     before = HERE / f"readout-{budget}.json"
     report = json.loads(before.read_text())["auroc"] if before.exists() else {}
-    report["teacher"] = probed((means[0], means[1]), train, judge)
+    report["teacher"] = probe((means[0], means[1]), train, evaluation)
 
     config = ConfigParser.load_config_files(str(BUNDLES / "cls-finetune/configs/train.json"))
     task = plan["tasks"]["adrenal"]
@@ -80,12 +82,12 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
     backbone = plan["backbones"]["unet_batch"]["backbone"] | {"out_channels": 1}
     config |= {"device": "cpu", "num_workers": 0, "backbone": backbone}
     batches = []
-    for items in (train, judge):  # once for all networks
+    for items in (train, evaluation):  # once for all networks
         config["probe_loader"]["dataset"]["data"] = items
         batches.append(list(ConfigParser(config).get_parsed_content("probe_loader")))
     found = sorted(Path(out, budget).glob("*-unet_batch-*-pretrain-s*/models/model.pt"))
-    finished = HERE / "results" / budget
-    files = [path for path in found if (finished / f"{path.parts[-3]}.json").exists()]
+    finished = results.read(budget)
+    files = [path for path in found if path.parts[-3] in finished]
     for path in [None, *(file for file in files if file.parts[-3] not in report)]:
         torch.manual_seed(0)
         classifier = ConfigParser(config).get_parsed_content("network_def")
@@ -93,7 +95,7 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
             classifier.network.load_state_dict(torch.load(path, weights_only=True))
         parts = [pooled_features(classifier, part, torch.device("cpu"))[0] for part in batches]
         name = path.parts[-3] if path else "scratch"
-        report[name] = probed((parts[0], parts[1]), train, judge)
+        report[name] = probe((parts[0], parts[1]), train, evaluation)
         print(name, {n: sum(v) / DRAWS for n, v in report[name].items()}, flush=True)
     write(f"readout-{budget}", {"score": "held_out", "auroc": report}, HERE)
 

@@ -1,136 +1,48 @@
-"""README.md and its figures from results/*/*.json.
+"""README.md and its figures from results/*.jsonl.gz.
 
 python benchmarks/evidence/tables.py
 """
 
 from __future__ import annotations
 
-import json
-import statistics
+import re
+import sys
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from math import isnan
 from pathlib import Path
 from typing import Any
 
 import yaml
-from differences import Cell, Difference, Record, cells, holm, level, results
-from drawing import curves, forest, metric
-from questions import (
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from evidence import readout_tables, results  # noqa: E402
+from evidence.differences import Cell, Difference, cells, holm, level  # noqa: E402
+from evidence.drawing import curves, forest, metric  # noqa: E402
+from evidence.questions import (  # noqa: E402
     CHOSEN,
     NOISE,
     NOISY,
     SHARE,
     answers,
     compared,
-    few,
+    labels_text,
     points,
     span,
     verdict,
 )
+from evidence.results import Record  # noqa: E402
+from med3dinsight_ext.io.files import write_atomic  # noqa: E402
 
-from med3dinsight_ext.io.files import write_atomic
-
-HERE = Path(__file__).parent
 ORDER = list(yaml.safe_load((HERE / "plan.yaml").read_text())["arms"])
 REFERENCES = ("scratch", "reconstruction")
-JUDGED = {"test": "test cases", "held_out": "development cases that were held out"}
-ARMS = {
-    "scratch": "no pre-training",
-    "scratch_matched": "no pre-training; trained for as long as `default` took for both",
-    "scratch_matched_100": "the same of `default_reconstruction_100`",
-    "reconstruction": "masked reconstruction alone",
-    "reconstruction_unmasked": "reconstruction of what it sees, alone",
-    "cosine_image": "cosine to the image embeddings alone",
-    "info_nce_image": "InfoNCE with images",
-    "info_nce_text": "InfoNCE with texts",
-    "info_nce": "InfoNCE with both",
-    "siglip_image": "SigLIP with images",
-    "siglip_text": "SigLIP with texts",
-    "siglip": "SigLIP with both",
-    "transport_paper": "partial transport as the papers have it: ε 0.03, mass 0.95, Mahalanobis; "
-    "unmasked reconstruction",
-    "transport": "partial transport, ε 0.1, cosine",
-    "transport_sharp": "partial transport, ε 0.03, cosine",
-    "transport_reconstruction": "`transport` and masked reconstruction",
-    "default": "SigLIP with both, and masked reconstruction, at weights of one: the defaults of "
-    "bundles/pretrain until budget `choice`",
-    "residual_image": "regression to what of the image embedding plane and depth do not tell",
-    "residual": "the same with both, and masked reconstruction",
-    "regression_image": "regression to standardised image embeddings alone (not kept)",
-    "regression": "the same with both, and masked reconstruction (not kept)",
-    "default_shuffled": "control: all captions are of other slices",
-    "default_template": "control: texts that name modality, plane and depth alone",
-    "default_untrained_teacher": "control: a teacher with random weights",
-    "default_blank": "control: `siglip` whose student sees zeros",
-    "default_1_slice": "1 slice a volume and step in place of 16",
-    "default_4_slices": "4 slices a volume and step in place of 16",
-    "default_near": "negatives of the same plane and depth alone",
-    **{
-        f"{arm}_reconstruction_{weight}": f"{losses}, and {weight} times masked reconstruction"
-        for arm, losses in {"default": "SigLIP with both", "image": "SigLIP with images"}.items()
-        for weight in (10, 100)
-    },
-    "default_reconstruction_100": "the defaults of bundles/pretrain: SigLIP with both, and masked "
-    "reconstruction at a weight of 100",
-    "default_unmasked_100": "the same that sees all that it reconstructs",
-    "default_pooling": "in PSAT's place the mean of the features at the slice",
-    "default_no_positions": "PSAT asked about planes alone",
-    **{
-        f"default_100_{part}": f"`default_{part}` with the reconstruction weighed by 100"
-        for part in ("untrained_teacher", "pooling", "no_positions")
-    },
-    **{
-        f"{arm}_noise_{share}": f"`{arm}`, {share} % of the captions are of other slices"
-        for arm in NOISY
-        for share in NOISE
-    },
-}
-RULE = f"""The aim counts as reached if, on test cases, the default is above scratch on two of the
-three data sets with few labels (at most {SHARE:.0%}, or 3 cases; the fewest that were run decide)
-by an interval over cases and seeds that excludes zero, on none below scratch with all labels, and
-on none below masked reconstruction with few. Of the sarcomas, CT or MR must win and neither may
-lose. The default is `{CHOSEN}`; until budget `choice` it was `default`. In the table
-stand points above another arm, with the 95 % interval over cases and seeds; bold excludes zero."""
-SET_UP = """## Question and set-up
-
-Does pre-training that a frozen 2D image model and a frozen text model guide improve a 3D network,
-when, and which part of it does? All arms of a table have one network, one schedule and, a seed, the
-same labelled cases; they differ in what `plan.yaml` says of them. The teacher comes by pip:
-EfficientNet-Lite0 (ImageNet) at 128 pixels for images, MiniLM for the captions that a multimodal
-model wrote. Pre-training sees the images of the development cases and no label of them. Whatever
-was chosen was chosen on development cases that were held out."""
-READING = """Scores are per cent, differences are points. A score is the mean over seeds, with its
-95 % interval over cases. Differences are paired by case and by seed: the first interval is over
-cases (how sure for these trainings), the second over cases and seeds (how sure for the next one);
-2000 bootstrap draws each. p is of a paired test over cases, averaged over seeds: for Dice the signs
-of the cases' differences are flipped at random (10 000 times), for AUROC it is DeLong's; corrected
-by Holm for all p of a table. In the figures thick lines are intervals over cases, thin ones over
-cases and seeds, and marks go from the fewest labels (filled) to the most (open). Where a table says
-so the encoder stays frozen and a linear head is fitted to its features; so with the 12 labels of
-adrenal, but not with more."""
-THREATS = """## Threats to validity
-
-- **Small**: small networks, hundreds of steps, low resolution and at most a few hundred volumes. A
-  pre-training of this size may show nothing that a long one would show, and the other way round.
-- **The teacher is no medical model.** An ImageNet tower at 128 pixels sees less in a slice than
-  BiomedCLIP or MedSigLIP would; a line of `plan.yaml` changes it. Captions are those of one
-  multimodal model, and there are some for a part of the slices alone.
-- **In-domain**: pre-training and fine-tuning use the same volumes' images, so that gains on other
-  data may be smaller. Test cases are in neither.
-- **Three to five seeds** make the interval over seeds coarse, and drawing so few again makes it too
-  narrow. A seed also chooses the labelled cases, so that with few labels it is much of the spread.
-- **Short schedules**: 250 steps of fine-tuning leave the transformer far from what it can reach, so
-  that its gain with few labels may be one of time.
-- **One fine-tuning schedule** for all arms: what is best for random weights need not be for others.
-- **Few test cases** of sarcoma (12 CT, 12 MR): only large differences can be seen there.
-- **Many comparisons**: p is corrected within a table and not over tables; the answers to the
-  questions are not corrected at all.
-- **Matched compute** counts processor (or device) seconds of the trainings; making the teacher's
-  embeddings once is not in it."""
+SCORED = {"test": "test cases", "held_out": "development cases that were held out"}
+ARMS: dict[str, str] = yaml.safe_load((HERE / "arms.yaml").read_text())
 
 
 def pair_cells(d: Difference | None, p: float | None) -> str:
+    """Table cells of a difference and its p."""
     if d is None or p is None:
         return "– | –"
     small = "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
@@ -138,7 +50,7 @@ def pair_cells(d: Difference | None, p: float | None) -> str:
 
 
 def table(cell: Cell) -> list[str]:
-    """An arm a row: score, and what it is above each reference."""
+    """A row for each arm: score, and difference to each reference."""
     references = [arm for arm in REFERENCES if arm in cell.arms]
     found = {
         (arm, other): d
@@ -167,6 +79,7 @@ def table(cell: Cell) -> list[str]:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are not None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -226,8 +139,8 @@ def noise(found: Sequence[Cell], records: Sequence[Record]) -> list[str]:
         shares = [0, *NOISE]
         heads = [f"{what}, {share} %" for what in (metric(cell), "R@5") for share in shares]
         lines += [
-            f"Captions of other slices, {cell.task}, {cell.backbone}, {few(cell.labels)} labelled: "
-            "scores, and R@5 of slice → text as above.", "",
+            f"Captions of other slices, {cell.task}, {cell.backbone}, "
+            f"{labels_text(cell.labels)} labelled: scores, and R@5 of slice → text as above.", "",
             f"| loss | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads),
         ]  # fmt: skip
         for base, name in NOISY.items():
@@ -245,6 +158,7 @@ def noise(found: Sequence[Cell], records: Sequence[Record]) -> list[str]:
 
 
 def failures(records: Sequence[Record]) -> list[str]:
+    """Errors of failed runs and of earlier tries."""
     lines = [f"- {r['name']}: {r['error']}" for r in records if "error" in r]
     for r in records:
         lines += [f"- {r['name']}, before it went well: {e}" for e in r.get("failed_before", [])]
@@ -252,12 +166,12 @@ def failures(records: Sequence[Record]) -> list[str]:
 
 
 def panels(found: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells that differ in the number of labels alone."""
+    """Groups of cells that differ in the number of labels alone."""
     return [list(group) for _, group in groupby(found, key=lambda cell: cell.table)]
 
 
 def figures(found: Sequence[Cell]) -> dict[str, tuple[str, list[list[Cell]]]]:
-    """What can be drawn of a budget: name of the file, what it shows, its panels."""
+    """Figures of a budget: what each shows, and its panels, by the name of its file."""
     made = {}
     grown = [g for g in panels(found) if len(g) > 1]
     against = [
@@ -272,21 +186,21 @@ def figures(found: Sequence[Cell]) -> dict[str, tuple[str, list[list[Cell]]]]:
 
 
 def frozen(cell: Cell, records: Sequence[Record]) -> bool:
-    """Whether a table's runs fit a head alone."""
+    """Whether the runs of a table fit the head alone."""
     keys = ("task", "backbone", "variant", "labels")
     ours = [r for r in records if all(r.get(key) == getattr(cell, key) for key in keys)]
     return any(r["settings"].get("mode") == "linear" for r in ours)
 
 
-def section(folder: str, found: Sequence[Cell], records: Sequence[Record]) -> list[str]:
+def section(budget: str, found: Sequence[Cell], records: Sequence[Record]) -> list[str]:
     """Figures, tables, pre-trainings and failures of a budget."""
     scores = dict.fromkeys(r["score"] for r in records if "score" in r)
-    judged = " and ".join(JUDGED[score] for score in scores)
-    lines = [f"### Budget {folder}" + (f", judged on {judged}" if judged else ""), ""]
+    scored = " and ".join(SCORED[score] for score in scores)
+    lines = [f"### Budget {budget}" + (f", judged on {scored}" if scored else ""), ""]
     for name, (shown, _) in figures(found).items():
-        lines += [f"![{folder}: {shown}](figures/{folder}-{name}.png)", ""]
+        lines += [f"![{budget}: {shown}](figures/{budget}-{name}.png)", ""]
     for cell in found:
-        about = f"{cell.task}, {cell.backbone}, {few(cell.labels)} labelled"
+        about = f"{cell.task}, {cell.backbone}, {labels_text(cell.labels)} labelled"
         about += f", {cell.variant}" if cell.variant else ""
         about += ", encoder frozen" if frozen(cell, records) else ""
         lines += [f"**{about}**", "", *table(cell), ""]
@@ -294,6 +208,7 @@ def section(folder: str, found: Sequence[Cell], records: Sequence[Record]) -> li
 
 
 def costs(budgets: dict[str, list[Record]]) -> list[str]:
+    """Command, time and device of each budget."""
     lines = [
         "## Commands and costs",
         "",
@@ -304,127 +219,69 @@ def costs(budgets: dict[str, list[Record]]) -> list[str]:
         "commit |",
         "|---|---:|---:|---:|---:|---|---|",
     ]
-    for folder, records in budgets.items():
+    for budget, records in budgets.items():
         failed = sum("error" in r for r in records)
         hours = sum(r["seconds"] for r in records) / 3600
         cpu = sum(r.get("cpu_seconds", 0) for r in records) / 3600
         words = [", ".join(sorted({r[key] for r in records})) for key in ("device", "commit")]
         lines.append(
-            f"| `python benchmarks/evidence/run.py ../shared/data --budget {folder}` | "
+            f"| `python benchmarks/evidence/run.py ../shared/data --budget {budget}` | "
             f"{len(records)} | {failed} | {hours:.2f} | {cpu:.2f} | {' | '.join(words)} |"
         )
     return lines
 
 
-def prose(path: Path) -> list[str]:
-    """What people wrote of these results, if they did."""
-    return [path.read_text()] if path.exists() else []
-
-
-def readout(path: Path) -> list[str]:
-    """The table of a file that readout.py wrote."""
-    found = json.loads(path.read_text())["auroc"]
-    counts = list(found["scratch"])
-    lines = [
-        f"### Read-outs of budget {path.stem.removeprefix('readout-')}", "",
-        "Linear probes on adrenal, judged on held-out development cases: AUROC, mean of "
-        f"{len(found['scratch'][counts[0]])} draws of labelled cases and of the pre-trainings, and "
-        "the least and greatest of several pre-trainings. The teacher's row is the mean of its "
-        "embeddings over a volume's slices, scratch is a fresh network; the others are the deepest "
-        "features of pre-trained ones. Written by `readout.py`.", "",
-        "| features | pre-trainings | " + " | ".join(f"{n} labelled" for n in counts) + " |",
-        "|---" + "|---:" * (1 + len(counts)) + "|",
-    ]  # fmt: skip
-    for name, group in groupby(sorted(found, key=_network), key=_network):
-        runs = list(group)
-        row = [name, str(len(runs)) if name not in ("scratch", "teacher") else "–"]
-        for n in counts:
-            means = [sum(found[run][n]) / len(found[run][n]) for run in runs]
-            ends = f" ({span((min(means), max(means)), False)})" if len(runs) > 1 else ""
-            row.append(points(sum(means) / len(means), False) + ends)
-        lines.append(f"| {' | '.join(row)} |")
-    return [*lines, "", *_ranked(found)]
-
-
-def _ranked(found: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Arms with three pre-trainings or more on each of two corpora, the best first."""
-    scores: dict[str, dict[str, list[float]]] = {}  # by arm and corpus, one a pre-training
-    for name, by_labels in found.items():
-        if "-pretrain-s" in name:
-            corpus, _, arm = _network(name).split("-")
-            draws = [sum(values) / len(values) for values in by_labels.values()]
-            scores.setdefault(arm, {}).setdefault(corpus, []).append(mean(draws) or 0)
-    means, errors = {}, {}
-    for arm, corpora in scores.items():
-        if len(corpora) > 1 and min(map(len, corpora.values())) > 2:
-            means[arm] = sum(map(statistics.mean, corpora.values())) / len(corpora)
-            parts = [statistics.variance(v) / len(v) for v in corpora.values()]
-            errors[arm] = sum(parts) ** 0.5 / len(corpora)
-    if not means:
-        return []
-    best = sorted(means, key=lambda arm: -means[arm])
-    said = (f"`{arm}` {points(means[arm], False)} ± {points(errors[arm], False)}" for arm in best)
-    return [f"Means of both corpora and both columns, ± standard error: {', '.join(said)}.", ""]
-
-
-def _network(name: str) -> str:
-    """A pre-training's name without its seed."""
-    return name.partition("-pretrain-s")[0]
-
-
 def readme(root: Path = HERE) -> str:
+    """The page: page.md filled with the runs of ``root/results``."""
     budgets = by_budget(root)
     found = {name: cells(name, records, ORDER) for name, records in budgets.items()}
     tested = [c for group in found.values() for c in group if c.score == "test"]
     held = [c for group in found.values() for c in group if c.score != "test"]
     present = {record.get("arm") for records in budgets.values() for record in records}
-    lines = ["# Evidence: does it help, when, and which part?", ""]
-    lines += verdict(tested, list(dict.fromkeys([CHOSEN, "default"])))
-    lines += [RULE, "", "Written by `tables.py` from `results/*/*.json`.", "", SET_UP, ""]
-    lines += ["| arm | what it is |", "|---|---|"]
+    sections: dict[bool, list[str]] = {True: [], False: []}  # by whether there are test cases
+    for name, records in budgets.items():
+        on_test = any(cell.score == "test" for cell in found[name])
+        sections[on_test] += section(name, found[name], records)
+    held_answers = [line for line in answers(held) if not line.endswith("Not run yet.")]
+    summary = "<details><summary>The questions above, on these runs</summary>"
     shown = [arm for arm in ORDER if arm in present]
-    lines += [f"| {arm} | {ARMS.get(arm, 'as `plan.yaml` says')} |" for arm in shown] + [""]
-    lines += [
-        "## Which part?", "",
-        "On test cases. Points and 95 % intervals over cases and seeds; an interval that excludes "
-        "zero decides. Means are over tasks, backbones, variants and pairs of arms.", "",
-        *answers(tested), "",
-    ]  # fmt: skip
-    lines += [*prose(root / "findings.md"), "## Results", "", READING, ""]
-    for name, records in budgets.items():
-        if any(cell.score == "test" for cell in found[name]):
-            lines += section(name, found[name], records)
-    if not tested:
-        lines += ["Not run yet.", ""]
-    lines += [
-        "## Choices", "",
-        "Judged on development cases; kept apart, since these runs favour what they chose.", "",
-    ]  # fmt: skip
-    lines += prose(root / "choices.md")
-    for path in sorted(root.glob("readout-*.json")):
-        lines += readout(path)
-    if held:
-        lines += ["<details><summary>The questions above, on these runs</summary>", ""]
-        lines += [line for line in answers(held) if not line.endswith("Not run yet.")]
-        lines += ["", "</details>", ""]
-    for name, records in budgets.items():
-        if not any(cell.score == "test" for cell in found[name]):
-            lines += section(name, found[name], records)
-    return "\n".join([*lines, THREATS, "", *costs(budgets), ""])
+    readouts = sorted(root.glob("readout-*.json"))
+    blocks: dict[str, Iterable[str]] = {
+        "verdict": verdict(tested, list(dict.fromkeys([CHOSEN, "default"]))),
+        "arms": [f"| {arm} | {ARMS[arm]} |" for arm in shown],
+        "answers": answers(tested),
+        "findings": prose(root / "findings.md"),
+        "tested": sections[True] if tested else ["Not run yet."],
+        "choices": prose(root / "choices.md"),
+        "readouts": chain.from_iterable(map(readout_tables.table, readouts)),
+        "held_answers": [summary, "", *held_answers, "", "</details>"] if held else [],
+        "held": sections[False],
+        "costs": costs(budgets),
+    }
+    text = {name: "\n".join(lines).strip("\n") for name, lines in blocks.items()}
+    page = (HERE / "page.md").read_text().format(share=SHARE, chosen=CHOSEN, **text)
+    return re.sub(r"\n{3,}", "\n\n", page)  # of blocks that are empty
+
+
+def prose(path: Path) -> list[str]:
+    """Lines of a file that people wrote; none if it does not exist."""
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def by_budget(root: Path) -> dict[str, list[Record]]:
-    folders = sorted(path for path in (root / "results").iterdir() if any(path.glob("*.json")))
-    return {path.name: results(path) for path in folders}
+    """Records of each budget."""
+    folder = root / "results"
+    found = {name: list(results.read(name, folder).values()) for name in results.budgets(folder)}
+    return {name: records for name, records in found.items() if records}
 
 
 def draw(root: Path = HERE) -> None:
-    """Write the figures that the page shows."""
+    """Write the figures of the page."""
     (root / "figures").mkdir(exist_ok=True)
-    for folder, records in by_budget(root).items():
-        for name, (_, groups) in figures(cells(folder, records, ORDER)).items():
+    for budget, records in by_budget(root).items():
+        for name, (_, groups) in figures(cells(budget, records, ORDER)).items():
             figure = curves(groups) if name == "curves" else forest(groups, ORDER)
-            figure.savefig(root / "figures" / f"{folder}-{name}.png", dpi=150)
+            figure.savefig(root / "figures" / f"{budget}-{name}.png", dpi=150)
 
 
 if __name__ == "__main__":

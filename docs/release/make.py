@@ -18,7 +18,6 @@ import fire
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 from bench_finetune import trained  # noqa: E402
-
 from med3dinsight_ext.publishing.publish import publish  # noqa: E402
 from med3dinsight_ext.publishing.verify import verify  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
