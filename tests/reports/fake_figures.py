@@ -1,0 +1,49 @@
+"""Inputs of figures that several tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from med3dinsight_ext.metrics.retrieval import retrieval
+from med3dinsight_ext.reports.retrieval import Hit, Slice
+
+EVENTS = [
+    {"epoch": 1, "loss": 3.0, "image": 2.0, "reconstruction": 1.0},
+    {"epoch": 2, "loss": 2.0, "image": 1.5, "reconstruction": 0.5},
+    {"epoch": 2, "image_within_r1": 0.4, "image_within_r1_chance": 0.1, "text_all_r1": 0.2},
+]
+
+
+def retrieved(rows: int = 2, columns: int = 3, size: int = 8) -> list[tuple[Slice, list[Hit]]]:
+    image = np.random.default_rng(0).random((size, size))
+    slices = [Slice(image, i % 3, 0.25, f"volume_{i}") for i in range(columns)]
+    hits = [Hit(s, 0.9 - 0.1 * i, i == 1) for i, s in enumerate(slices)]
+    return [(slices[0]._replace(caption="A caption of $5 & <b>"), hits)] * rows
+
+
+def prompts() -> tuple[dict, dict]:
+    position = np.linspace(0.05, 0.95, 10)
+    score = -((position - 0.65) ** 2)
+    image = np.zeros((5, 7))
+    return (
+        {text: {plane: (position, score) for plane in range(3)} for text in ("heart", "liver")},
+        {text: {plane: image for plane in range(3)} for text in ("heart", "liver")},
+    )
+
+
+def retrieval_metrics() -> dict[str, float]:
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(60, 6, generator=g)
+    noisy = y + torch.randn(60, 6, generator=g)
+    place = (
+        torch.arange(60) % 3,
+        torch.rand(60, generator=g),
+        torch.zeros(60).long(),
+        torch.arange(60) // 6,
+    )
+    rows: dict[str, float] = {}
+    for scope in ("all", "within"):
+        row = retrieval(noisy, y, *place, within=scope == "within")
+        rows |= {f"image_{scope}_{key}": value for key, value in row.items()}
+    return rows
