@@ -101,22 +101,12 @@ def finetune(root: Path, folder: Path, weights: Path, **overrides: Any) -> dict[
     return found
 
 
-class Timer:
-    """Seconds of each named step, and since the first."""
-
-    def __init__(self) -> None:
-        self.begin = time.perf_counter()
-        self.steps: dict[str, float] = {}
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.steps[name] = time.perf_counter() - start
-
-    def __str__(self) -> str:
-        steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.steps.items())
-        return f"{time.perf_counter() - self.begin:.0f} s: {steps}"
+@contextmanager
+def timed(times: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds of a step to ``times``."""
+    start = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - start
 
 
 def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int = 0) -> None:
@@ -129,27 +119,32 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
         out: folder to write.
         max_epochs: instead of quickstart.yaml's.
     """
-    timer, folder = Timer(), Path(out)
+    times: dict[str, float] = {}
+    begin, folder = time.perf_counter(), Path(out)
     epochs = {"max_epochs": max_epochs} if max_epochs else {}
-    with timer.step("read the folder" if data else "make the cohort"):
+    with timed(times, "read the folder" if data else "make the cohort"):
         root = Path(data) if data else make_cohort(folder / "data")
-        settings = pretrain_settings(root, folder / "pretrain") | epochs
+        settings: dict[str, Any] = {"bundle_root": str(folder / "pretrain")}
+        settings |= {"dataset_dir": str(root)}
+        files = {"split": root / "split.json", "captions": root / "captions.jsonl"}
+        settings |= {key: str(file) for key, file in files.items() if file.exists()}
         if data:
             spacing = fitting_spacing(datalists.datalist(root))
             settings |= {"spacing": [spacing] * 3, "val_fraction": 0.25}
+        settings |= epochs
     base = ["train.json", "quickstart.yaml"]
-    with timer.step("embed"):
+    with timed(times, "embed"):
         bundle_run("pretrain", [*base, "embed.json"], **settings)
-    with timer.step("pre-train"):
+    with timed(times, "pre-train"):
         bundle_run("pretrain", base, **settings)
-    with timer.step("evaluate"):
+    with timed(times, "evaluate"):
         evaluated = bundle_run("pretrain", [*base, "evaluate.json"], **settings)
     items = evaluated.parser.get_parsed_content("val_items")
-    with timer.step("text prompts"):
+    with timed(times, "text prompts"):
         score_prompts(folder / "pretrain" / "eval", items[0], settings)
     values = pretrain_values(evaluated, folder / "pretrain" / "eval")
     if not data:
-        with timer.step("fine-tune twice"):
+        with timed(times, "fine-tune twice"):
             weights = folder / "pretrain" / "models" / "model.pt"
             arms = finetune(root, folder, weights, **epochs)
         values |= {
@@ -157,22 +152,16 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
             "test_cases": arms["scratch"]["cases"],
             "overlays": folder / "pretrained" / "eval" / "overlays.png",
         }
+    steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items())
     facts = {
         "data": f"{root}, {len(items)} volumes held out for the tables below",
         "network": type(evaluated.parser.get_parsed_content("backbone")).__name__,
         "epochs": values["epochs"],
-        "time": str(timer),
+        "time": f"{time.perf_counter() - begin:.0f} s: {steps}",
     }
     page = folder / "report.html"
     write_page(page, "quickstart.html", title="Med3DInsight quickstart", facts=facts, **values)
     print(f"\nreport: {page} ({facts['time']})")
-
-
-def pretrain_settings(root: Path, bundle_root: Path) -> dict[str, Any]:
-    """Overrides of the pretrain bundle for a folder of volumes."""
-    settings: dict[str, Any] = {"bundle_root": str(bundle_root), "dataset_dir": str(root)}
-    files = {"split": root / "split.json", "captions": root / "captions.jsonl"}
-    return settings | {key: str(path) for key, path in files.items() if path.exists()}
 
 
 def score_prompts(folder: Path, item: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -153,6 +153,11 @@ class Summary:
         rows = (item[-1] for kind in self._kept if kind[2] == status for item in self._kept[kind])
         return list(dict.fromkeys(row.raw for row in rows))[:most]
 
+    def most_repeated(self, most: int) -> list[tuple[int, str, str]]:
+        """Count, source and text of the most frequent captions that are used repeatedly."""
+        keys = heapq.nlargest(most, self.again, key=lambda key: self.texts[key])
+        return [(self.texts[key], *self.again[key]) for key in keys]
+
     def repeated(self, source: str | None = None) -> float:
         """Fraction of the captions, of all or of one source, whose text is repeated."""
         keys = [key for key, (by, _) in self.again.items() if source in (None, by)]

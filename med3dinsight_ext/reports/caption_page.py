@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from med3dinsight_ext.data.slicing import PLANES, depth
@@ -129,9 +129,8 @@ def page_values(summary: Summary) -> dict[str, Any]:
         "Modality": dict(sorted(summary.modalities.items())),
         "Captioner": {name: summary.sources[source] for source, name in names.items()},
     }
-    repeated = heapq.nlargest(5, summary.again, key=lambda key: summary.texts[key])
     cards = slice_cards(summary.drawn(), names)
-    options = {name: Counter(card.data[name] for card in cards) for name in FILTERS}
+    options = {name: Counter(card[name] for card in cards) for name in FILTERS}
     return {
         "total": total,
         "groups": {group: rows for group, rows in groups.items() if len(rows) > 1},
@@ -140,8 +139,8 @@ def page_values(summary: Summary) -> dict[str, Any]:
         "similarity": similarity_text(summary),
         "histograms": histograms(summary, names) if total.captions else None,
         "repeated": [
-            (summary.texts[key], names[summary.again[key][0]], short(summary.again[key][1], 600))
-            for key in repeated
+            (count, names[source], short(text, 600))
+            for count, source, text in summary.most_repeated(5)
         ],
         "rejected": [
             (status, short(raw, 300)) for status in total.rejected for raw in summary.raw(status)
@@ -163,22 +162,8 @@ def source_facts(summary: Summary, source: str) -> dict[str, str]:
     }
 
 
-class SliceCard(NamedTuple):
-    """A slice, its picture (data URI, or why there is none), and its texts on the page.
-
-    data: what filters and sorting use. notes: lines below the caption.
-    """
-
-    record: SliceRecord
-    picture: str
-    alt: str
-    notes: list[str]
-    raw: str
-    data: dict[str, str]
-
-
-def slice_cards(records: Sequence[SliceRecord], names: Mapping[str, str]) -> list[SliceCard]:
-    """A card for each slice.
+def slice_cards(records: Sequence[SliceRecord], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What the page shows of each slice.
 
     Args:
         records: those of one image in a row.
@@ -186,27 +171,19 @@ def slice_cards(records: Sequence[SliceRecord], names: Mapping[str, str]) -> lis
     """
     images = list(dict.fromkeys(record.image for record in records))
     volumes = dict(zip(images, case_names(images), strict=True))
-    cards = []
-    for record, picture in zip(records, pictures(records), strict=True):
-        similarity = record.similarity
-        data = {
+    return [
+        record._asdict()
+        | {
             "plane": PLANES[record.plane],
-            "modality": record.modality,
-            "status": record.status,
+            "depth": depth(record.plane, record.position),
             "captioner": names[record.source],
-            "similarity": "" if similarity is None else f"{similarity:.4f}",
+            "similarity": "" if record.similarity is None else f"{record.similarity:.4f}",
+            "raw": short(record.raw, 300),
+            "volume": volumes[record.image],
+            "picture": picture,
         }
-        place = f"{data['plane']}, {depth(record.plane, record.position)}"
-        notes = [
-            f"{record.modality}, {place}",
-            f"position {record.position:.2f}, slice {record.number}",
-            volumes[record.image],
-            *([] if similarity is None else [f"similarity {similarity:.3f}"]),
-            *([data["captioner"]] if len(names) > 1 else []),
-        ]
-        alt = f"{place}, of {volumes[record.image]}"
-        cards.append(SliceCard(record, picture, alt, notes, short(record.raw, 300), data))
-    return cards
+        for record, picture in zip(records, pictures(records), strict=True)
+    ]
 
 
 @rc_context(STYLE)
@@ -232,6 +209,7 @@ def histograms(summary: Summary, names: Mapping[str, str]) -> Figure:
             ax.stairs(height, edges / unit, color=color, label=name, linewidth=1.4)
             ax.stairs(height, edges / unit, color=color, fill=True, alpha=0.2)
         ax.set(xlabel=label, ylim=(0, None))
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("slices")
     if len(names) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +24,7 @@ from med3dinsight_ext.reports.classification_figures import (
 )
 from med3dinsight_ext.reports.figures import save_png
 from med3dinsight_ext.reports.formatting import percent, short
-from med3dinsight_ext.reports.pages import write_page, write_text
+from med3dinsight_ext.reports.pages import write_csv, write_page, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +135,10 @@ class ClassificationReport:
         if idist.get_rank() == 0:
             device = getattr(engine.state, "device", "cpu")
             chosen = self.candidates({name: rows[name] for name in images})
-            self.write_metrics(result)
+            strict = json.loads(json.dumps(result), parse_constant=lambda _: None)  # NaN to null
+            write_text(self.output_dir / "metrics.json", json.dumps(strict, indent=1))
             maps = [self.show(name, rows[name], images[name], device) for name in chosen]
             self.write_report(result, probability, label, len(rows), maps)
-
-    def write_metrics(self, result: Mapping[str, Any]) -> None:
-        strict = json.loads(json.dumps(result), parse_constant=lambda _: None)  # NaN becomes null
-        write_text(self.output_dir / "metrics.json", json.dumps(strict, indent=1))
 
     def write_report(
         self,
@@ -171,14 +166,13 @@ class ClassificationReport:
         logger.info(f"{len(label)} cases: {values}; wrote {page}")
 
     def write_cases(self, rows: Mapping[str, Row]) -> None:
-        names, buffer = self.class_names, io.StringIO()
-        table = csv.writer(buffer, lineterminator="\n")
-        table.writerow(["image", "label", "prediction", *(f"p_{name}" for name in names)])
+        names = self.class_names
+        table = [["image", "label", "prediction", *(f"p_{name}" for name in names)]]
         for image, (probability, label) in rows.items():
             truth = "" if label is None else names[label]
             predicted = names[int(probability.argmax())]
-            table.writerow([image, truth, predicted, *(f"{p:.6g}" for p in probability.tolist())])
-        write_text(self.output_dir / "cases.csv", buffer.getvalue())
+            table.append([image, truth, predicted, *(f"{p:.6g}" for p in probability.tolist())])
+        write_csv(self.output_dir / "cases.csv", table)
         logger.info(f"wrote {self.output_dir / 'cases.csv'} with {len(rows)} cases")
 
     def show(self, name: str, row: Row, image: MetaTensor, device: Any) -> ActivationMap:

@@ -12,6 +12,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from monai.data import MetaTensor
 from torch import Tensor
 
@@ -87,6 +88,7 @@ def calibration_figure(probability: Tensor, label: Tensor) -> Figure:
     ax.legend(loc="upper left")
     below.bar((np.arange(BINS) + 0.5) / BINS, count, 0.9 / BINS, color=BLUE)
     below.set(xlabel="probability of the predicted class", ylabel="cases")
+    below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     figure.set_label(f"Calibration; expected error {percent(float(error))} per cent")
     return figure
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
+import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,13 @@ environment.filters |= {
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file; it is complete or absent."""
     write_atomic(Path(path), lambda draft: draft.write_bytes(text.encode("utf-8", "replace")))
+
+
+def write_csv(path: str | Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write rows as a CSV file; it is complete or absent."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    write_text(path, buffer.getvalue())
 
 
 def write_page(path: str | Path, template: str, **values: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
@@ -17,7 +15,7 @@ from ignite.engine import Engine, Events
 from med3dinsight_ext.metrics.segmentation import SCORES, case_scores, summary
 from med3dinsight_ext.reports.figures import save_png
 from med3dinsight_ext.reports.formatting import case_names, number
-from med3dinsight_ext.reports.pages import write_page, write_text
+from med3dinsight_ext.reports.pages import write_csv, write_page, write_text
 from med3dinsight_ext.reports.segmentation_figures import Case, boxes, overlays, three_slices
 
 DIGITS = {"dice": 3, "nsd": 3, "hd95": 1}
@@ -93,13 +91,11 @@ class SegmentationReport:
     def write_files(self, cases: Sequence[Case], found: Mapping[str, Any]) -> None:
         """Write the numbers first: the overlays need the images, which may have gone."""
         names = case_names([case.image for case in cases])
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["case", "image", "class", "dice", "nsd", "hd95_mm"])
+        table: list[list[object]] = [["case", "image", "class", "dice", "nsd", "hd95_mm"]]
         for name, case in zip(names, cases, strict=True):
             for label, row in case.scores.items():
-                writer.writerow([name, case.image, label, *(row[key] for key in SCORES)])
-        write_text(self.output_dir / "cases.csv", table.getvalue())
+                table.append([name, case.image, label, *(row[key] for key in SCORES)])
+        write_csv(self.output_dir / "cases.csv", table)
         result = {"cases": len(cases), "tolerance_mm": self.tolerance, **found}
         text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
         write_text(self.output_dir / "metrics.json", text)

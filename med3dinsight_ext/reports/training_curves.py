@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from med3dinsight_ext.reports.figures import BLUE, DASHED, INK, ORANGE, SKY, STYLE, VERMILION
 from med3dinsight_ext.reports.retrieval import TASKS
@@ -60,6 +60,7 @@ def curves(events: Sequence[Mapping[str, float]]) -> Figure:
         ax.set_title(final[-1], loc="left")
         ax.margins(x=0.02)
         ax.locator_params(nbins=4)
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if scores:
         ax = parts[-1].subplots()
         for key in scores:
@@ -70,6 +71,7 @@ def curves(events: Sequence[Mapping[str, float]]) -> Figure:
         ax.set_title("R@1 on held-out volumes", loc="left")
         ax.set(xlabel="epoch", ylim=(0, None))
         ax.margins(x=0.02)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.yaxis.set_major_formatter(PercentFormatter(1))
         parts[-1].legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.set_label(f"Curves over {len(rows)} epochs; at the end " + ", ".join(final))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 
 from med3dinsight_ext.metrics.retrieval import retrieval
 from med3dinsight_ext.reports.retrieval import Hit, Slice
+from med3dinsight_ext.training.inferers import PlaneScores
 
 EVENTS = [
     {"epoch": 1, "loss": 3.0, "image": 2.0, "reconstruction": 1.0},
@@ -22,14 +24,14 @@ def retrieved(rows: int = 2, columns: int = 3, size: int = 8) -> list[tuple[Slic
     return [(slices[0]._replace(caption="A caption of $5 & <b>"), hits)] * rows
 
 
-def prompts() -> tuple[dict, dict]:
-    position = np.linspace(0.05, 0.95, 10)
+def prompts() -> tuple[dict[str, dict[int, PlaneScores]], MetaTensor]:
+    """Scores of two prompts, best at 0.65, and their volume."""
+    position = torch.arange(10) / 10 + 0.05
     score = -((position - 0.65) ** 2)
-    image = np.zeros((5, 7))
-    return (
-        {text: {plane: (position, score) for plane in range(3)} for text in ("heart", "liver")},
-        {text: {plane: image for plane in range(3)} for text in ("heart", "liver")},
-    )
+    score[2] = float("nan")
+    planes = {k: PlaneScores(position, position, score, score, 6) for k in range(3)}
+    image = MetaTensor(torch.rand(1, 8, 10, 12), affine=torch.eye(4))
+    return {"heart": planes, "liver": planes}, image
 
 
 def retrieval_metrics() -> dict[str, float]:

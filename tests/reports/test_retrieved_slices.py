@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
 from fake_figures import retrieval_metrics, retrieved
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
+from monai.data import MetaTensor
 
+from med3dinsight_ext.models.student import StudentOutput
 from med3dinsight_ext.reports.figures import GREEN
 from med3dinsight_ext.reports.pages import environment
-from med3dinsight_ext.reports.retrieval import TASKS, gallery, retrieval_tasks
+from med3dinsight_ext.reports.retrieval import TASKS, gallery, retrieval_tasks, retrieved_slices
 
 
 def table_html(metrics: dict[str, float], control: dict[str, float] | None = None) -> str:
@@ -63,3 +69,29 @@ def test_a_query_may_find_fewer_slices() -> None:
     rows = retrieved(rows=2)
     rows[1] = (rows[1][0], rows[1][1][:1])
     assert [len(ax.images) for ax in gallery(rows).get_axes()] == [1, 0, 1, 1, 1, 1, 0, 1, 0, 0]
+
+
+def test_queries_are_ranked_by_the_similarity_of_their_tokens(tmp_path: Path) -> None:
+    plane = torch.arange(3).repeat_interleave(4)
+    position = torch.full((12,), 0.1)
+    targets = torch.eye(24).split(12)
+    dataset = []
+    for i, target in enumerate(targets):
+        slices = [{"caption": "seen" if k == 9 else None} for k in range(12)]
+        entry = {"image": f"/d/v{i}.nii.gz", "slices": slices}
+        (tmp_path / f"{i}.json").write_text(json.dumps(entry))
+        image = MetaTensor(torch.rand(1, 6, 7, 8), affine=torch.eye(4))
+        item = {"image": image, "plane": plane, "position": position, "image_target": target}
+        dataset.append(item | {"targets": tmp_path / f"{i}.safetensors"})
+    tokens = iter(targets)
+
+    def inferer(*_: object) -> StudentOutput:
+        return StudentOutput({"image": 3 * next(tokens)[None]}, None, None)
+
+    rows = retrieved_slices(dataset, torch.nn.Identity(), inferer, torch.device("cpu"))
+    assert [query.plane for query, _ in rows] == [2, 1, 0, 2]
+    assert rows[0][0].caption == rows[3][0].caption == "seen"  # preferred, where there are any
+    for query, (first, *others) in rows:
+        assert first.correct and first.slice is query and first.similarity == pytest.approx(1)
+        assert all(hit.slice.plane == query.plane and not hit.correct for hit in others)
+        assert len(others) == 4

@@ -4,16 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from fake_figures import prompts
 from ignite.engine import Engine
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
-from monai.data import MetaTensor
 
 from med3dinsight_ext.reports.figures import PLANE_COLORS
 from med3dinsight_ext.reports.text_scores import TextScoreFigures, text_curves
-from med3dinsight_ext.training.inferers import PlaneScores, TextScores
+from med3dinsight_ext.training.inferers import TextScores
 
 
 def test_text_curves_mark_the_best_slice_of_each_plane() -> None:
@@ -32,13 +30,10 @@ def test_text_curves_mark_the_best_slice_of_each_plane() -> None:
 
 
 def test_a_png_is_drawn_from_the_token_writers_scores(tmp_path: Path) -> None:
-    image = MetaTensor(torch.rand(1, 8, 10, 12), affine=torch.eye(4))
-    position = (torch.arange(5) + 0.5) / 5
-    score = torch.tensor([0.1, float("nan"), 0.9, 0.3, 0.2])
-    planes = {k: PlaneScores(position, position, score, score, 2) for k in range(3)}
+    scored, image = prompts()
     engine = Engine(lambda *_: {"text_scores": scores})
     TextScoreFigures().attach(engine)
-    scores = [TextScores(tmp_path / "new" / "case", image, {"heart": planes})]
+    scores = [TextScores(tmp_path / "new" / "case", image, scored)]
     engine.run([0])
     assert os.listdir(tmp_path / "new") == ["case_text.png"]
     assert imread(tmp_path / "new" / "case_text.png").std() > 0.05
