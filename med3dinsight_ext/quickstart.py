@@ -172,7 +172,7 @@ def score_prompts(folder: Path, item: dict[str, Any], settings: dict[str, Any]) 
         item: the volume.
         settings: of the training.
     """
-    datalist = folder / "asked.jsonl"
+    datalist = folder / "prompted.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     datalist.write_text(json.dumps({key: item[key] for key in ("image", "modality")}) + "\n")
     kept = {key: settings[key] for key in ("bundle_root", "spacing") if key in settings}

@@ -6,11 +6,13 @@ import heapq
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
+
+import numpy as np
 
 from med3dinsight_ext.data.slicing import PLANES, plane_number
 
@@ -195,11 +197,6 @@ def read_entry(path: Path) -> list[SliceRecord]:
     return rows
 
 
-def percentile(counts: Mapping[int, int], share: float) -> int:
+def percentile(counts: Counter[int], share: float) -> int:
     """The smallest value not exceeded by at least this fraction of the counted ones."""
-    left = share * sum(counts.values())
-    for value in sorted(counts):
-        left -= counts[value]
-        if left <= 0:
-            break
-    return value
+    return int(np.quantile(list(counts.elements()), share, method="inverted_cdf"))

@@ -99,7 +99,7 @@ class ClassificationReport:
             if number >= len(self.class_names):
                 raise ValueError(
                     f"label must be the index of one of {self.class_names}, got {number} of "
-                    f"{name}; convert the items with data.class_items"
+                    f"{name}; convert the items with datalists.class_items"
                 )
             self.rows[name] = Row(probability.double(), None if number < 0 else number)
             if self.cam is not None:

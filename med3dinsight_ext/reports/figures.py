@@ -21,23 +21,16 @@ BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"  # colours of Okabe and
 SKY, ORANGE = "#56B4E9", "#E69F00"
 PLANE_COLORS = (BLUE, VERMILION, GREEN)
 DASHED: dict[str, Any] = {"linestyle": (0, (3, 2)), "linewidth": 1}
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
+STYLE: dict[str, Any] = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("font.size", "axes.titlesize"), 9),
     "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": INK,
     "grid.alpha": 0.12,
-    "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "text.color": INK,
     "text.parse_math": False,  # a caption may hold dollar signs
-    "xtick.color": INK,
-    "ytick.color": INK,
 }
 
 
