@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from questions import CASES, CHOSEN, MAIN, few
 
-from med3dinsight_ext.reports.report import BLUE, GREEN, INK, ORANGE, SKY, STYLE, VERMILION
+from med3dinsight_ext.reports.figures import BLUE, GREEN, INK, ORANGE, SKY, STYLE, VERMILION
 
 HELD_OUT = 0.75  # share of the cases that train where a quarter is held out
 LOOKS: dict[str, dict[str, Any]] = {  # the same in all panels; other arms are in the tables alone
