@@ -1,4 +1,4 @@
-"""Says what of an installation works, and what to install for the rest."""
+"""Checks an installation and a dataset, and prints what to install."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXTRAS = {
 
 
 def doctor(data: str | None = None) -> None:
-    """Check the environment and, if asked, every volume of a dataset.
+    """Check the environment and, if given, every volume of a dataset.
 
     Args:
         data: folder, Decathlon JSON, JSONL, CSV or npz, as for ``--dataset_dir``.

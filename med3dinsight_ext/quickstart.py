@@ -1,26 +1,26 @@
-"""The whole method in one command, by the bundle's own workflows, ending in one HTML report."""
+"""The whole method in one command: runs the bundles' workflows and writes one HTML report."""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
-import torch.nn.functional as F
 from monai.bundle import ConfigWorkflow
-from monai.data import MetaTensor
 
-from med3dinsight_ext.data import datalists, slicing
+from med3dinsight_ext.data import datalists
 from med3dinsight_ext.data.demo_cohort import make_cohort
-from med3dinsight_ext.metrics.retrieval import depth_group
-from med3dinsight_ext.reports import report
+from med3dinsight_ext.reports.pages import write_page
+from med3dinsight_ext.reports.retrieval import TASKS, gallery, retrieval_tasks, retrieved_slices
+from med3dinsight_ext.reports.segmentation_figures import dice_comparison
+from med3dinsight_ext.reports.training_curves import curves
 from med3dinsight_ext.training.history import read_history
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
@@ -29,6 +29,7 @@ PROMPTS = (
     "frontal lobes",
     "a hyperintense lesion",
 )
+ARMS = {"scratch": "from scratch", "pretrained": "pre-trained"}
 PATCH = 48  # voxels a side, as in quickstart.yaml
 
 
@@ -44,7 +45,7 @@ def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkfl
     missing = [file for file in files if not Path(file).exists()]
     if missing:
         raise ValueError(
-            f"quickstart must find the bundles, got no {missing[0]}; run it from a clone of the "
+            f"bundles must lie beside the package, got no {missing[0]}; run from a clone of the "
             "repository that was installed with pip install -e"
         )
     short = [os.path.relpath(file) for file in files]
@@ -60,7 +61,7 @@ def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkfl
 
 
 def quoted(value: object) -> str:
-    """A value as a shell takes it, in double quotes if it needs any."""
+    """A value for a shell, in double quotes if it needs any."""
     text = str(value)
     return text if re.fullmatch(r"[\w./:-]+", text) else f'"{text}"'
 
@@ -74,67 +75,8 @@ def fitting_spacing(items: list[dict[str, Any]]) -> float:
     return round(float(np.median(extents)) / PATCH, 2)
 
 
-def gallery_rows(workflow: ConfigWorkflow, queries: int = 4, found: int = 5) -> list[Any]:
-    """Queries from held-out volumes with the slices whose image embedding is nearest their token.
-
-    Candidates share the query's plane and depth bin, as in the table's "within" rows.
-    """
-    dataset, student, inferer, device = (
-        workflow.parser.get_parsed_content(key)
-        for key in ("validate::dataset", "student", "validate::inferer", "device")
-    )
-    student.eval()
-    tokens, targets, group, shown = [], [], [], []
-    for item in dataset:
-        volume: MetaTensor = item["image"]
-        plane, position = item["plane"], item["position"]
-        with torch.no_grad():
-            out = inferer(
-                volume.as_tensor()[None].to(device), student, plane[None].to(device),
-                position[None].to(device),
-            )  # fmt: skip
-        tokens.append(out.tokens.get("image", out.tokens.get("joint"))[0].cpu())
-        targets.append(item["image_target"])
-        group.append(depth_group(plane, position, 4))
-        about = json.loads(Path(item["targets"]).with_suffix(".json").read_text())
-        name = Path(about["image"]).name.split(".")[0]
-        texts = [known["caption"] or "" for known in about["slices"]]
-        spacing = volume.pixdim.tolist()
-        for i, (p, t) in enumerate(zip(plane.tolist(), position.tolist(), strict=True)):
-            image = slicing.cut(volume.as_tensor(), spacing, p, position[i : i + 1], 96)[0, 0]
-            caption = texts[i] if len(texts) == len(plane) else ""
-            shown.append(report.Slice(image.numpy(), p, t, name, caption))
-    token, target, groups = torch.cat(tokens), torch.cat(targets), torch.cat(group)
-    score = F.normalize(token, dim=1) @ target.mT
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for plane in (2, 1, 0, 2)[:queries]:
-        mine = torch.tensor([i for i, s in enumerate(shown) if s.plane == plane and s.caption])
-        if not len(mine):
-            mine = torch.tensor([i for i, s in enumerate(shown) if s.plane == plane])
-        query = int(mine[torch.randint(len(mine), (1,), generator=generator)])
-        peers = (groups == groups[query]).nonzero().flatten()
-        best = peers[score[query, peers].argsort(descending=True)[:found]].tolist()
-        rows.append(
-            (
-                shown[query],
-                [report.Found(shown[i], float(score[query, i]), i == query) for i in best],
-            )
-        )
-    return rows
-
-
-def picture(path: Path, alt: str) -> str:
-    """A PNG as inline HTML."""
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{alt}" style="width:100%" src="data:image/png;base64,{content}">'
-
-
-ARMS = {"scratch": "from scratch", "pretrained": "pre-trained"}
-
-
 def finetune(root: Path, folder: Path, weights: Path, **overrides: Any) -> dict[str, Any]:
-    """Train a segmenter on few labels, from scratch and from weights, on one schedule.
+    """Train and evaluate a segmenter on few labels, from scratch and from weights.
 
     Args:
         root: a cohort with labels, dataset.json and split.json.
@@ -159,8 +101,16 @@ def finetune(root: Path, folder: Path, weights: Path, **overrides: Any) -> dict[
     return found
 
 
+@contextmanager
+def timed(times: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds of a step to ``times``."""
+    start = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - start
+
+
 def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int = 0) -> None:
-    """Embed, pre-train, evaluate, ask with text, fine-tune, and write out/report.html.
+    """Embed, pre-train, evaluate, score text prompts, fine-tune, and write out/report.html.
 
     Args:
         data: folder of .nii or .nii.gz volumes, with captions.jsonl and split.json beside them if
@@ -169,108 +119,86 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
         out: folder to write.
         max_epochs: instead of quickstart.yaml's.
     """
-    begin = time.perf_counter()
-    folder = Path(out)
-    root = Path(data) if data else make_cohort(folder / "data")
-    more: dict[str, Any] = {"bundle_root": str(folder / "pretrain"), "dataset_dir": str(root)}
-    for key, name in (("split", "split.json"), ("captions", "captions.jsonl")):
-        if (root / name).exists():
-            more[key] = str(root / name)
-    if data:
-        spacing = fitting_spacing(datalists.datalist(root))
-        more |= {"spacing": [spacing] * 3, "val_fraction": 0.25}
-    if max_epochs:
-        more |= {"max_epochs": max_epochs}
+    times: dict[str, float] = {}
+    begin, folder = time.perf_counter(), Path(out)
+    epochs = {"max_epochs": max_epochs} if max_epochs else {}
+    with timed(times, "read the folder" if data else "make the cohort"):
+        root = Path(data) if data else make_cohort(folder / "data")
+        settings: dict[str, Any] = {"bundle_root": str(folder / "pretrain")}
+        settings |= {"dataset_dir": str(root)}
+        files = {"split": root / "split.json", "captions": root / "captions.jsonl"}
+        settings |= {key: str(file) for key, file in files.items() if file.exists()}
+        if data:
+            spacing = fitting_spacing(datalists.datalist(root))
+            settings |= {"spacing": [spacing] * 3, "val_fraction": 0.25}
+        settings |= epochs
     base = ["train.json", "quickstart.yaml"]
-    times = {"make the cohort" if not data else "read the folder": time.perf_counter() - begin}
-
-    def step(name: str, overlays: list[str], **extra: Any) -> ConfigWorkflow:
-        start = time.perf_counter()
-        workflow = bundle_run("pretrain", overlays, **more, **extra)
-        times[name] = time.perf_counter() - start
-        return workflow
-
-    step("embed", [*base, "embed.json"])
-    step("pre-train", base)
-    evaluated = step("evaluate", [*base, "evaluate.json"])
+    with timed(times, "embed"):
+        bundle_run("pretrain", [*base, "embed.json"], **settings)
+    with timed(times, "pre-train"):
+        bundle_run("pretrain", base, **settings)
+    with timed(times, "evaluate"):
+        evaluated = bundle_run("pretrain", [*base, "evaluate.json"], **settings)
     items = evaluated.parser.get_parsed_content("val_items")
-    chosen = folder / "pretrain" / "eval" / "asked.jsonl"
-    chosen.parent.mkdir(parents=True, exist_ok=True)
-    chosen.write_text(
-        json.dumps({"image": items[0]["image"], "modality": items[0]["modality"]}) + "\n"
-    )
-    asked = {key: value for key, value in more.items() if key in ("bundle_root", "spacing")}
-    start = time.perf_counter()
-    bundle_run(
-        "pretrain", ["inference.json", "quickstart.yaml"], **asked,
-        datalist=str(chosen), prompts=list(PROMPTS),
-    )  # fmt: skip
-    times["text prompts"] = time.perf_counter() - start
-    extra: list[tuple[str, str, Any]] = []
+    with timed(times, "text prompts"):
+        score_prompts(folder / "pretrain" / "eval", items[0], settings)
+    values = pretrain_values(evaluated, folder / "pretrain" / "eval")
     if not data:
-        start = time.perf_counter()
-        short = {"max_epochs": max_epochs} if max_epochs else {}
-        arms = finetune(root, folder, folder / "pretrain" / "models" / "model.pt", **short)
-        times["fine-tune twice"] = time.perf_counter() - start
-        cases = arms["scratch"]["cases"]
-        text = (
-            f"The same network, trained on 4 labelled cases on one schedule, from random weights "
-            f"and from the weights above; {cases} test cases. One seed on copies of one brain "
-            "shows that the weights arrive and what to expect of the files, not whether "
-            "pre-training helps; see benchmarks/README.md."
-        )
-        figures = {ARMS[arm]: found for arm, found in arms.items()}
-        extra = [
-            ("Fine-tuning with few labels", text, report.arms(figures)),
-            (
-                "What the fine-tuned network draws",
-                "Best, median and worst test case of the pre-trained arm.",
-                picture(folder / "pretrained" / "eval" / "overlays.png", "Overlays of three cases"),
-            ),
-        ]
-    results = folder / "pretrain" / "eval"
-    tables = json.loads((results / "retrieval.json").read_text())
-    history = read_history(results / "history.jsonl")
-    scores = next(results.glob("*_text.png"))
+        with timed(times, "fine-tune twice"):
+            weights = folder / "pretrain" / "models" / "model.pt"
+            arms = finetune(root, folder, weights, **epochs)
+        values |= {
+            "dice": dice_comparison({ARMS[arm]: metrics for arm, metrics in arms.items()}),
+            "test_cases": arms["scratch"]["cases"],
+            "overlays": folder / "pretrained" / "eval" / "overlays.png",
+        }
+    steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items())
     facts = {
         "data": f"{root}, {len(items)} volumes held out for the tables below",
         "network": type(evaluated.parser.get_parsed_content("backbone")).__name__,
-        "epochs": history[-1]["epoch"],
-        "time": f"{time.perf_counter() - begin:.0f} s: "
-        + ", ".join(f"{name} {seconds:.0f}" for name, seconds in times.items()),
+        "epochs": values["epochs"],
+        "time": f"{time.perf_counter() - begin:.0f} s: {steps}",
     }
-    report.html(
-        folder / "report.html",
-        "Med3DInsight quickstart",
-        facts,
-        [
-            (
-                "Training",
-                "Loss parts, and retrieval on validation volumes.",
-                report.curves(history),
-            ),
-            (
-                "Does a slice token know its slice?",
-                "Held-out volumes. Within: candidates of the same modality, plane and depth only, "
-                "so that knowing where a slice lies is not enough. Volume zero: the same student "
-                "with every voxel set to zero, which answers from plane and position alone. Where "
-                "both agree, the student knows where slices lie, not whose they are; so it is for "
-                "the built-in cohort, whose brains are copies of one. For real patients see "
-                "benchmarks/README.md.",
-                report.retrieval_table(tables["student"], tables["volume_zero"]),
-            ),
-            (
-                "What tokens find",
-                "Each row: a slice of a held-out volume (the network saw only the volume) and the "
-                "slices whose teacher embedding is nearest its token.",
-                report.gallery(gallery_rows(evaluated)),
-            ),
-            (
-                "Text to slice",
-                "Score of each prompt along the three axes of one held-out volume.",
-                picture(scores, "Score of text prompts along each plane, with the best slices"),
-            ),
-            *extra,
-        ],
-    )
-    print(f"\nreport: {folder / 'report.html'} ({facts['time']})")
+    page = folder / "report.html"
+    write_page(page, "quickstart.html", title="Med3DInsight quickstart", facts=facts, **values)
+    print(f"\nreport: {page} ({facts['time']})")
+
+
+def score_prompts(folder: Path, item: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Score ``PROMPTS`` in one volume with the pretrain bundle's inference.
+
+    Args:
+        folder: gets the datalist of this one volume.
+        item: the volume.
+        settings: of the training.
+    """
+    datalist = folder / "prompted.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    datalist.write_text(json.dumps({key: item[key] for key in ("image", "modality")}) + "\n")
+    kept = {key: settings[key] for key in ("bundle_root", "spacing") if key in settings}
+    files = ["inference.json", "quickstart.yaml"]
+    bundle_run("pretrain", files, **kept, datalist=str(datalist), prompts=list(PROMPTS))
+
+
+def pretrain_values(evaluated: ConfigWorkflow, results: Path) -> dict[str, Any]:
+    """What the page shows of the pre-training.
+
+    Args:
+        evaluated: workflow of evaluate.json.
+        results: folder of its files and of those of the inference.
+    """
+    tables = json.loads((results / "retrieval.json").read_text())
+    history = read_history(results / "history.jsonl")
+    keys = ("validate::dataset", "student", "validate::inferer", "device")
+    rows = retrieved_slices(*(evaluated.parser.get_parsed_content(key) for key in keys))
+    return {
+        "epochs": history[-1]["epoch"],
+        "curves": curves(history),
+        "student": tables["student"],
+        "volume_zero": tables["volume_zero"],
+        "tasks": retrieval_tasks(tables["student"]),
+        "task_names": TASKS,
+        "gallery": gallery(rows),
+        "text_scores": next(results.glob("*_text.png")),
+        "dice": None,
+    }

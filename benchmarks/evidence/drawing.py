@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from evidence.differences import Cell, difference, level
 from evidence.questions import CASES, CHOSEN, MAIN, labels_text
-from med3dinsight_ext.reports.report import BLUE, GREEN, INK, ORANGE, SKY, STYLE, VERMILION
+from med3dinsight_ext.reports.figures import BLUE, GREEN, INK, ORANGE, SKY, STYLE, VERMILION
 
 HELD_OUT = 0.75  # share of the cases that train where a quarter is held out
 STYLES: dict[str, dict[str, Any]] = {  # the same in all panels; other arms are in tables alone

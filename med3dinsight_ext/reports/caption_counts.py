@@ -1,4 +1,4 @@
-"""What the texts in a store say, in counts, and which slices to show of it."""
+"""Counts over the captions of a store, and a sample of its slices."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import heapq
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+import numpy as np
+
 from med3dinsight_ext.data.slicing import PLANES, plane_number
 
-NEVER = "never asked"  # status of a slice of which no caption was asked
+NOT_REQUESTED = "not requested"  # status of a slice for which no caption was requested
 
 
 class SliceRecord(NamedTuple):
-    """A slice of the store and what was said of it; ``source`` is JSON: captioner and teacher.
+    """A slice of the store and its caption; ``source`` is JSON: captioner and teacher.
 
-    position: in [0, 1]. number: of the slice along its axis. raw: the answer, if it was refused.
+    position: in [0, 1]. number: of the slice along its axis. raw: the answer, if rejected.
     """
 
     image: str
@@ -36,7 +38,7 @@ class SliceRecord(NamedTuple):
 
 
 class Counts:
-    """Counts over some slices; words and thousandths of similarity as value to frequency."""
+    """Counts over slices; words and thousandths of similarity as value to frequency."""
 
     def __init__(self) -> None:
         self.slices = 0
@@ -56,11 +58,30 @@ class Counts:
     def captions(self) -> int:
         return self.words.total()
 
+    @property
+    def rejected(self) -> list[str]:
+        """Statuses of slices whose answer is no caption, the most frequent first."""
+        every = (status for status, _ in self.statuses.most_common())
+        return [status for status in every if status not in ("ok", NOT_REQUESTED)]
+
+    @property
+    def word_range(self) -> tuple[str, str]:
+        """Median of the words a caption, and their 5th to 95th percentile."""
+        if not self.words:
+            return "–", ""
+        low, middle, high = (percentile(self.words, share) for share in (0.05, 0.5, 0.95))
+        return f"{middle}", f"{low} to {high}"
+
+    @property
+    def median_similarity(self) -> float:
+        """NaN without any."""
+        return percentile(self.similarity, 0.5) / 1000 if self.similarity else math.nan
+
 
 class Summary:
-    """What a whole store says: counts, and for each kind of slice a few to show.
+    """Counts over a store, and a sample of slices of each captioner, plane and status.
 
-    Texts are not kept, but for those that come more than once and those to show.
+    Of the texts only repeated ones and those of the sample stay in memory.
 
     Args:
         sample: slices to keep of each captioner, plane and status.
@@ -74,22 +95,22 @@ class Summary:
         self.modalities: defaultdict[str, Counts] = defaultdict(Counts)
         self.sources: defaultdict[str, Counts] = defaultdict(Counts)
         self.images: set[str] = set()
-        self.captions_each: Counter[int] = Counter()  # captions of a volume to volumes
+        self.captions_each: Counter[int] = Counter()  # captions of a volume to number of volumes
         self.texts: Counter[int] = Counter()  # by hash of source and text
-        self.again: dict[int, tuple[str, str]] = {}  # source and text of those that came twice
+        self.again: dict[int, tuple[str, str]] = {}  # source and text of repeated ones
         self.skipped = 0
         self._kept: dict[tuple[str, int, str], list[tuple[int, float, int, SliceRecord]]] = {}
         self._order = count()  # so that no two slices tie
         self._seen: Counter[tuple[str, int, str]] = Counter()
 
     def add(self, rows: Sequence[SliceRecord]) -> None:
-        """Count the slices of one entry, and keep some."""
+        """Count the slices of one entry, and sample some."""
         self.images.add(rows[0].image)
         self.captions_each[sum(row.caption is not None for row in rows)] += 1
         for row in rows:
             groups = self.planes[PLANES[row.plane]], self.modalities[row.modality]
-            for tally in (self.total, *groups, self.sources[row.source]):
-                tally.add(row)
+            for counts in (self.total, *groups, self.sources[row.source]):
+                counts.add(row)
             if row.caption is not None:
                 key = hash((row.source, row.caption))
                 self.texts[key] += 1
@@ -98,28 +119,30 @@ class Summary:
         self._keep(rows)
 
     def _keep(self, rows: Sequence[SliceRecord]) -> None:
-        """Draw few slices a volume from many volumes; all kinds draw from the same volumes."""
+        """Sample few slices a volume from many volumes; all kinds share the volumes."""
         random = Random(f"{self.seed} {rows[0].image}")
-        luck = random.random()
-        mine: Counter[tuple[str, int, str]] = Counter()
+        priority = random.random()
+        taken: Counter[tuple[str, int, str]] = Counter()
         for row in random.sample(rows, len(rows)):
             kind = row.source, row.plane, row.status
-            item = (-mine[kind], -luck, next(self._order), row)
-            mine[kind] += 1
+            item = (-taken[kind], -priority, next(self._order), row)
+            taken[kind] += 1
             kept = self._kept.setdefault(kind, [])
             (heapq.heappushpop if len(kept) == self.sample else heapq.heappush)(kept, item)
-        self._seen.update(mine)
+        self._seen.update(taken)
 
     def drawn(self) -> list[SliceRecord]:
-        """At most ``sample`` slices: some of each kind, of a common kind more than of a rare one.
+        """At most ``sample`` slices: some of each kind, more of frequent kinds.
 
-        Slices that nobody asked about tell little: of these there are few, if there are others.
+        Slices without a requested caption are few, unless there are no others.
         """
         kept = {
             kind: [item[-1] for item in sorted(self._kept[kind], reverse=True)]
             for kind, _ in self._seen.most_common()
         }
-        weight = {kind: 1 if kind[2] == NEVER else math.sqrt(self._seen[kind]) for kind in kept}
+        weight = {
+            kind: 1 if kind[2] == NOT_REQUESTED else math.sqrt(self._seen[kind]) for kind in kept
+        }
         taken = dict.fromkeys(kept, 0)
         for _ in range(min(self.sample, sum(map(len, kept.values())))):
             left = [kind for kind in kept if taken[kind] < len(kept[kind])]
@@ -128,19 +151,24 @@ class Summary:
         return sorted(chosen, key=lambda row: (row.image, row.plane, row.position, row.source))
 
     def raw(self, status: str, most: int = 3) -> list[str]:
-        """Some different raw answers of one status."""
+        """At most ``most`` distinct raw answers of one status."""
         rows = (item[-1] for kind in self._kept if kind[2] == status for item in self._kept[kind])
         return list(dict.fromkeys(row.raw for row in rows))[:most]
 
+    def most_repeated(self, most: int) -> list[tuple[int, str, str]]:
+        """Count, source and text of the most frequent captions that are used repeatedly."""
+        keys = heapq.nlargest(most, self.again, key=lambda key: self.texts[key])
+        return [(self.texts[key], *self.again[key]) for key in keys]
+
     def repeated(self, source: str | None = None) -> float:
-        """Share of the captions, of all or of one source, whose text comes more than once."""
-        keys = [key for key, (whose, _) in self.again.items() if source in (None, whose)]
+        """Fraction of the captions, of all or of one source, whose text is repeated."""
+        keys = [key for key, (by, _) in self.again.items() if source in (None, by)]
         captions = self.total.captions if source is None else self.sources[source].captions
         return sum(self.texts[key] for key in keys) / max(captions, 1)
 
 
 def read_entry(path: Path) -> list[SliceRecord]:
-    """The slices of one entry; ValueError, KeyError or TypeError if the file is none."""
+    """The slices of one entry; ValueError, KeyError or TypeError if it is none."""
     about = json.loads(path.read_text("utf-8"))
     if not (about["slices"] and about["captioner"]["kind"]):
         raise ValueError("an entry has slices and a captioner")
@@ -148,27 +176,27 @@ def read_entry(path: Path) -> list[SliceRecord]:
     source = json.dumps(origin)
     rows = []
     for row in about["slices"]:
-        status = row["status"] or NEVER
-        likeness = row["similarity"]
-        told = SliceRecord(
-            str(about["image"]), str(about["modality"]), source,
-            plane_number(row["plane"]), int(row["index"]), float(row["position"]),
-            row["caption"], str(status), row.get("raw") or "",
-            None if likeness is None else float(likeness),
-        )  # fmt: skip
-        if not (0 <= told.position <= 1 and abs(told.similarity or 0) < 1.1):
+        similarity = row["similarity"]
+        record = SliceRecord(
+            image=str(about["image"]),
+            modality=str(about["modality"]),
+            source=source,
+            plane=plane_number(row["plane"]),
+            number=int(row["index"]),
+            position=float(row["position"]),
+            caption=row["caption"],
+            status=str(row["status"] or NOT_REQUESTED),
+            raw=row.get("raw") or "",
+            similarity=None if similarity is None else float(similarity),
+        )
+        if not (0 <= record.position <= 1 and abs(record.similarity or 0) < 1.1):
             raise ValueError("a position lies in [0, 1], a similarity in [-1, 1]")
-        if not isinstance(told.raw, str) or not isinstance(told.caption, str | None):
+        if not isinstance(record.raw, str) or not isinstance(record.caption, str | None):
             raise TypeError("texts are str")
-        rows.append(told)
+        rows.append(record)
     return rows
 
 
-def percentile(counts: Mapping[int, int], share: float) -> int:
-    """The smallest value that at least this share of the counted ones does not exceed."""
-    left = share * sum(counts.values())
-    for value in sorted(counts):
-        left -= counts[value]
-        if left <= 0:
-            break
-    return value
+def percentile(counts: Counter[int], share: float) -> int:
+    """The smallest value not exceeded by at least this fraction of the counted ones."""
+    return int(np.quantile(list(counts.elements()), share, method="inverted_cdf"))

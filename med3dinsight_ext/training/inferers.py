@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 from monai.data.utils import dense_patch_slices
 from monai.inferers import Inferer
 from monai.transforms import MapTransform, SpatialPad
@@ -21,7 +22,6 @@ from med3dinsight_ext.data import slicing
 from med3dinsight_ext.embeddings.targets import map_positions
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.models.student import StudentOutput
-from med3dinsight_ext.reports.report import save_text_scores
 from med3dinsight_ext.teachers.teacher import Teacher
 
 
@@ -127,11 +127,34 @@ def prepare_grid(
     return volume, None, (plane, position), {}
 
 
+class PlaneScores(NamedTuple):
+    """A prompt's scores along one plane's axis.
+
+    position: (s,) in the volume, in [0, 1]. padded: (s,) in the padded volume. score: (s,).
+    visible: (s,) the same, NaN where the slice is empty, unless all are. best: its maximum's index.
+    """
+
+    position: Tensor
+    padded: Tensor
+    score: Tensor
+    visible: Tensor
+    best: int
+
+
+class TextScores(NamedTuple):
+    """Scores of one volume: prompt to plane to ``PlaneScores``, and ``stem`` of its files."""
+
+    stem: Path
+    image: MetaTensor
+    prompts: dict[str, dict[int, PlaneScores]]
+
+
 class TokenWriter:
     """Writes the tokens of each volume, and the scores of text prompts along each plane.
 
     For ``case.nii.gz``: ``case_tokens.safetensors`` (plane (n,), position (n,), and (n, d) unit
-    tokens for each space); with prompts also ``case_text.json`` and ``case_text.png``.
+    tokens for each space); with prompts also ``case_text.json``. The batch's ``TextScores`` stay in
+    ``engine.state.output["text_scores"]``, for handlers that draw them.
 
     Args:
         output_dir: folder; it gets the subfolders that the images have below ``root``.
@@ -166,20 +189,23 @@ class TokenWriter:
 
     def __call__(self, engine: Engine) -> None:
         batch = engine.state.batch
-        names = [str(name) for name in batch["image"].meta["filename_or_obj"]]
-        for i, name in enumerate(names):
+        scored: list[TextScores] = []
+        for i, name in enumerate(map(str, batch["image"].meta["filename_or_obj"])):
             tokens = {
                 space: F.normalize(values[i].float(), dim=-1).cpu()
                 for space, values in engine.state.output["pred"].tokens.items()
             }
-            plane, position = batch["plane"][i].cpu(), batch["grid"][i].cpu()
+            place = {"plane": batch["plane"][i].cpu(), "position": batch["grid"][i].cpu()}
             stem = self._stem(name)
-            tensors = {**tokens, "plane": plane, "position": position}
-            tensors = {key: value.contiguous() for key, value in tensors.items()}
+            tensors = {key: value.contiguous() for key, value in {**tokens, **place}.items()}
             target = stem.with_name(f"{stem.name}_tokens.safetensors")
             write_atomic(target, lambda draft, t=tensors: save_file(t, draft))
             if self.prompts:
-                self._write_scores(stem, name, tokens, plane, position, batch, i)
+                scores = self._scores(tokens, **place, padded=batch["position"][i].cpu(),
+                                      volume=batch["image"][i])  # fmt: skip
+                _write_scores(stem, name, scores)
+                scored.append(TextScores(stem, batch["image"][i], scores))
+        engine.state.output["text_scores"] = scored
 
     def _stem(self, name: str) -> Path:
         path = Path(name).resolve()
@@ -193,16 +219,15 @@ class TokenWriter:
             )
         return stem
 
-    def _write_scores(
+    def _scores(
         self,
-        stem: Path,
-        name: str,
         tokens: dict[str, Tensor],
         plane: Tensor,
         position: Tensor,
-        batch: dict[str, Any],
-        row: int,
-    ) -> None:
+        padded: Tensor,
+        volume: MetaTensor,
+    ) -> dict[str, dict[int, PlaneScores]]:
+        """Scores of every prompt along every plane."""
         space = "joint" if "joint" in tokens else "text"
         if space not in tokens:
             raise ValueError(
@@ -210,33 +235,35 @@ class TokenWriter:
                 "pre-train with captions"
             )
         scores = tokens[space] @ self._texts.mT  # (n, prompts)
-        volume = batch["image"][row]
-        spacing = volume.pixdim.tolist()
-        filled = slicing.usable(volume)
-        readable: dict[str, Any] = {}
-        curves: dict[str, Any] = {}
-        best: dict[str, Any] = {}
-        for column, prompt in enumerate(self.prompts):
-            readable[prompt], curves[prompt], best[prompt] = {}, {}, {}
-            for number, plane_name in enumerate(slicing.PLANES):
-                rows = (plane == number).nonzero().flatten()
-                values, where = scores[rows, column], position[rows]
-                padded = batch["position"][row][rows].cpu()
-                index = (padded * volume.shape[number + 1]).long()
-                shows = filled[number].cpu()[index.clamp(max=volume.shape[number + 1] - 1)]
-                # Nobody looks for an empty slice, unless all are.
-                seen = values.masked_fill(~shows & shows.any(), float("nan"))
-                first = int(seen.nan_to_num(-2).argmax())
-                readable[prompt][plane_name] = {
-                    "position": [round(v, 4) for v in where.tolist()],
-                    "score": [round(v, 5) for v in values.tolist()],
-                    "best": round(float(where[first]), 4),
-                }
-                shown = padded[first : first + 1]
-                image = slicing.cut(volume.as_tensor().cpu(), spacing, number, shown, 160)
-                curves[prompt][number] = (where.numpy(), seen.numpy())
-                best[prompt][number] = image[0, 0].numpy()
-        text = json.dumps({"image": name, "prompts": readable}, indent=1, ensure_ascii=False)
-        path = stem.with_name(f"{stem.name}_text.json")
-        write_atomic(path, lambda draft: draft.write_text(text, "utf-8"))
-        save_text_scores(stem.with_name(f"{stem.name}_text.png"), curves, best)
+        filled = [along.cpu() for along in slicing.usable(volume)]
+        found: dict[str, dict[int, PlaneScores]] = {}
+        for prompt, score in zip(self.prompts, scores.mT, strict=True):
+            found[prompt] = {}
+            for number, usable in enumerate(filled):
+                rows = plane == number
+                index = (padded[rows] * len(usable)).long().clamp(max=len(usable) - 1)
+                empty = ~usable[index]
+                visible = score[rows].masked_fill(empty & ~empty.all(), float("nan"))
+                best = int(visible.nan_to_num(-2).argmax())
+                found[prompt][number] = PlaneScores(
+                    position[rows], padded[rows], score[rows], visible, best
+                )
+        return found
+
+
+def _write_scores(stem: Path, image: str, prompts: dict[str, dict[int, PlaneScores]]) -> None:
+    """Write ``case_text.json``."""
+    readable = {
+        prompt: {
+            slicing.PLANES[number]: {
+                "position": [round(v, 4) for v in scores.position.tolist()],
+                "score": [round(v, 5) for v in scores.score.tolist()],
+                "best": round(float(scores.position[scores.best]), 4),
+            }
+            for number, scores in planes.items()
+        }
+        for prompt, planes in prompts.items()
+    }
+    text = json.dumps({"image": image, "prompts": readable}, indent=1, ensure_ascii=False)
+    path = stem.with_name(f"{stem.name}_text.json")
+    write_atomic(path, lambda draft: draft.write_text(text, "utf-8"))

@@ -21,9 +21,9 @@ from monai.transforms import Activationsd
 from torch import Tensor
 
 from med3dinsight_ext.metrics.classification import scores
-from med3dinsight_ext.reports.classification import (
-    ClassificationReport,
-    Shown,
+from med3dinsight_ext.reports.classification import ClassificationReport
+from med3dinsight_ext.reports.classification_figures import (
+    ActivationMap,
     calibration_figure,
     confusion_figure,
     heat_figure,
@@ -367,7 +367,7 @@ def test_heat_is_shown_in_the_planes_through_its_maximum(tmp_path: Path) -> None
 
 def test_a_constant_image_without_heat_can_be_drawn() -> None:
     image = MetaTensor(torch.ones(1, *SHAPE))
-    axes = heat_figure([Shown(image, torch.zeros(1, *SHAPE), "")]).get_axes()
+    axes = heat_figure([ActivationMap(image, torch.zeros(1, *SHAPE), "")]).get_axes()
     assert len(axes) == 3
     assert all(not picture.get_array().any() for ax in axes for picture in ax.images)
 

@@ -20,12 +20,9 @@ from monai.networks import one_hot
 from monai.transforms import AsDiscreted, Orientation
 
 from med3dinsight_ext.metrics.segmentation import case_scores, summary
-from med3dinsight_ext.reports.segmentation import (
-    SegmentationReport,
-    case_names,
-    overlays,
-    three_slices,
-)
+from med3dinsight_ext.reports.formatting import case_names
+from med3dinsight_ext.reports.segmentation import SegmentationReport
+from med3dinsight_ext.reports.segmentation_figures import overlays, three_slices
 
 SHAPE = (9, 12, 7)
 NAMES = ["background", "liver", "a < b"]

@@ -4,26 +4,28 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import write_volumes
+from page_reader import Page
 
 from med3dinsight_ext.data.slicing import PLANES
-from med3dinsight_ext.reports import caption_page
+from med3dinsight_ext.reports import caption_pictures
 from med3dinsight_ext.reports.caption_page import captions
 
 MODEL = {"kind": "ServedCaptions", "model": "looker-4b", "prompt": "What is <this>?"}
 BAD = {"refused": "I am sorry", "empty": "", "repeats": "a a a a", "too long": "and on and on"}
 
 
-def told(plane: int, index: int, caption: str | None, status: str | None = "ok") -> dict[str, Any]:
-    known = {"plane": PLANES[plane], "index": index, "position": (index + 0.5) / 20}
-    known |= {"caption": caption, "status": status}
-    known["similarity"] = None if caption is None else 0.2 + 0.01 * index
-    return {**known, "raw": BAD[status]} if status in BAD else known
+def record(
+    plane: int, index: int, caption: str | None, status: str | None = "ok"
+) -> dict[str, Any]:
+    entry = {"plane": PLANES[plane], "index": index, "position": (index + 0.5) / 20}
+    entry |= {"caption": caption, "status": status}
+    entry["similarity"] = None if caption is None else 0.2 + 0.01 * index
+    return {**entry, "raw": BAD[status]} if status in BAD else entry
 
 
 def write(store: Path, image: Path | str, slices: list[dict], **more: Any) -> Path:
@@ -43,57 +45,38 @@ def write(store: Path, image: Path | str, slices: list[dict], **more: Any) -> Pa
 def store(tmp_path: Path) -> Path:
     """Three volumes: 8 captions, "seen twice" in two of them; one slice of each other status."""
     data = write_volumes(tmp_path / "data", 3)
-    same = told(0, 3, "seen twice")
-    first = [same, told(1, 4, "a b c"), told(2, 5, "a b c d"), told(2, 6, None, None)]
+    same = record(0, 3, "seen twice")
+    first = [same, record(1, 4, "a b c"), record(2, 5, "a b c d"), record(2, 6, None, None)]
     write(tmp_path / "store", data / "v0.nii.gz", first)
-    bad = [told(2, 7 + i, None, status) for i, status in enumerate(BAD)]
+    bad = [record(2, 7 + i, None, status) for i, status in enumerate(BAD)]
     write(tmp_path / "store", data / "v1.nii.gz", [same, *bad])
-    more = [told(i % 3, 10 + i, f"text {i} " + "word " * i) for i in range(4)]
+    more = [record(i % 3, 10 + i, f"text {i} " + "word " * i) for i in range(4)]
     write(tmp_path / "store", data / "v2.nii.gz", more, modality="CT")
     return tmp_path / "store"
 
 
-class Page(HTMLParser):
-    """Every tag with its attributes, and the text of each kind of tag."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: dict[str, list[str]] = {}
-        self.source = Path(path).read_text("utf-8")
-        self.feed(self.source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.tags and data.strip():
-            self.text.setdefault(self.tags[-1][0], []).append(data)
-
-    def having(self, tag: str, attribute: str) -> list[str | None]:
-        return [attrs[attribute] for name, attrs in self.tags if name == tag and attribute in attrs]
-
-
 def lines(text: str) -> dict[str, str]:
-    """What the terminal says, name to value."""
+    """What the terminal shows, name to value."""
     return {line[:22].strip(): line[22:] for line in text.splitlines()}
 
 
-def test_the_terminal_tells_the_counts(store: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_terminal_shows_the_counts(store: Path, capsys: pytest.CaptureFixture) -> None:
     assert captions(str(store)) == str(store / "captions.html")
     assert lines(capsys.readouterr().out) == {
         "Volumes": "3",
-        "Slices": "13; no caption was asked for 1 of them",
-        "Captions": "8; a volume has 1 to 4, median 3",
-        "Answers without one": "1 refused, 1 empty, 1 repeats, 1 too long",
+        "Slices": "13; for 1 of them no caption was requested",
+        "Captions": "8; 1 to 4 a volume, median 3",
+        "Rejected answers": "1 refused, 1 empty, 1 repeats, 1 too long",
         "Words a caption": "median 3, 5–95 %: 2 to 5",
         "Texts used repeatedly": "25.0% of the captions",
         "Similarity": "median 0.250",
     }
 
 
-def test_counts_are_told_by_plane_and_by_modality(store: Path) -> None:
-    table = Page(captions(str(store))).source.partition('<h2 id="s0">')[2].partition("</table>")[0]
+def test_counts_are_shown_by_plane_and_by_modality(store: Path) -> None:
+    table = (
+        Page(captions(str(store))).source.partition('<h2 id="counts">')[2].partition("</table>")[0]
+    )
     rows = re.findall(r'<th scope="row">(\w+)</th><td>(\d+)</td><td>(\d+)<br>', table)
     assert rows == [
         ("All", "13", "8"), ("sagittal", "4", "4"), ("coronal", "2", "2"), ("axial", "7", "2"),
@@ -101,9 +84,9 @@ def test_counts_are_told_by_plane_and_by_modality(store: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_commonest_texts_come_with_their_number(tmp_path: Path) -> None:
+def test_the_most_frequent_captions_come_with_their_number(tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(8) for _ in range(i)]
-    write(tmp_path, "gone.nii", [told(2, i % 20, text) for i, text in enumerate(texts)])
+    write(tmp_path, "gone.nii", [record(2, i % 20, text) for i, text in enumerate(texts)])
     page = Page(captions(str(tmp_path)))
     found = re.findall(r'<td>(\d) times</td><td dir="auto">(text \d)</td>', page.source)
     assert found == [(str(i), f"text {i}") for i in (7, 6, 5, 4, 3)]
@@ -112,7 +95,7 @@ def test_the_commonest_texts_come_with_their_number(tmp_path: Path) -> None:
 def test_raw_answers_that_are_no_caption_are_shown(store: Path) -> None:
     cells = Page(captions(str(store))).text["td"]
     for status, raw in BAD.items():
-        assert cells[cells.index(status) + 1] == (raw or "(nothing)")
+        assert cells[cells.index(status) + 1] == (raw or "(empty)")
 
 
 def test_each_slice_shows_its_picture_and_where_it_is(store: Path) -> None:
@@ -127,21 +110,21 @@ def test_each_slice_shows_its_picture_and_where_it_is(store: Path) -> None:
 
 def test_a_volume_is_read_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    real = caption_page.read_volume
-    monkeypatch.setattr(caption_page, "read_volume", lambda p: (read.append(p), real(p))[1])
+    real = caption_pictures.read_volume
+    monkeypatch.setattr(caption_pictures, "read_volume", lambda p: (read.append(p), real(p))[1])
     captions(str(store))
     assert sorted(Path(path).name for path in read) == [f"v{i}.nii.gz" for i in range(3)]
 
 
 @pytest.mark.parametrize("field", ["caption", "raw", "image", "model", "status"])
-def test_what_a_model_wrote_is_text_wherever_it_stands(field: str, tmp_path: Path) -> None:
+def test_everything_a_model_wrote_is_escaped(field: str, tmp_path: Path) -> None:
     evil = "\"'><script>alert(1)<b>"
-    row = told(2, 3, None, "refused") if field in ("raw", "status") else told(2, 3, "fine")
+    row = record(2, 3, None, "refused") if field in ("raw", "status") else record(2, 3, "fine")
     captioner = {**MODEL, "model": evil} if field == "model" else MODEL
     row |= {field: evil} if field in row else {}
     image = f"/gone/{evil}.nii.gz" if field == "image" else "gone.nii.gz"
-    write(tmp_path, image, [row, told(1, 3, "fine")], captioner=captioner)
-    write(tmp_path, "other.nii.gz", [told(1, 3, "fine")])
+    write(tmp_path, image, [row, record(1, 3, "fine")], captioner=captioner)
+    write(tmp_path, "other.nii.gz", [record(1, 3, "fine")])
     page = Page(captions(str(tmp_path)))
     tags = [name for name, _ in page.tags]
     assert "alert(1)" in page.source and "<script>alert" not in page.source
@@ -158,7 +141,7 @@ def test_the_page_needs_nothing_from_outside(store: Path) -> None:
 
 
 def test_slices_carry_what_the_filters_offer(store: Path) -> None:
-    write(store, "gone.nii.gz", [told(1, 3, "other")], captioner={"kind": "FileCaptions"})
+    write(store, "gone.nii.gz", [record(1, 3, "other")], captioner={"kind": "FileCaptions"})
     page = Page(captions(str(store)))
     offered = page.having("option", "value")
     for name, count in {"plane": 3, "modality": 2, "status": 6, "captioner": 2}.items():
@@ -169,13 +152,13 @@ def test_slices_carry_what_the_filters_offer(store: Path) -> None:
 
 
 def test_a_filter_with_one_choice_is_left_out(tmp_path: Path) -> None:
-    write(tmp_path, "gone.nii", [told(2, 3, "one"), told(2, 4, "two")])
+    write(tmp_path, "gone.nii", [record(2, 3, "one"), record(2, 4, "two")])
     assert Page(captions(str(tmp_path))).having("select", "name") == ["sort"]
 
 
 def test_captioners_are_kept_apart(store: Path) -> None:
     other = {**MODEL, "prompt": "Another?"}
-    write(store, "gone.nii.gz", [told(0, 3, "seen twice")] * 2, captioner=other)
+    write(store, "gone.nii.gz", [record(0, 3, "seen twice")] * 2, captioner=other)
     page = Page(captions(str(store)))
     assert {"What is <this>?", "Another?", "1: looker-4b", "2: looker-4b"} <= set(page.text["td"])
     assert {"25.0% of its captions", "100.0% of its captions"} <= set(page.text["td"])
@@ -183,11 +166,11 @@ def test_captioners_are_kept_apart(store: Path) -> None:
 
 
 def many(store: Path, volumes: int = 30) -> Path:
-    """Mostly captions; one refusal in all, and as many slices that nobody asked about."""
+    """Mostly captions; one refusal in all, and as many slices that have no requested caption."""
     for number in range(volumes):
-        rows = [told(i % 3, i, f"{number} {i}") for i in range(9)]
-        rows += [told(i % 3, 10 + i, None, None) for i in range(9)]
-        rows += [told(0, 19, None, "refused")] * (number == 7)
+        rows = [record(i % 3, i, f"{number} {i}") for i in range(9)]
+        rows += [record(i % 3, 10 + i, None, None) for i in range(9)]
+        rows += [record(0, 19, None, "refused")] * (number == 7)
         write(store, f"v{number:02}.nii.gz", rows)
     return store
 
@@ -195,7 +178,7 @@ def many(store: Path, volumes: int = 30) -> Path:
 def test_the_sample_is_spread_over_volumes_planes_and_statuses(tmp_path: Path) -> None:
     page = Page(captions(str(many(tmp_path)), sample=24))
     status, plane = page.having("li", "data-status"), page.having("li", "data-plane")
-    assert len(status) == 24 and status.count("refused") == 1 and status.count("never asked") == 3
+    assert len(status) == 24 and status.count("refused") == 1 and status.count("not requested") == 3
     assert min(plane.count(name) for name in PLANES) >= 7
     names = [text for text in page.text["small"] if text.startswith("v")]
     assert 7 <= len(set(names)) <= 10  # few volumes have to be read
@@ -218,9 +201,9 @@ def test_a_small_store_is_shown_whole(store: Path) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "said"),
-    [("remove", "is not there any more"), ("cut", "cannot be read")],
+    [("remove", "no longer exists"), ("cut", "cannot be read")],
 )
-def test_a_volume_without_pictures_says_so(harm: str, said: str, store: Path) -> None:
+def test_a_placeholder_explains_a_missing_picture(harm: str, said: str, store: Path) -> None:
     file = store.parent / "data" / "v2.nii.gz"
     file.unlink() if harm == "remove" else file.write_bytes(file.read_bytes()[:900])
     page = Page(captions(str(store)))
@@ -234,14 +217,14 @@ def test_ct_is_shown_in_the_window_that_the_captioner_saw(store: Path, tmp_path:
         folder = tmp_path / name
         image = store.parent / "data" / "v0.nii.gz"
         captioner = {**MODEL, "ct_window": name}
-        write(folder, image, [told(2, 9, "x")], modality="CT", captioner=captioner)
+        write(folder, image, [record(2, 9, "x")], modality="CT", captioner=captioner)
         return Page(captions(str(folder))).having("img", "src")[0]
 
     assert len({picture(name) for name in ("soft tissue", "bone", "lung", "all")}) == 4
 
 
-def test_two_spaces_explain_why_there_is_no_similarity(tmp_path: Path) -> None:
-    row = {**told(2, 3, "one"), "similarity": None}
+def test_the_page_explains_why_two_spaces_have_no_similarity(tmp_path: Path) -> None:
+    row = {**record(2, 3, "one"), "similarity": None}
     write(tmp_path, "gone.nii", [row], joint=False)
     page = Page(captions(str(tmp_path)))
     assert any("in two spaces, so no cosine compares them" in text for text in page.text["p"])
@@ -250,9 +233,9 @@ def test_two_spaces_explain_why_there_is_no_similarity(tmp_path: Path) -> None:
 
 
 def test_a_store_without_captions_has_a_page(tmp_path: Path) -> None:
-    write(tmp_path, "gone.nii", [told(2, 3, None, None)])
+    write(tmp_path, "gone.nii", [record(2, 3, None, None)])
     page = Page(captions(str(tmp_path)))
-    assert page.text["h2"] == ["Counts", "Who wrote them", "Slices"]
+    assert page.text["h2"] == ["Counts", "Captioners and teachers", "Slices"]
 
 
 @pytest.mark.parametrize(
@@ -276,13 +259,15 @@ def test_a_foreign_file_is_skipped_and_counted(
 def test_an_entry_with_an_impossible_value_is_skipped(
     change: dict, store: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    write(store, "odd.nii", [told(2, 3, "fine"), {**told(2, 4, "odd"), **change}])
+    write(store, "odd.nii", [record(2, 3, "fine"), {**record(2, 4, "odd"), **change}])
     captions(str(store))
     assert lines(capsys.readouterr().out)["Volumes"] == "3"
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_an_empty_store_says_how_to_fill_it(exists: bool, tmp_path: Path) -> None:
+def test_the_error_of_an_empty_store_has_the_command_that_fills_it(
+    exists: bool, tmp_path: Path
+) -> None:
     store = tmp_path / "store"
     if exists:
         store.mkdir()
@@ -296,34 +281,43 @@ def test_a_sample_of_nothing_is_an_error(store: Path) -> None:
         captions(str(store), sample=0)
 
 
-def browse(page: str, script: str, profile: Path) -> str:
-    """What a script says to a page's title, once a browser has run both."""
+def browse(page: Path, profile: Path) -> str:
+    """The page's HTML, once a browser has run its scripts."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("no chromium here to run the page's script")
-    path = Path(page)
-    path.write_text(path.read_text("utf-8") + f"<script>{script}</script>", "utf-8")
+        pytest.skip("the page's script needs chromium")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     dump = subprocess.run(
-        [browser, *flags, f"--user-data-dir={profile}", "--dump-dom", path.resolve().as_uri()],
+        [browser, *flags, f"--user-data-dir={profile}", "--dump-dom", page.resolve().as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    return dump.stdout.partition("<title>")[2].partition("</title>")[0]
+    return dump.stdout
+
+
+def test_the_policy_allows_the_pages_own_script_and_no_other(store: Path, tmp_path: Path) -> None:
+    page = Path(captions(str(store)))
+    page.write_text(page.read_text("utf-8") + "<script>document.title = 'evil';</script>", "utf-8")
+    found = browse(page, tmp_path / "profile")
+    assert "13 of 13 slices</output>" in found and "<title>Captions of a store</title>" in found
 
 
 def test_search_filter_and_order_work_in_a_browser(store: Path, tmp_path: Path) -> None:
     script = """
-      const form = document.querySelector(".filters"), said = [form.hidden];
+      const form = document.querySelector(".filters"), seen = [form.hidden];
       const set = (name, value) => { form[name].value = value;
         form[name].dispatchEvent(new Event("input", {bubbles: true}));
-        said.push(form.querySelector("output").textContent); };
+        seen.push(form.querySelector("output").textContent); };
       set("plane", "axial"); set("status", "ok"); set("plane", ""); set("text", "Seen TWICE");
       set("text", ""); set("sort", "-1");
-      said.push([...document.querySelectorAll(".slices > li:not([hidden])")].map(
+      seen.push([...document.querySelectorAll(".slices > li:not([hidden])")].map(
         (card) => Number(card.dataset.similarity)).join(" "));
-      document.title = said.join("; ");
+      document.title = seen.join("; ");
     """
-    assert browse(captions(str(store)), script, tmp_path / "profile") == (
+    page = Path(captions(str(store)))
+    text = re.sub("script-src '[^']*'", "script-src 'unsafe-inline'", page.read_text("utf-8"))
+    page.write_text(text + f"<script>{script}</script>", "utf-8")
+    found = browse(page, tmp_path / "profile")
+    assert found.partition("<title>")[2].partition("</title>")[0] == (
         "false; 7 of 13 slices; 2 of 13 slices; 8 of 13 slices; 2 of 13 slices; 8 of 13 slices; "
         "8 of 13 slices; 0.33 0.32 0.31 0.3 0.25 0.24 0.23 0.23"
     )

@@ -1,0 +1,191 @@
+"""Figures of segmentation scores: outlines on images, box plots, and trainings compared."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, ScalarFormatter
+from monai.data import MetaTensor
+from monai.transforms import Orientation
+from torch import Tensor
+
+from med3dinsight_ext.data.slicing import PLANES, cut, window
+from med3dinsight_ext.data.volumes import guess_modality, read_volume
+from med3dinsight_ext.metrics.segmentation import SCORES, mean_scores
+from med3dinsight_ext.reports.figures import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    SKY,
+    STYLE,
+    VERMILION,
+    draw_image,
+)
+from med3dinsight_ext.reports.formatting import number, short
+
+SIZE = 320  # pixels of an overlay's side
+OUTLINES = {"label": (SKY, 2.8), "prediction": (ORANGE, 1.1)}  # in the order of drawing
+
+
+class Case(NamedTuple):
+    """One scored image: its path, ``case_scores``, and ``three_slices``, packed."""
+
+    image: str
+    scores: dict[str, dict[str, float]]
+    slices: bytes
+
+
+def three_slices(prediction: Tensor, label: MetaTensor) -> bytes:
+    """The slice of each plane, in RAS, where the label (else the prediction) marks most.
+
+    Args:
+        prediction: (1, x, y, z) map of class numbers.
+        label: the same; its affine counts for both.
+
+    Returns:
+        An ``.npz``: ``position`` (3,) in [0, 1], ``spacing`` (3,) in mm, and under the name of
+        each plane (2, x, y, z), label and prediction, one voxel thick across the plane.
+    """
+    pair = [torch.as_tensor(x).as_subclass(Tensor).cpu().short() for x in (label, prediction)]
+    both = Orientation("RAS", labels=None)(MetaTensor(torch.cat(pair), affine=label.affine))
+    volume = both.as_tensor()
+    marked = volume[0] != 0 if volume[0].any() else volume[1] != 0
+    kept: dict[str, Any] = {"spacing": both.pixdim.numpy(), "position": []}
+    for plane, name in enumerate(PLANES):
+        count = marked.sum([axis for axis in range(3) if axis != plane])
+        index = int(count.argmax()) if count.any() else len(count) // 2
+        kept[name] = volume.narrow(plane + 1, index, 1).numpy()
+        kept["position"].append((index + 0.5) / len(count))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **kept)
+    return buffer.getvalue()
+
+
+def examples(cases: Sequence[Case]) -> dict[str, int]:
+    """Numbers of the best, the median and the worst case by mean Dice, as far as they differ."""
+    dice = [mean_scores(case.scores)["dice"] for case in cases]
+    order = [i for i in range(len(cases)) if not math.isnan(dice[i])] or [0]
+    if len(order) == 1:
+        return {"Only": order[0]}
+    order.sort(key=lambda i: -dice[i])
+    middle = {"Median": order[len(order) // 2]} if len(order) > 2 else {}
+    return {"Best": order[0], **middle, "Worst": order[-1]}
+
+
+@rc_context(STYLE)
+def overlays(cases: Sequence[Case], names: Sequence[str]) -> Figure:
+    """Best, median and worst case in three planes: the image with both outlines on it.
+
+    The images are read again from their files.
+
+    Args:
+        cases: at least one.
+        names: of the cases.
+    """
+    chosen = examples(cases)
+    figure = Figure((7.4, 2.85 * len(chosen) + 0.35), layout="constrained")
+    parts = figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]
+    for part, (which, i) in zip(parts, chosen.items(), strict=True):
+        name = names[i]
+        dice = mean_scores(cases[i].scores)["dice"]
+        text = f"{which}: {short(name, 60)}, Dice {number(dice)}"
+        part.suptitle(text, x=0.01, ha="left", fontsize=9.5, weight="bold")
+        image = read_volume(cases[i].image)
+        shown = window(image, guess_modality(image))[:1]  # of CT the soft tissue
+        kept = np.load(io.BytesIO(cases[i].slices))
+        for plane, ax in enumerate(part.subplots(1, 3)):
+            where = torch.tensor([kept["position"][plane]])
+            picture = cut(shown, image.pixdim.tolist(), plane, where, SIZE)[0, 0]
+            draw_image(ax, picture.numpy(), f"{PLANES[plane]} {where.item():.2f}", INK, 0.6)
+            pair = torch.from_numpy(kept[PLANES[plane]])
+            for marks, (color, width) in zip(pair, OUTLINES.values(), strict=True):
+                for label in marks.unique()[marks.unique() > 0]:
+                    mask = (marks == label)[None].float()
+                    flat = cut(mask, kept["spacing"], plane, torch.tensor([0.5]), SIZE)[0, 0]
+                    if flat.min() < 0.5 < flat.max():  # else too thin to show, or everywhere
+                        ax.contour(flat, [0.5], colors=color, linewidths=width)
+    lines = [Line2D([], [], color=color, linewidth=width) for color, width in OUTLINES.values()]
+    figure.legend(lines, list(OUTLINES), loc="outside upper right", ncols=2, fontsize=8)
+    listing = "; ".join(f"{which.lower()} {names[i]}" for which, i in chosen.items())
+    figure.set_label(f"Outlines of label and prediction on the image: {listing}")
+    return figure
+
+
+@rc_context(STYLE)
+def boxes(cases: Sequence[Case]) -> Figure:
+    """For each class its scores over the cases: quartiles as a box, every case a dot.
+
+    HD95 is linear up to 1 mm and logarithmic above, as a missed class costs a whole diagonal.
+    """
+    classes = list(cases[0].scores)
+    figure = Figure((7.4, 0.9 + 0.42 * len(classes)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for ax, (key, title) in zip(panels, SCORES.items(), strict=True):
+        for y, name in enumerate(classes):
+            x = np.array([case.scores[name][key] for case in cases])
+            x = x[~np.isnan(x)]
+            if not len(x):
+                continue
+            low, middle, high = np.quantile(x, [0.25, 0.5, 0.75])
+            ax.plot([x.min(), low, np.nan, high, x.max()], [y] * 5, color=INK, linewidth=0.8)
+            ax.barh(y, high - low, 0.56, low, facecolor=(SKY, 0.45), edgecolor=INK)
+            ax.plot([middle] * 2, [y - 0.28, y + 0.28], color=INK, linewidth=2.2)
+            spread = y + 0.36 * (np.arange(len(x)) * 0.618 % 1 - 0.5)  # so that equals part
+            ax.plot(x, spread, ".", color=VERMILION, markersize=5)
+        ax.set_title(title)
+    panels[0].set(yticks=range(len(classes)), ylim=(len(classes) - 0.5, -0.5))
+    panels[0].set_yticklabels([short(name, 24) for name in classes])
+    for ax in panels[:2]:
+        ax.set(xlim=(-0.03, 1.03), xticks=[0, 0.5, 1])
+    panels[2].set_xscale("symlog", linthresh=1, linscale=0.5)
+    panels[2].set_xlim(-0.05, max(1.1, 1.3 * panels[2].dataLim.xmax))
+    panels[2].xaxis.set_major_locator(FixedLocator([0, 1, 3, 10, 30, 100, 300, 1000]))
+    panels[2].xaxis.set_major_formatter(ScalarFormatter())
+    panels[2].minorticks_off()
+    figure.set_label(f"Dice, NSD and HD95 of {len(classes)} classes over {len(cases)} cases")
+    return figure
+
+
+@rc_context(STYLE)
+def dice_comparison(trainings: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Mean Dice of each class with its interval, for several trainings.
+
+    Args:
+        trainings: name to the content of seg-finetune's metrics.json.
+    """
+    classes = ["mean", *next(iter(trainings.values()))["classes"]]
+    figure = Figure((7.4, 0.55 + 0.5 * len(classes)), layout="constrained")
+    ax = figure.subplots()
+    values = []
+    for rank, (name, metrics) in enumerate(trainings.items()):
+        color = (BLUE, VERMILION, GREEN)[rank]
+        rows = [metrics["mean"], *metrics["classes"].values()]
+        for row, (label, stat) in enumerate(zip(classes, rows, strict=True)):
+            stat = stat["dice"]
+            if stat["mean"] is None:
+                continue
+            y = row + 0.3 * (rank - (len(trainings) - 1) / 2)
+            ax.plot([stat["low"], stat["high"]], [y, y], color=color, alpha=0.4)
+            ax.plot(
+                stat["mean"], y, "o", markersize=6, color=color, label=name if row == 0 else None
+            )
+            values.append(f"{label} {name} {stat['mean']:.3f}")
+            end = max(stat["mean"], stat["high"] or 0)
+            offset: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
+            ax.annotate(f"{stat['mean']:.3f}", (end, y), (6, 0), fontsize=7.5, **offset)
+    ax.set(yticks=range(len(classes)), yticklabels=[short(name, 24) for name in classes])
+    ax.set(xlim=(-0.02, 1.05), xlabel="Dice, 95 % interval over cases")
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper right", ncols=len(trainings), fontsize=8)
+    figure.set_label("Dice: " + "; ".join(values))
+    return figure

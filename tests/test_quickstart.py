@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fakes import write_volumes
+
+from med3dinsight_ext.data.datalists import datalist
+from med3dinsight_ext.quickstart import bundle_run, fitting_spacing, quoted, score_prompts
+
+
+def test_only_values_that_need_quotes_have_them() -> None:
+    assert [quoted(value) for value in ("a/b-1.nii", 3, "[1, 2]")] == ["a/b-1.nii", "3", '"[1, 2]"']
+
+
+def test_the_median_volume_fits_a_patch(tmp_path: Path) -> None:
+    items = datalist(write_volumes(tmp_path, 2) / "segmentation.json")
+    assert fitting_spacing(items) == round(32 * 2 / 48, 2)
+
+
+def test_a_missing_bundle_is_an_error() -> None:
+    with pytest.raises(ValueError, match="bundles must lie beside the package, got no .*none"):
+        bundle_run("none", ["train.json"])
+
+
+def test_prompts_are_scored_in_one_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        "med3dinsight_ext.quickstart.bundle_run", lambda *words, **more: calls.append((words, more))
+    )
+    item = {"image": "v.nii", "modality": "MR", "more": 1}
+    score_prompts(tmp_path / "eval", item, {"bundle_root": "r", "split": "s"})
+    ((words, more),) = calls
+    assert words == ("pretrain", ["inference.json", "quickstart.yaml"])
+    assert more["bundle_root"] == "r" and "split" not in more and len(more["prompts"]) == 3
+    assert Path(more["datalist"]).read_text() == '{"image": "v.nii", "modality": "MR"}\n'
