@@ -19,6 +19,7 @@ from monai.data import MetaTensor
 
 from med3dinsight_ext.data import datalists, slicing
 from med3dinsight_ext.data.demo_cohort import make_cohort
+from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.metrics.retrieval import depth_group
 from med3dinsight_ext.reports import report
 from med3dinsight_ext.training.history import read_history
@@ -37,7 +38,8 @@ def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkfl
 
     Args:
         name: folder in bundles/.
-        overlays: config files in its configs/ or with an absolute path; the later ones win.
+        overlays: config files in its configs/ or with an absolute path; the later ones win. The
+            files that bundles share follow train.json.
         overrides: key to value.
     """
     files = [str(BUNDLES / name / "configs" / overlay) for overlay in overlays]
@@ -47,6 +49,7 @@ def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkfl
             f"quickstart must find the bundles, got no {missing[0]}; run it from a clone of the "
             "repository that was installed with pip install -e"
         )
+    files = [path for file in files for path in with_shared(file)]
     short = [os.path.relpath(file) for file in files]
     config = short[0] if len(files) == 1 else str(short)
     words = [f"--{key} {quoted(value)}" for key, value in overrides.items()]

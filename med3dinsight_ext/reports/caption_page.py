@@ -120,9 +120,8 @@ def captions(store: str, out: str | None = None, sample: int = 200, seed: int = 
     if not found.images:
         ignored = f", and {found.skipped} JSON files that are none" if found.skipped else ""
         raise ValueError(
-            f"store must be a folder with entries, got none in {store}{ignored}; fill it: "
-            "python -m monai.bundle run --config_file "
-            "\"['configs/train.json','configs/embed.json']\" (in bundles/pretrain)"
+            f"store must be a folder with entries, got none in {store}{ignored}; fill it with "
+            "embed.json, see bundles/pretrain/docs/README.md"
         )
     names = source_names(found.sources)
     facts = headline(found)
