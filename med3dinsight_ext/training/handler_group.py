@@ -11,8 +11,8 @@ from ignite.engine import Engine
 class HandlerGroup:
     """Attaches several handlers to an engine, in the order of the mapping.
 
-    MONAI and MONAI Label read ``train::handlers`` as a list of components and append to it. With a
-    group in that list, an overlay still addresses each handler by its name, for instance
+    MONAI's ``check_properties`` and MONAI Label read ``train::handlers`` as a list of components.
+    With a group in that list an overlay addresses each handler by its name, for instance
     ``train_handlers::progress::_disabled_: true``.
 
     Args:
