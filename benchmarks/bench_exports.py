@@ -35,16 +35,17 @@ SLOW = ("swinunetr", "swinunetr_v2")  # torch.export takes minutes
 def overlays() -> dict[str, Path]:
     """Files of all backbones by bundle/name, the slow ones last."""
     found = {
-        f"{bundle}/{path.stem.removeprefix('backbone_')}": path
+        f"{bundle}/{path.stem}": path
         for bundle in ("seg-finetune", "cls-finetune")
-        for path in sorted((BUNDLES / bundle / "configs").glob("backbone_*.yaml"))
+        for path in sorted((BUNDLES / "backbones").glob("*.yaml"))
+        if bundle in path.read_text().splitlines()[1]
     }
     return dict(sorted(found.items(), key=lambda item: item[0].split("/")[1] in SLOW))
 
 
-def folder(root: Path, overlay: Path, size: list[int]) -> int:
+def folder(root: Path, bundle: str, overlay: Path, size: list[int]) -> int:
     """A bundle folder with an overlay and random weights; the number of its parameters."""
-    files = [str(overlay.with_name("inference.json")), str(overlay)]
+    files = [str(BUNDLES / bundle / "configs" / "inference.json"), str(overlay)]
     config = ConfigParser.load_config_files(files) | {"patch_size": size}
     torch.manual_seed(0)
     network = ConfigParser(config).get_parsed_content("network_def")
@@ -59,10 +60,10 @@ def folder(root: Path, overlay: Path, size: list[int]) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def measure(overlay: Path) -> dict[str, Any]:
-    size = SIZES.get(overlay.stem.removeprefix("backbone_"), [32, 32, 32])
+def measure(bundle: str, overlay: Path) -> dict[str, Any]:
+    size = SIZES.get(overlay.stem, [32, 32, 32])
     with tempfile.TemporaryDirectory() as name:
-        parameters = folder(Path(name), overlay, size)
+        parameters = folder(Path(name), bundle, overlay, size)
         try:
             export(name)
         except ValueError as error:  # exports.json has the reason
@@ -78,7 +79,7 @@ def main(only: str = "", again: bool = False) -> None:
         if (name in rows and not again) or only not in name:
             continue
         print(name, flush=True)
-        rows[name] = measure(overlay)
+        rows[name] = measure(name.split("/")[0], overlay)
         versions = {
             key: rows[name]["versions"].pop(key) for key in ("onnx", "onnxruntime", "onnxscript")
         }

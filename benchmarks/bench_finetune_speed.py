@@ -24,13 +24,14 @@ from monai.bundle import ConfigWorkflow
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
+from med3dinsight_ext.io.configs import with_shared  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 
 HERE = Path(__file__).parent
 CONFIGS = BUNDLES / "seg-finetune" / "configs"
 
 
-def workflow(files: list[Path], kind: str, **overrides: Any) -> ConfigWorkflow:
+def workflow(files: list[str | Path], kind: str, **overrides: Any) -> ConfigWorkflow:
     made = ConfigWorkflow(
         [str(f) for f in files], logging_file=False, workflow_type=kind, **overrides
     )
@@ -52,8 +53,9 @@ def loading(root: Path, cases: int = 40, repeats: int = 3) -> dict[str, Any]:
         rows.append(paths)
     (root / "list.json").write_text(json.dumps(rows))
     made = workflow(
-        [CONFIGS / "train.json", HERE / "hippocampus.yaml"], "train", bundle_root=str(root),
-        dataset_dir=str(root), datalist=str(root / "list.json"), split=None, max_epochs=1,
+        [*with_shared(CONFIGS / "train.json"), HERE / "hippocampus.yaml"], "train",
+        bundle_root=str(root), dataset_dir=str(root), datalist=str(root / "list.json"),
+        split=None, max_epochs=1,
     )  # fmt: skip
     trainer = made.parser.get_parsed_content("train::trainer")
     loader = trainer.data_loader

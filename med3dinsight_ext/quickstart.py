@@ -17,6 +17,7 @@ from monai.bundle import ConfigWorkflow
 
 from med3dinsight_ext.data import datalists
 from med3dinsight_ext.data.demo_cohort import make_cohort
+from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.reports.pages import write_page
 from med3dinsight_ext.reports.retrieval import TASKS, gallery, retrieval_tasks, retrieved_slices
 from med3dinsight_ext.reports.segmentation_figures import dice_comparison
@@ -38,7 +39,8 @@ def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkfl
 
     Args:
         name: folder in bundles/.
-        overlays: config files in its configs/ or with an absolute path; the later ones win.
+        overlays: config files in its configs/ or with an absolute path; the later ones win. The
+            files that bundles share follow train.json.
         overrides: key to value.
     """
     files = [str(BUNDLES / name / "configs" / overlay) for overlay in overlays]
@@ -48,6 +50,7 @@ def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkfl
             f"bundles must lie beside the package, got no {missing[0]}; run from a clone of the "
             "repository that was installed with pip install -e"
         )
+    files = [path for file in files for path in with_shared(file)]
     short = [os.path.relpath(file) for file in files]
     config = short[0] if len(files) == 1 else str(short)
     words = [f"--{key} {quoted(value)}" for key, value in overrides.items()]

@@ -21,6 +21,8 @@ from monai.bundle import ConfigParser
 from running import ROOT, environment, free_port
 from torch import Tensor, nn
 
+from med3dinsight_ext.io.configs import with_shared
+
 PYTHON = os.environ.get("MED3D_LABEL_PYTHON", "")
 
 
@@ -63,7 +65,8 @@ def small_bundle(folder: Path, network: str = "BrightNet", overlays: bool = Fals
     click = {"inference": "click_inference.yaml", "train": "click.yaml"}
     for name in more:
         path = folder / "configs" / f"{name}.json"
-        files = [path, *([folder / "configs" / click[name]] if overlays else [])]
+        files = with_shared(ROOT / "bundles" / "seg-finetune" / "configs" / f"{name}.json")
+        files += [str(folder / "configs" / click[name])] if overlays else []
         path.write_text(json.dumps(ConfigParser.load_config_files(files) | small | more[name]))
     weights = globals()[network]().state_dict()
     torch.save(weights, folder / "models" / "model.pt")

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from med3dinsight_ext.io.configs import with_shared
 
 ROOT = Path(__file__).parents[1]
 BUNDLES = ("pretrain", "seg-finetune", "cls-finetune")
+BACKBONES = {path.stem: path for path in sorted((ROOT / "bundles" / "backbones").glob("*.yaml"))}
 
 
 def configs(bundle: str) -> Path:
     return ROOT / "bundles" / bundle / "configs"
+
+
+def suits(bundle: str) -> list[str]:
+    """Names of the backbones whose header lists the bundle."""
+    return [name for name, path in BACKBONES.items() if bundle in path.read_text().splitlines()[1]]
+
+
+def paths(bundle: str, files: Sequence[str | Path]) -> list[str]:
+    """Paths of config files, with the shared files after train.json."""
+    return [path for file in files for path in with_shared(configs(bundle) / file)]
+
+
+def merged(bundle: str, *files: str | Path) -> dict[str, Any]:
+    """One config from these files."""
+    return ConfigParser.load_config_files(paths(bundle, files))
 
 
 def free_port() -> int:
@@ -53,20 +72,21 @@ def inference_settings(bundle: str, root: Path, volumes: Path, **changes: Any) -
     return kept | {"dataloader::num_workers": 0} | changes
 
 
-def run(bundle: str, files: list[str], **overrides: Any) -> ConfigWorkflow:
+def run(bundle: str, files: Sequence[str | Path], **overrides: Any) -> ConfigWorkflow:
     """A bundle's config files, run in this process."""
-    paths = [str(configs(bundle) / file) for file in files]
-    workflow = ConfigWorkflow(paths, logging_file=False, workflow_type="train", **overrides)
+    workflow = ConfigWorkflow(
+        paths(bundle, files), logging_file=False, workflow_type="train", **overrides
+    )
     workflow.initialize()
     workflow.run()
     workflow.finalize()
     return workflow
 
 
-def command(bundle: str, files: list[str], overrides: dict[str, Any]) -> list[str]:
+def command(bundle: str, files: Sequence[str | Path], overrides: dict[str, Any]) -> list[str]:
     """Arguments of python that do the same in another process."""
     words = ["-m", "monai.bundle", "run", "--config_file"]
-    words.append(str([str(configs(bundle) / file) for file in files]))
+    words.append(str(paths(bundle, files)))
     for key, value in overrides.items():
         words += [f"--{key}", str(value)]
     return words

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from med3dinsight_ext.data import datalists
+from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.overrides import check_overrides
 from med3dinsight_ext.quickstart import BUNDLES
@@ -68,7 +69,7 @@ def planned(plan: dict[str, Any], budget: str) -> dict[str, Run]:
                     f"name must belong to one run, got two {run.name}; rename a variant"
                 )
     for run in runs.values():
-        config = BUNDLES / run.bundle / "configs" / "train.json"
+        config = with_shared(BUNDLES / run.bundle / "configs" / "train.json")
         given = [f"--{key}={value!r}" for key, value in run.overrides.items()]
         check_overrides([f"--config_file={config}", *given])
     return runs

@@ -30,6 +30,7 @@ from evidence.planning import items_of  # noqa: E402
 from med3dinsight_ext.captions.sources import TemplateCaptions  # noqa: E402
 from med3dinsight_ext.data.datalists import take  # noqa: E402
 from med3dinsight_ext.embeddings.store import Store  # noqa: E402
+from med3dinsight_ext.io.configs import with_shared  # noqa: E402
 from med3dinsight_ext.models.classifier import pooled_features  # noqa: E402
 from med3dinsight_ext.models.probes import class_scores, linear_probe  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
@@ -75,7 +76,8 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
     report = json.loads(before.read_text())["auroc"] if before.exists() else {}
     report["teacher"] = probe((means[0], means[1]), train, evaluation)
 
-    config = ConfigParser.load_config_files(str(BUNDLES / "cls-finetune/configs/train.json"))
+    files = with_shared(BUNDLES / "cls-finetune/configs/train.json")
+    config = ConfigParser.load_config_files(files)
     task = plan["tasks"]["adrenal"]
     for key in ("spacing", "patch_size", "class_names"):
         config[key] = task[key]

@@ -10,6 +10,8 @@ from typing import Any
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
+from med3dinsight_ext.io.configs import missing_shared
+
 RUN_ARGUMENTS = (  # of ``monai.bundle run`` itself
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
     "args_file", "workflow_name", "workflow_type",
@@ -26,8 +28,9 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
         arguments: of ``python -m monai.bundle run``; default: this process's.
 
     Raises:
-        SystemExit: names the key, and the nearest one or what it takes; not an error type, so that
-            MONAI does not wrap it in "Failed to evaluate".
+        SystemExit: names the key, and the nearest one or what it takes; or a file that the bundles
+            share and ``config_file`` lacks. Not an error type, so that MONAI does not wrap it in
+            "Failed to evaluate".
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     given: dict[str, Any] = {}
@@ -43,6 +46,9 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
     if isinstance(files, str) and files.startswith("["):
         files = [name.strip(" '\"") for name in files.strip("[]").split(",")]
     config = ConfigParser.load_config_files(files)
+    if missing := missing_shared(config):
+        names = " and ".join(f"bundles/shared/{name}" for name in missing)
+        raise SystemExit(f"config_file must name {names} after configs/train.json, got {files}")
     for name, value in given.items():
         if name in RUN_ARGUMENTS:
             continue

@@ -14,6 +14,7 @@ import yaml
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
+from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.training.transfer import read_weights
 
@@ -89,9 +90,9 @@ def merged_configs(
         _check_overlay(path)
     merged = {}
     for name, last in (("train", "click.yaml"), ("inference", "click_inference.yaml")):
-        files = [configs / f"{name}.json", *paths]
-        files += [configs / last] if click else []
-        merged[name] = dict(ConfigParser.load_config_files([str(file) for file in files]))
+        files = [*with_shared(configs / f"{name}.json"), *paths]
+        files += [str(configs / last)] if click else []
+        merged[name] = dict(ConfigParser.load_config_files(files))
     return merged
 
 

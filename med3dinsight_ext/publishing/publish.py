@@ -17,6 +17,7 @@ import yaml
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
+from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.monailabel.label_bundle import (
     as_json,
     channel_names,
@@ -128,7 +129,7 @@ def contents(
     told = read_card(card)
     merged = merged_configs(source / "configs", overlays, click)
     for stem, config in merged.items():
-        own = _read(source / "configs" / f"{stem}.json")
+        own = ConfigParser.load_config_files(with_shared(source / "configs" / f"{stem}.json"))
         config |= {key: own[key] for key in PLACES if key in own}
         given, asked = own.get("teacher"), config.get("teacher")
         if isinstance(given, dict) and isinstance(asked, dict) and "_disabled_" in given:

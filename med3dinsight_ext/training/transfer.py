@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -408,7 +409,8 @@ def transfer_report(weights: str, network: str, **overrides: Any) -> None:
         overrides: of the config, as in ``monai.bundle run``.
     """
     if network.endswith((".json", ".yaml", ".yml")):
-        parser = ConfigParser(ConfigParser.load_config_files(network.split(",")))
+        first, *overlays = network.split(",")
+        parser = ConfigParser(ConfigParser.load_config_files([*with_shared(first), *overlays]))
         parser.update({"bundle_root": ".", **overrides})
         ours = parser.get_parsed_content("transfer")
         least = torch.finfo().tiny  # anything that arrives is worth a report

@@ -12,7 +12,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.networks.nets import UNet
-from running import configs, inference_settings, run, settings
+from running import BACKBONES, inference_settings, merged, run, settings, suits
 from torch import Tensor, nn
 
 from med3dinsight_ext.data.clicks import (
@@ -79,8 +79,7 @@ def blob(folder: Path, affine: np.ndarray, centre: tuple[int, int, int]) -> Path
 
 def preprocessed(path: Path, **clicks: Any) -> MetaTensor:
     """What the network gets for an item, by the bundle's own inference configs."""
-    files = [configs("seg-finetune") / name for name in ("inference.json", "click_inference.yaml")]
-    parser = ConfigParser(ConfigParser.load_config_files(files))
+    parser = ConfigParser(merged("seg-finetune", "inference.json", "click_inference.yaml"))
     parser.update({"spacing": [1.0, 1.0, 1.0], "patch_size": [40, 40, 40]})
     item = {"image": str(path), "modality": "MR", **clicks}
     return parser.get_parsed_content("preprocessing")(item)["image"]
@@ -278,19 +277,15 @@ def test_a_click_network_is_evaluated_without_clicks(tmp_path: Path, volumes: Pa
     assert metrics["cases"] == 1
 
 
-OVERLAYS = sorted(configs("seg-finetune").glob("backbone_*.yaml"))
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem.removeprefix("backbone_"))
-def test_every_backbone_takes_clicks(overlay: Path) -> None:
-    size = (96, 96, 96) if overlay.stem == "backbone_unetr" else (64, 32, 32)
-    for pair in (("train.json", "click.yaml"), ("inference.json", "click_inference.yaml")):
-        files = [overlay.parent / pair[0], overlay, overlay.parent / pair[1]]
-        parser = ConfigParser(ConfigParser.load_config_files(files))
-        if "swin" in overlay.stem:
+@pytest.mark.parametrize("name", suits("seg-finetune"))
+def test_every_backbone_takes_clicks(name: str) -> None:
+    size = (96, 96, 96) if name == "unetr" else (64, 32, 32)
+    for first, last in (("train.json", "click.yaml"), ("inference.json", "click_inference.yaml")):
+        parser = ConfigParser(merged("seg-finetune", first, BACKBONES[name], last))
+        if "swin" in name:
             parser["backbone"]["feature_size"] = 12
-        with torch.device("cpu" if "swin" in overlay.stem else "meta"):
-            if "vnet" in overlay.stem:  # repeats its input to 16 channels
+        with torch.device("cpu" if "swin" in name else "meta"):
+            if name == "vnet":  # repeats its input to 16 channels
                 with pytest.raises(RuntimeError, match="Failed to"):
                     parser.get_parsed_content("network_def")
                 continue

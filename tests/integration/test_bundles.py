@@ -7,14 +7,35 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import fakes
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
-from running import BUNDLES, command, configs, environment, inference_settings, run, settings
+from monai.bundle import (
+    ComponentLocator,
+    ConfigComponent,
+    ConfigParser,
+    ConfigWorkflow,
+    ReferenceResolver,
+    verify_net_in_out,
+)
+from running import (
+    BACKBONES,
+    BUNDLES,
+    command,
+    configs,
+    environment,
+    inference_settings,
+    merged,
+    paths,
+    run,
+    settings,
+    suits,
+)
 from safetensors.torch import load_file
+from torch import nn
 
 NETWORKS = {  # small, for each bundle; PlainNet is not MONAI's
     "pretrain": {"backbone": {"_target_": "fakes.PlainNet"}},
@@ -128,8 +149,8 @@ def test_properties_that_tools_look_up_are_there(
     jobs += [(["train.json", overlay], "train", changes) for overlay in overlays]
     jobs += [(["inference.json"], "infer", inference(trained, volumes))]
     for files, kind, given in jobs:
-        paths = [str(configs(bundle) / file) for file in files]
-        workflow = ConfigWorkflow(paths, logging_file=False, workflow_type=kind, **given)
+        listed = paths(bundle, files)
+        workflow = ConfigWorkflow(listed, logging_file=False, workflow_type=kind, **given)
         workflow.initialize()
         try:
             assert workflow.check_properties() == [], files
@@ -153,32 +174,53 @@ def components(node: Any) -> list[dict[str, Any]]:
     return [c for value in node for c in components(value)] if isinstance(node, list) else []
 
 
-ALL = [
-    path
+ALONE = ("train.json", "inference.json")
+OVERLAYS = [
+    (bundle, path.name)
     for bundle in BUNDLES
     for path in sorted([*configs(bundle).glob("*.json"), *configs(bundle).glob("*.yaml")])
-    if path.name != "metadata.json"
+    if path.name not in (*ALONE, "metadata.json")
 ]
+CONFIGS = [(bundle, (name,)) for bundle in BUNDLES for name in ALONE] + [
+    (bundle, (ALONE["inference" in name], name)) for bundle, name in OVERLAYS
+]
+LOCATOR = ComponentLocator()
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda p: f"{p.parts[-3]}-{p.name}")
-def test_every_target_of_ours_exists_and_takes_its_arguments(path: Path) -> None:
-    from pydoc import locate
-
-    content = ConfigParser.load_config_file(str(path))
-    ours = [c for c in components(content) if c["_target_"].startswith("med3dinsight_ext.")]
-    for node in ours:
-        target = locate(node["_target_"])
+@pytest.mark.parametrize(("bundle", "files"), CONFIGS, ids=lambda given: "-".join(given))
+def test_every_target_exists_and_takes_its_arguments(bundle: str, files: tuple[str, ...]) -> None:
+    nodes = components(merged(bundle, *files))
+    assert nodes
+    for node in nodes:
+        target = locate(str(ConfigComponent(node, locator=LOCATOR).resolve_module_name()))
         assert target is not None, node["_target_"]
         names = [key for key in node if not key.startswith("_")]
         inspect.signature(target).bind_partial(**dict.fromkeys(names))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("bundle", "files"), CONFIGS, ids=lambda given: "-".join(given))
+def test_every_reference_names_a_key(bundle: str, files: tuple[str, ...]) -> None:
+    config = merged(bundle, *files)
+    parser = ConfigParser(config)
+    absent = [id for id in ReferenceResolver.find_refs_in_config(config, "") if id not in parser]
+    assert not absent
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_every_backbone_is_built_in_the_bundles_that_its_header_lists(bundle: str) -> None:
+    assert suits(bundle)
+    for name in suits(bundle):
+        for file in ALONE:
+            parser = ConfigParser(merged(bundle, file, BACKBONES[name]))
+            with torch.device("cpu" if "swin" in name else "meta"):  # Swin reads its own values
+                assert isinstance(parser.get_parsed_content("backbone"), nn.Module), name
+
+
 def test_what_monai_label_needs_of_the_segmentation_configs() -> None:
-    train = ConfigParser.load_config_file(str(configs("seg-finetune") / "train.json"))
+    train = merged("seg-finetune", "train.json")
     handlers = train["train"]["handlers"]
     assert all(isinstance(handler, dict) for handler in handlers)
-    assert not any("CheckpointLoader" in handler["_target_"] for handler in handlers)
+    assert not any("CheckpointLoader" in node["_target_"] for node in components(handlers))
     assert "data" in train["train"]["dataset"] and "data" in train["validate"]["dataset"]
     infer = ConfigParser.load_config_file(str(configs("seg-finetune") / "inference.json"))
     assert {"network_def", "preprocessing", "postprocessing", "inferer", "device"} <= infer.keys()
@@ -187,11 +229,7 @@ def test_what_monai_label_needs_of_the_segmentation_configs() -> None:
 
 
 def test_the_paper_overlay_sets_the_papers_recipe() -> None:
-    parser = ConfigParser(
-        ConfigParser.load_config_files(
-            [configs("pretrain") / name for name in ("train.json", "paper.yaml")]
-        )
-    )
+    parser = ConfigParser(merged("pretrain", "train.json", "paper.yaml"))
     psat = parser.get("student")["psat"]
     assert (psat["queries"], psat["layers"], psat["ffn"], psat["readout"]) == (
         300,

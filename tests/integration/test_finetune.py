@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
-from running import ROOT, configs, inference_settings, run, settings
+from running import BACKBONES, ROOT, inference_settings, run, settings, suits
 
 from med3dinsight_ext.data import datalists as data
 from med3dinsight_ext.data.volumes import check_volumes
@@ -43,10 +43,6 @@ REQUIRED = {
 MATRIX: dict[str, dict[str, str]] = {}
 
 
-def names(bundle: str) -> list[str]:
-    return sorted(p.stem.removeprefix("backbone_") for p in configs(bundle).glob("backbone_*"))
-
-
 @pytest.fixture(scope="module")
 def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fakes.write_volumes(tmp_path_factory.mktemp("volumes"), 4)
@@ -54,28 +50,21 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def matrix_file() -> Any:
-    """Writes what the docs show, if asked to: MED3D_WRITE=1 pytest tests/test_finetune.py."""
+    """Writes what the docs show, if asked to: MED3D_WRITE=1 pytest on this file."""
     yield
     if os.environ.get("MED3D_WRITE") and MATRIX.keys() == REQUIRED:
-        path = ROOT / "docs" / "benchmarks" / "results" / "backbones.json"
+        path = ROOT / "benchmarks" / "results" / "backbones.json"
         path.write_text(json.dumps(dict(sorted(MATRIX.items())), indent=1) + "\n")
 
 
 def test_the_backbones_promised_have_overlays() -> None:
-    assert set(names("pretrain")) == set(names("cls-finetune")) == REQUIRED
-    assert set(names("seg-finetune")) == REQUIRED - CLASSIFIERS
+    assert set(BACKBONES) == set(suits("pretrain")) == set(suits("cls-finetune")) == REQUIRED
+    assert set(suits("seg-finetune")) == REQUIRED - CLASSIFIERS
 
 
 @pytest.mark.parametrize("name", sorted(REQUIRED))
-def test_a_backbone_is_the_same_network_in_all_bundles(name: str) -> None:
-    def network(bundle: str) -> dict[str, Any]:
-        content = ConfigParser.load_config_file(configs(bundle) / f"backbone_{name}.yaml")
-        (key,) = content
-        assert key == "backbone"
-        return content[key]
-
-    bundles = ["pretrain", "cls-finetune"] + (["seg-finetune"] if name not in CLASSIFIERS else [])
-    assert all(network(bundle) == network("pretrain") for bundle in bundles)
+def test_a_backbone_overlay_sets_nothing_else(name: str) -> None:
+    assert list(ConfigParser.load_config_file(BACKBONES[name])) == ["backbone"]
 
 
 @pytest.fixture(scope="module", params=sorted(REQUIRED))
@@ -88,7 +77,7 @@ def pretrained(
     small = {f"backbone::{key}": value for key, value in SMALL.get(name, {}).items()}
     changes = settings("pretrain", root, volumes, val_fraction=0, **small)
     changes["patch_size"] = PATCH.get(name, changes["patch_size"])
-    run("pretrain", ["train.json", f"backbone_{name}.yaml"], **changes)
+    run("pretrain", ["train.json", BACKBONES[name]], **changes)
     row = json.loads((root / "eval" / "history.jsonl").read_text())
     return name, root / "models" / "model.pt", row
 
@@ -101,7 +90,7 @@ def finetuned(
     if bundle == "cls-finetune":
         small["class_names"] = ["even", "odd"]
     patch = PATCH.get(name, [32, 32, 32])
-    overlay = f"backbone_{name}.yaml"
+    overlay = BACKBONES[name]
     changes = settings(bundle, root, volumes, val_fraction=0, pretrained=str(weights), **small)
     changes["patch_size"] = patch
     changes["learning_rate"] = 0.0  # so that what arrived is still there afterwards

@@ -6,9 +6,8 @@ from typing import Any
 import fakes
 import pytest
 import torch
-from monai.bundle import ConfigParser
 from monai.data import MetaTensor
-from running import configs, run, settings
+from running import merged, run, settings
 
 from med3dinsight_ext.training.incremental import CheckLabeld
 
@@ -25,7 +24,7 @@ def round_of(root: Path, volumes: Path, held_out: int = 0, **changes: Any) -> No
     """Train as MONAI Label's BundleTrainTask does: data given, and model.pt loaded by a handler."""
     items = [{"image": str(volumes / f"v{i}.nii.gz"),
               "label": str(volumes / "labels" / f"v{i}.nii.gz")} for i in range(4)]  # fmt: skip
-    handlers = ConfigParser.load_config_file(configs("seg-finetune") / "train.json")["train"]
+    handlers = merged("seg-finetune", "train.json")["train"]
     loader = {
         "_target_": "CheckpointLoader",
         "load_path": str(root / "models" / "model.pt"),

@@ -1,0 +1,34 @@
+"""Config files that bundles share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+SHARED = {"train.json": "sampler", "finetune.json": "trainer"}  # a key of ``train`` in each file
+
+
+def missing_shared(config: Mapping[str, Any]) -> list[str]:
+    """Files of ``bundles/shared`` that a config needs and has not been merged with.
+
+    Args:
+        config: only a bundle's ``train.json`` needs any.
+    """
+    if "train_handlers" not in config:
+        return []
+    return [name for name, key in SHARED.items() if key not in config["train"]]
+
+
+def with_shared(path: str | Path) -> list[str]:
+    """Paths of a config file and of the shared files to merge after it.
+
+    Args:
+        path: file in ``configs`` of a bundle; for a published ``train.json``, which has the shared
+            keys, the result is the path alone.
+    """
+    shared = Path(path).resolve().parents[2] / "shared"
+    missing = missing_shared(ConfigParser.load_config_file(path))
+    return [str(path), *(str(shared / name) for name in missing)]
