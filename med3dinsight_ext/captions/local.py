@@ -77,7 +77,7 @@ class TransformersCaptions(MllmCaptions):
                 )
 
     @cached_property
-    def model_print(self) -> str:
+    def model_fingerprint(self) -> str:
         """Hash or commit of the weights, and the type they compute in."""
         self.config  # noqa: B018  what cannot answer is found before anything long begins
         return json.dumps([model_fingerprint(self.model, self.revision), self.dtype])

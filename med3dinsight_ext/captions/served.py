@@ -87,7 +87,7 @@ class ServedCaptions(MllmCaptions):
         self._key()
 
     @property
-    def model_print(self) -> str:
+    def model_fingerprint(self) -> str:
         """Model and revision; not the url."""
         return json.dumps(["served", self.model, self.revision])
 

@@ -1,4 +1,4 @@
-"""A store that is filled by asking a multimodal model, whatever happens to the run."""
+"""A store filled by a multimodal model: answer log, interruptions, shards."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 from med3dinsight_ext.captions.answer_log import AnswerLog
 from med3dinsight_ext.captions.multimodal import PROMPT
-from med3dinsight_ext.embeddings import store
-from med3dinsight_ext.embeddings.store import Store, part_of
+from med3dinsight_ext.captions.captioner import SlicedVolume
+from med3dinsight_ext.embeddings import entry
+from med3dinsight_ext.embeddings.shards import part_of
+from med3dinsight_ext.embeddings.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +58,11 @@ def undisturbed(items: list[dict], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_answers_become_captions_and_text_embeddings(items: list[dict], tmp_path: Path) -> None:
     made = filled(tmp_path, items)
-    entry = load_file(made.path(items[0]))
+    tensors = load_file(made.path(items[0]))
     about = json.loads(made.path(items[0]).with_suffix(".json").read_text())
-    told = [row["caption"] for row in about["slices"] if row["caption"]]
-    assert len(told) == len(entry["text"]) > 5 and "Tissue of brightness" in told[0]
-    assert torch.allclose(entry["text"].float(), made.teacher.encode_text(told), atol=1e-3)
+    captions = [row["caption"] for row in about["slices"] if row["caption"]]
+    assert len(captions) == len(tensors["text"]) > 5 and "Tissue of brightness" in captions[0]
+    assert torch.allclose(tensors["text"].float(), made.teacher.encode_text(captions), atol=1e-3)
     assert about["captioner"]["prompt"] == PROMPT
 
 
@@ -74,10 +76,10 @@ def test_refusals_are_recorded_but_not_trained_on(items: list[dict], tmp_path: P
 
 
 def test_the_prompt_tells_modality_plane_depth_spacing_and_body_part(items: list[dict]) -> None:
-    asked = FakeMllm().ask({"modality": "CT", "body_part": "thigh"}, 2, 0.9, [1.0, 2.0, 5.0])
+    prompt = FakeMllm().slice_prompt({"modality": "CT", "body_part": "thigh"}, 2, 0.9, [1.0, 2.0, 5.0])
     for word in ("axial", "CT", "thigh", "uppermost", "1 x 2 mm"):
-        assert word in asked
-    assert "body" in FakeMllm().ask({"modality": "CT"}, 0, 0.1, [1, 1, 1])
+        assert word in prompt
+    assert "body" in FakeMllm().slice_prompt({"modality": "CT"}, 0, 0.1, [1, 1, 1])
 
 
 @pytest.mark.parametrize("prompt", ["{patient} in {plane}", "{", "{depth:d}", "{}"])
@@ -112,7 +114,7 @@ def test_few_slices_a_plane_are_asked_about_and_spread_evenly(
     items: list[dict], tmp_path: Path
 ) -> None:
     plane = torch.tensor([0] * 6 + [2] * 2)
-    assert FakeMllm(per_plane=3).asked(plane) == [1, 3, 5, 6, 7]
+    assert FakeMllm(per_plane=3).selected_rows(plane) == [1, 3, 5, 6, 7]
     made = filled(tmp_path, items, captioner := FakeMllm(per_plane=1, refuses=10**9))
     assert captioner.calls == 3 * len(items)
     assert len(load_file(made.path(items[0]))["text_row"]) == 3
@@ -141,8 +143,8 @@ def test_a_full_disk_ends_the_run_and_spoils_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
         files_save(tensors, path)
 
-    files_save = store.save_file
-    monkeypatch.setattr(store, "save_file", full)
+    files_save = entry.save_file
+    monkeypatch.setattr(entry, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         filled(tmp_path, items)
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
@@ -191,7 +193,7 @@ def test_a_log_survives_a_cut_line_and_loses_no_answer_behind_it(tmp_path: Path)
         file.write('\n{"plane": "axial", "ind')
     again = AnswerLog(tmp_path / "a.jsonl", {"model": "m"})
     again.add(("axial", 1), "One.")
-    assert AnswerLog(log.path, {}).known == {("axial", 3): "Three.", ("axial", 1): "One."}
+    assert AnswerLog(log.path, {}).answers == {("axial", 3): "Three.", ("axial", 1): "One."}
     assert json.loads(log.path.read_text().splitlines()[0]) == {"model": "m"}
 
 
@@ -260,7 +262,7 @@ def test_ten_kills_at_random_moments_change_nothing(
         process.kill()
         process.join()
         (tmp_path / "ready").unlink()
-        answered.append(sum(len(AnswerLog(p, {}).known) for p in tmp_path.rglob("*.jsonl")))
+        answered.append(sum(len(AnswerLog(p, {}).answers) for p in tmp_path.rglob("*.jsonl")))
     assert answered == sorted(answered), "an answer was lost"
     assert 0 < answered[4] < 36, "the kills came at no interesting moment"
     filled(tmp_path, items, last := FakeMllm())
@@ -270,18 +272,29 @@ def test_ten_kills_at_random_moments_change_nothing(
     assert content(tmp_path) == undisturbed
 
 
-def test_answers_at_hand_become_entries_at_once(items: list[dict], tmp_path: Path) -> None:
+def test_logged_answers_become_entries_at_once(
+    items: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     filled(tmp_path, items)
     other = teacher()
     other.image.fingerprint = "other"
     again = Store(tmp_path, other, FakeMllm(), per_plane=3)
-    ahead = []
-    prepare, write = again._slices, again._write
-    again._slices = lambda item: ahead.append(item) or prepare(item)  # type: ignore
+    ahead: list[Path] = []
     waiting: list[int] = []
-    again._write = lambda *a: waiting.append(len(ahead)) or write(*a)  # type: ignore
+    cut, write = again.entries.cut, again.entries.write
+
+    def counted_cut(item: dict, path: Path, answers: Path | None) -> SlicedVolume:
+        ahead.append(path)
+        return cut(item, path, answers)
+
+    def counted_write(*arguments: Any) -> None:
+        waiting.append(len(ahead))
+        write(*arguments)
+
+    monkeypatch.setattr(again.entries, "cut", counted_cut)
+    monkeypatch.setattr(again.entries, "write", counted_write)
     again.fill(items)
-    assert [prepared - done for done, prepared in enumerate(waiting)][0] <= 3 < len(items)
+    assert waiting[0] <= 3 < len(items)
 
 
 @pytest.mark.parametrize("cut", [0, 1])
@@ -291,13 +304,13 @@ def test_a_line_cut_within_a_letter_is_asked_again(cut: int, tmp_path: Path) -> 
     log.add(("axial", 2), "3 µm")
     whole = log.path.read_bytes()
     log.path.write_bytes(whole[: whole.index("µ".encode()) + cut])
-    assert AnswerLog(log.path, {}).known == {("axial", 1): "Kept."}
+    assert AnswerLog(log.path, {}).answers == {("axial", 1): "Kept."}
 
 
 def test_an_answer_may_hold_any_separator(tmp_path: Path) -> None:
     answer = "One.\u2028Two.\u0085Three.\r\nFour.\x1cFive."
     AnswerLog(tmp_path / "a.jsonl", {}).add(("axial", 1), answer)
-    assert AnswerLog(tmp_path / "a.jsonl", {}).known == {("axial", 1): answer}
+    assert AnswerLog(tmp_path / "a.jsonl", {}).answers == {("axial", 1): answer}
 
 
 def test_tidying_a_log_keeps_what_another_process_wrote(tmp_path: Path) -> None:
@@ -305,7 +318,7 @@ def test_tidying_a_log_keeps_what_another_process_wrote(tmp_path: Path) -> None:
     ours.add(("axial", 1), "One.")
     theirs.add(("axial", 2), "Two.")
     ours.save()
-    assert set(AnswerLog(tmp_path / "a.jsonl", {}).known) == {("axial", 1), ("axial", 2)}
+    assert set(AnswerLog(tmp_path / "a.jsonl", {}).answers) == {("axial", 1), ("axial", 2)}
 
 
 def test_copies_of_a_volume_are_asked_about_once(items: list[dict], tmp_path: Path) -> None:

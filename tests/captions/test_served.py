@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from med3dinsight_ext.captions import chat
-from med3dinsight_ext.captions import served as mllm_served
+from med3dinsight_ext.captions import served as served_captions
 from med3dinsight_ext.captions.multimodal import SliceRequest
 from med3dinsight_ext.captions.served import ServedCaptions
 
@@ -235,7 +235,7 @@ def test_the_key_comes_from_the_variable(server: Served, monkeypatch: pytest.Mon
     monkeypatch.setenv("WARD_KEY", KEY)
     asking = captioner(server, key_variable="WARD_KEY")
     assert len(list(asking.answers(requests(2)))) == 2
-    assert KEY not in repr(vars(asking)) + asking.model_print
+    assert KEY not in repr(vars(asking)) + asking.model_fingerprint
     assert asking.fingerprint({}) == captioner(server).fingerprint({})
 
 
@@ -419,7 +419,7 @@ def test_an_error_begins_nothing_more_and_comes_after_what_has_come(server: Serv
 def test_an_error_does_not_wait_for_a_silent_request(
     server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mllm_served, "GRACE", 0.3)
+    monkeypatch.setattr(served_captions, "GRACE", 0.3)
     server.set(fault="hang", first=1)
     silent, refused = requests(2)
 
