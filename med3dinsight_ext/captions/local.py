@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest
-from med3dinsight_ext.teachers.towers import model_fingerprint
+from med3dinsight_ext.teachers.checkpoints import model_fingerprint
 
 BRING = "hf download {model} --local-dir FOLDER"
 

@@ -76,7 +76,9 @@ def test_refusals_are_recorded_but_not_trained_on(items: list[dict], tmp_path: P
 
 
 def test_the_prompt_tells_modality_plane_depth_spacing_and_body_part(items: list[dict]) -> None:
-    prompt = FakeMllm().slice_prompt({"modality": "CT", "body_part": "thigh"}, 2, 0.9, [1.0, 2.0, 5.0])
+    prompt = FakeMllm().slice_prompt(
+        {"modality": "CT", "body_part": "thigh"}, 2, 0.9, [1.0, 2.0, 5.0]
+    )
     for word in ("axial", "CT", "thigh", "uppermost", "1 x 2 mm"):
         assert word in prompt
     assert "body" in FakeMllm().slice_prompt({"modality": "CT"}, 0, 0.1, [1, 1, 1])

@@ -153,7 +153,9 @@ def test_what_stays_is_named_with_the_url_and_the_way_on(
 ) -> None:
     server.set(fault=fault)
     asking = captioner(server, timeout=0.3, retries=0)
-    with pytest.raises(ConnectionError, match=f"{server.url} must answer, got .*{last}.*run the same"):
+    with pytest.raises(
+        ConnectionError, match=f"{server.url} must answer, got .*{last}.*run the same"
+    ):
         list(asking.answers(requests(1)))
 
 
@@ -184,7 +186,9 @@ def test_a_body_without_a_message_is_malformed(server: Served, body: str) -> Non
 
 
 def test_odd_fields_beside_the_message_do_no_harm(server: Served) -> None:
-    message = '{"choices": [{"message": {"content": "Liver.", "x": []}, "index": {}}], "usage": [1]}'
+    message = (
+        '{"choices": [{"message": {"content": "Liver.", "x": []}, "index": {}}], "usage": [1]}'
+    )
     server.set(fault="body", message=message)
     assert [text for _, text in captioner(server).answers(requests(1))] == ["Liver."]
 
@@ -194,7 +198,9 @@ def test_a_missing_openai_package_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     served = captioner(server)  # a filled store needs no more than its fingerprint
-    with pytest.raises(ValueError, match=r"openai package.*pip install 'med3dinsight-ext\[served\]'"):
+    with pytest.raises(
+        ValueError, match=r"openai package.*pip install 'med3dinsight-ext\[served\]'"
+    ):
         list(served.answers(requests(1)))
 
 
@@ -207,7 +213,9 @@ def test_a_refused_request_is_not_repeated(server: Served) -> None:
 
 def test_a_model_that_wants_another_parameter_is_named(server: Served) -> None:
     server.set(fault="400", message="Unsupported 'max_tokens': use 'max_completion_tokens'.")
-    with pytest.raises(ValueError, match="model must take max_tokens, got 'tiny', which requires max"):
+    with pytest.raises(
+        ValueError, match="model must take max_tokens, got 'tiny', which requires max"
+    ):
         list(captioner(server).answers(requests(1)))
 
 
@@ -452,7 +460,9 @@ def test_an_error_of_the_source_comes_after_what_is_under_way(server: Served) ->
 def test_the_spend_guard_counts_every_try_and_keeps_what_came(server: Served) -> None:
     server.set(fault="500", first=3, delay=0.02)
     asking, rows = captioner(server, max_requests=10), []
-    with pytest.raises(ValueError, match="max_requests must exceed the 10 .*a larger number resumes"):
+    with pytest.raises(
+        ValueError, match="max_requests must exceed the 10 .*a larger number resumes"
+    ):
         for request, _ in asking.answers(requests(30)):
             rows.append(request.row)
     assert server.log()["count"] == 10 and len(rows) == 7

@@ -26,9 +26,7 @@ def store(tmp_path: Path, teacher: Teacher) -> Store:
     return Store(tmp_path / "store", teacher, TemplateCaptions(), per_plane=4)
 
 
-def test_an_entry_holds_embeddings_of_slices_and_captions(
-    items: list[dict], store: Store
-) -> None:
+def test_an_entry_holds_embeddings_of_slices_and_captions(items: list[dict], store: Store) -> None:
     done = store.fill(items)[0]
     entry = load_file(done["targets"])
     assert entry["image"].shape == (12, 6) and entry["text"].shape == (12, 8)
@@ -50,7 +48,9 @@ def test_a_full_store_never_runs_the_teacher(
 
         encode_text = encode_image  # type: ignore[assignment]
 
-    again = Store(tmp_path / "store", Failing(store.teacher.image, store.teacher.text), TemplateCaptions(), 4)
+    again = Store(
+        tmp_path / "store", Failing(store.teacher.image, store.teacher.text), TemplateCaptions(), 4
+    )
     assert [Path(i["targets"]).exists() for i in again.fill(items)] == [True] * 3
     assert again.embedding_dims == {"image": 6, "text": 8}
 
