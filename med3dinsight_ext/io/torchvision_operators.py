@@ -7,13 +7,11 @@ torchvision without calling these operators needs no more than their schemas.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 
-@cache  # operators exist as long as their library
 def define_operators() -> Any:
-    """Declare the operators, once; the ``torch.library.Library`` that holds them."""
+    """Declare the operators; they exist as long as the returned ``torch.library.Library``."""
     import torch  # late: the import hook of MONAI Label's environment imports this module
 
     library = torch.library.Library("torchvision", "FRAGMENT")

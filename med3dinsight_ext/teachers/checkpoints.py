@@ -1,4 +1,4 @@
-"""Checkpoints of the hub or in folders: files, fingerprints and image settings."""
+"""Files, fingerprints and image settings of checkpoints, from the hub or a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def model_fingerprint(model: str, revision: str | None = None) -> str:
-    """What names the exact weights of a local folder (their hash) or a hub id (its commit)."""
+    """Identifier of the exact weights: the hash of a local folder, or the commit of a hub id.
+
+    Raises:
+        ValueError: there is no such folder, or the hub cannot be reached.
+    """
     if Path(model).is_dir():
         return folder_fingerprint(Path(model))
     if model.startswith((".", "/", "~")):
@@ -41,7 +45,11 @@ def model_fingerprint(model: str, revision: str | None = None) -> str:
 
 
 def hub_file(model: str, name: str, revision: str | None = None) -> str:
-    """Local path of a file of a hub id or folder, fetched if the hub can be reached."""
+    """Local path of a file of a hub id or folder, downloaded if it is not cached.
+
+    Raises:
+        ValueError: neither is possible.
+    """
     from transformers.utils import cached_file
 
     try:
@@ -50,7 +58,7 @@ def hub_file(model: str, name: str, revision: str | None = None) -> str:
         raise ValueError(
             f"model must be reachable, got {model!r}: {str(error).splitlines()[0]} Without "
             f"network: download it elsewhere (hf download {model} --local-dir DIR), "
-            "copy DIR here and name it as the model; a gated model also needs hf auth login"
+            "copy DIR here and use it as the model; a gated model also needs hf auth login"
         ) from error
 
 

@@ -15,7 +15,7 @@ from med3dinsight_ext.teachers.towers import ImageTower
 class EfficientNetLite0(ImageTower):
     """ImageNet EfficientNet-Lite0, 1280-d at 224 px, from two pip packages (Apache-2.0)."""
 
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as its package says
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # its package's
 
     def __init__(self, size: int = 224) -> None:
         self.size = size

@@ -42,8 +42,8 @@ class HuggingFaceImages(ImageTower):
     def embed(self, pixels: Tensor) -> Tensor:
         model = self.model
         if hasattr(model, "get_image_features"):
-            return features_of(model.get_image_features(pixel_values=pixels))
-        return features_of(model(pixel_values=pixels))
+            return pooled_output(model.get_image_features(pixel_values=pixels))
+        return pooled_output(model(pixel_values=pixels))
 
 
 class HuggingFaceTexts(TextTower):
@@ -64,7 +64,7 @@ class HuggingFaceTexts(TextTower):
 
     @property
     def limit(self) -> int:
-        """Longest text, in tokens: the model's own limit or the tokenizer's, the smaller."""
+        """Tokens of the longest text: the smaller of the model's and the tokenizer's limits."""
         config = self.model.config
         config = getattr(config, "text_config", config)
         return min(config.max_position_embeddings, self.tokenizer.model_max_length)
@@ -80,14 +80,14 @@ class HuggingFaceTexts(TextTower):
         )
         tokens = self.tokenizer(texts, return_tensors="pt", **padding).to(self.device)
         if hasattr(model, "get_text_features"):
-            return features_of(model.get_text_features(**tokens))
+            return pooled_output(model.get_text_features(**tokens))
         hidden = model(**tokens).last_hidden_state
         weight = tokens["attention_mask"][..., None].to(hidden)
         return (hidden * weight).sum(1) / weight.sum(1)
 
 
-def features_of(output: Any) -> Tensor:
-    """The embedding in what a transformers model returns: (n, d)."""
+def pooled_output(output: Any) -> Tensor:
+    """The embeddings (n, d) in a transformers model's output."""
     if isinstance(output, Tensor):
         return output
     if getattr(output, "pooler_output", None) is not None:

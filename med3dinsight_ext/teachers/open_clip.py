@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from med3dinsight_ext.io.torchvision_operators import define_operators
 from med3dinsight_ext.teachers.checkpoints import folder_fingerprint, hub_file
 from med3dinsight_ext.teachers.towers import ImageTower, TextTower
+
+declared_operators = cache(define_operators)  # in a cache, since they end with their library
 
 
 def import_open_clip() -> Any:
@@ -25,7 +27,7 @@ def import_open_clip() -> Any:
             raise
     for name in [n for n in sys.modules if n.split(".")[0] in ("torchvision", "open_clip", "timm")]:
         del sys.modules[name]  # half imported
-    define_operators()
+    declared_operators()
     return import_module("open_clip")
 
 

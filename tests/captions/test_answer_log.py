@@ -17,8 +17,8 @@ from fakes import FakeMllm, teacher, write_volumes
 from safetensors.torch import load_file
 
 from med3dinsight_ext.captions.answer_log import AnswerLog
-from med3dinsight_ext.captions.multimodal import PROMPT
 from med3dinsight_ext.captions.captioner import SlicedVolume
+from med3dinsight_ext.captions.multimodal import PROMPT
 from med3dinsight_ext.embeddings import entry
 from med3dinsight_ext.embeddings.shards import part_of
 from med3dinsight_ext.embeddings.store import Store
