@@ -11,6 +11,7 @@ import logging
 import random
 import ssl
 import time
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
@@ -23,23 +24,18 @@ FIRST_WAIT = 1.0  # seconds: upper bound before the second try; doubles with eac
 LONGEST_WAIT = 60.0  # seconds: upper bound before any try, also for what a server requests
 LONGEST_RESPONSE = 1_000_000  # bytes
 TRANSIENT = {408, 409, 425, 429}  # and 500 to 599
+ERROR_KEYS = ("error", "message", "detail")
 HEADERS = {"host", "accept-encoding", "content-length", "content-type", "user-agent"}
 
 
+@dataclass(eq=False)
 class RequestFailed(Exception):
-    """A request without an answer.
+    """A request without an answer."""
 
-    Attributes:
-        kind: "status 429", "malformed answer" or the class of the connection error.
-        message: what the server or the connection reports.
-        status: HTTP status, or 0 where there is none.
-        retry_after: seconds that the server asks to wait.
-    """
-
-    def __init__(self, kind: str, message: str, status: int = 0, retry_after: float = 0.0) -> None:
-        super().__init__(kind, message)
-        self.kind, self.message = kind, message
-        self.status, self.retry_after = status, retry_after
+    kind: str  # "status 429", "malformed answer", or the class of the connection error
+    message: str  # of the server or the connection
+    status: int = 0  # of HTTP, if there is one
+    retry_after: float = 0.0  # seconds that the server requests
 
     @property
     def transient(self) -> bool:
@@ -48,10 +44,7 @@ class RequestFailed(Exception):
 
 
 def base_url(url: str) -> Url:
-    """Parse and normalise a server's base URL.
-
-    Args:
-        url: with or without ``/chat/completions`` at its end.
+    """A server's base URL, parsed and normalised; ``/chat/completions`` at its end is dropped.
 
     Raises:
         ValueError: not http or https, or with user, query or fragment.
@@ -79,11 +72,7 @@ def is_loopback(host: str) -> bool:
 
 
 def openai() -> Any:
-    """The openai package.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """The openai package, imported here; ValueError if it is not installed."""
     try:
         return import_module("openai")
     except ImportError as error:
@@ -153,10 +142,6 @@ def _proxy(base: Url) -> str | None:
 def complete(client: Any, body: dict[str, Any]) -> tuple[str, int]:
     """Text of one completion, and its number of tokens (0 where the server reports none).
 
-    Args:
-        client: from ``connect``.
-        body: arguments of ``chat.completions.create``.
-
     Raises:
         RequestFailed: no connection, an error status, or a response without a message.
     """
@@ -195,23 +180,14 @@ def models(client: Any) -> list[str]:
 
 def error_message(body: Any) -> str:
     """The error in a response's body, in whichever of the usual places."""
-    if hasattr(body, "to_dict"):
-        body = body.to_dict(warnings=False)
-    while isinstance(body, dict):
-        key = next((key for key in ("error", "message", "detail") if key in body), None)
-        if key is None:
-            break
-        body = body[key]
+    body = body.to_dict(warnings=False) if hasattr(body, "to_dict") else body
+    while isinstance(body, dict) and (keys := [k for k in ERROR_KEYS if k in body]):
+        body = body[keys[0]]
     return str(body)
 
 
 def backoff(attempt: int, requested: float) -> float:
-    """Seconds before a retry: full jitter below a doubling limit, added to what is requested.
-
-    Args:
-        attempt: number of the retry, from 1.
-        requested: seconds that the server requests.
-    """
+    """Seconds before retry 1, 2, …: what the server requests, and jitter below a doubling limit."""
     return requested + random.uniform(0, min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest
+from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest, check_least
 from med3dinsight_ext.teachers.checkpoints import model_fingerprint
 
 DOWNLOAD = "hf download ID --local-dir FOLDER"
@@ -56,8 +56,7 @@ class TransformersCaptions(MllmCaptions):
         super().__init__(**options)
         self.model, self.revision, self.batch_size = str(model), revision, batch_size
         self.dtype, self.device_map, self.device = dtype, device_map, torch.device(device)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}; 8 suits most GPUs")
+        check_least(batch_size=(batch_size, 1))
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(
                 f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}; auto takes the "
@@ -186,20 +185,15 @@ class TransformersCaptions(MllmCaptions):
         template = str(processor.chat_template)
         # A hybrid model would spend the whole answer on its reasoning.
         direct = {"enable_thinking": False} if "enable_thinking" in template else {}
-        texts = [
-            processor.apply_chat_template(
-                [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image"}, {"type": "text", "text": request.prompt}],
-                    }
-                ],
-                add_generation_prompt=True,
-                tokenize=False,
-                **direct,
-            )  # fmt: skip
-            for request in batch
-        ]
+        texts = []
+        for request in batch:
+            content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
+            chat = [{"role": "user", "content": content}]
+            texts.append(
+                processor.apply_chat_template(
+                    chat, add_generation_prompt=True, tokenize=False, **direct
+                )
+            )
         start = processor.tokenizer.bos_token
         return processor(
             text=texts,
@@ -249,13 +243,11 @@ class GumbelSampler:
             self.streams.append(torch.Generator(device).manual_seed(number))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        waits = torch.stack(
-            [
-                torch.empty(scores.shape[1], device=stream.device).exponential_(generator=stream)
-                for stream in self.streams
-            ]
-        ).to(scores.device)
-        return scores.float() / self.temperature - waits.log()
+        waits = [
+            torch.empty(scores.shape[1], device=stream.device).exponential_(generator=stream)
+            for stream in self.streams
+        ]
+        return scores.float() / self.temperature - torch.stack(waits).to(scores.device).log()
 
 
 def _processor(model: str, revision: str | None, config: Any) -> Any:

@@ -46,6 +46,13 @@ class SliceRequest(NamedTuple):
     image: Image.Image
 
 
+def check_least(**settings: tuple[float | None, float]) -> None:
+    """Raise ValueError for a value that is not None and not at least its bound."""
+    for name, (value, least) in settings.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}; correct captioner")
+
+
 class Questions(NamedTuple):
     """The slices of one volume to describe: row in the entry, slot, prompt and picture of each."""
 
@@ -105,12 +112,8 @@ class MllmCaptions(Captioner):
                 f"prompt must use no field but {', '.join(FIELDS)}, got {prompt!r} ({error}); "
                 "double braces that are text"
             ) from error
-        least = {"max_tokens": (max_tokens, 1), "size": (size, 1), "temperature": (temperature, 0)}
-        if per_plane is not None:
-            least["per_plane"] = (per_plane, 1)
-        for name, (value, low) in least.items():
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}; correct captioner")
+        check_least(max_tokens=(max_tokens, 1), temperature=(temperature, 0))
+        check_least(per_plane=(per_plane, 1), size=(size, 1))
         if ct_window not in (*WINDOWS, "all"):
             raise ValueError(
                 f"ct_window must be one of {', '.join(WINDOWS)} or all, got {ct_window!r}"

@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from med3dinsight_ext.captions import chat
-from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest
+from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest, check_least
 
 PATH = "/chat/completions"
 GRACE = 2.0  # seconds that open requests get once the run has failed
@@ -62,14 +62,8 @@ class ServedCaptions(MllmCaptions):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        for name, value, least in (
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-            ("max_requests", 1 if max_requests is None else max_requests, 1),
-            ("timeout", timeout, 0.001),
-        ):
-            if not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}; correct captioner")
+        check_least(concurrency=(concurrency, 1), retries=(retries, 0), timeout=(timeout, 0.001))
+        check_least(max_requests=(max_requests, 1))
         base = chat.base_url(url)
         self.url, self.loopback = base.url, chat.is_loopback(str(base.host))
         if not isinstance(allow_upload, bool):

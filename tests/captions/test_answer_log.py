@@ -75,7 +75,7 @@ def test_refusals_are_recorded_but_not_trained_on(items: list[dict], tmp_path: P
     assert not set(refused) & set(load_file(made.path(items[0]))["text_row"].tolist())
 
 
-def test_the_prompt_tells_modality_plane_depth_spacing_and_body_part(items: list[dict]) -> None:
+def test_the_prompt_holds_modality_plane_depth_spacing_and_body_part(items: list[dict]) -> None:
     prompt = FakeMllm().slice_prompt(
         {"modality": "CT", "body_part": "thigh"}, 2, 0.9, [1.0, 2.0, 5.0]
     )
@@ -99,7 +99,7 @@ def test_a_prompt_with_an_unknown_field_is_an_error(prompt: str) -> None:
         ({"ct_window": "liver"}, "ct_window must be one of soft tissue, lung, bone or all"),
     ],
 )
-def test_settings_that_make_no_sense_are_errors(change: dict, message: str) -> None:
+def test_settings_out_of_range_are_errors(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FakeMllm(**change)
 
@@ -112,9 +112,7 @@ def test_ct_is_shown_in_the_chosen_window() -> None:
     assert colour.mode == "RGB" and colour.getpixel((8, 8)) == (51, 153, 255)
 
 
-def test_few_slices_a_plane_are_asked_about_and_spread_evenly(
-    items: list[dict], tmp_path: Path
-) -> None:
+def test_captioned_slices_are_spread_evenly_over_a_plane(items: list[dict], tmp_path: Path) -> None:
     plane = torch.tensor([0] * 6 + [2] * 2)
     assert FakeMllm(per_plane=3).selected_rows(plane) == [1, 3, 5, 6, 7]
     made = filled(tmp_path, items, captioner := FakeMllm(per_plane=1, refuses=10**9))
@@ -122,9 +120,7 @@ def test_few_slices_a_plane_are_asked_about_and_spread_evenly(
     assert len(load_file(made.path(items[0]))["text_row"]) == 3
 
 
-def test_a_broken_run_goes_on_where_it_stopped(
-    items: list[dict], tmp_path: Path, undisturbed: dict
-) -> None:
+def test_an_interrupted_run_resumes(items: list[dict], tmp_path: Path, undisturbed: dict) -> None:
     with pytest.raises(ConnectionError, match="start the server"):
         filled(tmp_path, items, FakeMllm(breaks_after=13))
     filled(tmp_path, items, again := FakeMllm())
@@ -132,7 +128,7 @@ def test_a_broken_run_goes_on_where_it_stopped(
     assert content(tmp_path) == undisturbed
 
 
-def test_a_full_disk_ends_the_run_and_spoils_nothing(
+def test_a_full_disk_ends_the_run_without_damage(
     items: list[dict], tmp_path: Path, undisturbed: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = 0
@@ -155,7 +151,7 @@ def test_a_full_disk_ends_the_run_and_spoils_nothing(
     assert content(tmp_path) == undisturbed
 
 
-def test_another_teacher_does_not_ask_again(items: list[dict], tmp_path: Path) -> None:
+def test_another_teacher_reuses_the_answers(items: list[dict], tmp_path: Path) -> None:
     filled(tmp_path, items)
     other = teacher()
     other.image.fingerprint = "other"
@@ -164,7 +160,7 @@ def test_another_teacher_does_not_ask_again(items: list[dict], tmp_path: Path) -
     assert again.calls == 0
 
 
-def test_another_prompt_is_asked_anew_and_kept_apart(items: list[dict], tmp_path: Path) -> None:
+def test_another_prompt_makes_separate_entries(items: list[dict], tmp_path: Path) -> None:
     first = filled(tmp_path, items)
     second = filled(tmp_path, items, again := FakeMllm(prompt="Which plane is this? {plane}"))
     assert again.calls == 36 and first.path(items[0]) != second.path(items[0])
@@ -172,7 +168,7 @@ def test_another_prompt_is_asked_anew_and_kept_apart(items: list[dict], tmp_path
     assert about["captioner"]["prompt"] == PROMPT
 
 
-def test_more_slices_ask_only_about_the_new_ones(items: list[dict], tmp_path: Path) -> None:
+def test_more_slices_need_only_the_new_answers(items: list[dict], tmp_path: Path) -> None:
     filled(tmp_path, items, FakeMllm(per_plane=1))
     filled(tmp_path, items, again := FakeMllm())
     assert again.calls == 36 - 12
@@ -188,7 +184,7 @@ def test_no_planes_is_an_error(tmp_path: Path) -> None:
         Store(tmp_path, teacher(), FakeMllm(), planes=[])
 
 
-def test_a_log_survives_a_cut_line_and_loses_no_answer_behind_it(tmp_path: Path) -> None:
+def test_a_log_keeps_the_answers_around_a_cut_line(tmp_path: Path) -> None:
     log = AnswerLog(tmp_path / "a.jsonl", {"model": "m"})
     log.add(("axial", 3), "Three.")
     with log.path.open("a") as file:
@@ -200,12 +196,12 @@ def test_a_log_survives_a_cut_line_and_loses_no_answer_behind_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "a/b", "1/0"])
-def test_a_shard_that_is_none_is_an_error(shard: str) -> None:
+def test_an_invalid_shard_is_an_error(shard: str) -> None:
     with pytest.raises(ValueError, match=f"shard must be 1/n to n/n, got '{shard}'"):
         part_of([], shard)
 
 
-def test_shards_part_the_items() -> None:
+def test_shards_partition_the_items() -> None:
     items = [{"image": str(i)} for i in range(7)]
     parts = [part_of(items, f"{k}/3") for k in (1, 2, 3)]
     assert sorted(i["image"] for part in parts for i in part) == [str(i) for i in range(7)]
@@ -231,7 +227,7 @@ def processes() -> Any:
 
 
 @pytest.mark.parametrize("how", ["shards", "torchrun"])
-def test_two_processes_at_once_make_the_store_of_one(
+def test_two_processes_make_the_same_store_as_one(
     how: str, items: list[dict], tmp_path: Path, undisturbed: dict, processes: Any
 ) -> None:
     ranks = [{"RANK": str(i), "WORLD_SIZE": "2"} if how == "torchrun" else {} for i in range(2)]
@@ -300,7 +296,7 @@ def test_logged_answers_become_entries_at_once(
 
 
 @pytest.mark.parametrize("cut", [0, 1])
-def test_a_line_cut_within_a_letter_is_asked_again(cut: int, tmp_path: Path) -> None:
+def test_a_line_cut_within_a_letter_is_skipped(cut: int, tmp_path: Path) -> None:
     log = AnswerLog(tmp_path / "a.jsonl", {})
     log.add(("axial", 1), "Kept.")
     log.add(("axial", 2), "3 µm")
@@ -315,7 +311,7 @@ def test_an_answer_may_hold_any_separator(tmp_path: Path) -> None:
     assert AnswerLog(tmp_path / "a.jsonl", {}).answers == {("axial", 1): answer}
 
 
-def test_tidying_a_log_keeps_what_another_process_wrote(tmp_path: Path) -> None:
+def test_saving_a_log_keeps_another_processs_answers(tmp_path: Path) -> None:
     ours, theirs = (AnswerLog(tmp_path / "a.jsonl", {}) for _ in range(2))
     ours.add(("axial", 1), "One.")
     theirs.add(("axial", 2), "Two.")
@@ -323,7 +319,7 @@ def test_tidying_a_log_keeps_what_another_process_wrote(tmp_path: Path) -> None:
     assert set(AnswerLog(tmp_path / "a.jsonl", {}).answers) == {("axial", 1), ("axial", 2)}
 
 
-def test_copies_of_a_volume_are_asked_about_once(items: list[dict], tmp_path: Path) -> None:
+def test_copies_of_a_volume_are_captioned_once(items: list[dict], tmp_path: Path) -> None:
     copy = tmp_path / "copy.nii.gz"
     copy.write_bytes(Path(items[0]["image"]).read_bytes())
     store = Store(tmp_path / "s", teacher(), captioner := FakeMllm(), per_plane=3)

@@ -60,7 +60,7 @@ LESION = "A dark lesion lies in the right lobe."
         ("Half a letter: liv�", "Half a letter: liv"),
     ],
 )  # fmt: skip
-def test_a_caption_is_what_remains(raw: str, text: str) -> None:
+def test_an_answer_is_cleaned(raw: str, text: str) -> None:
     assert clean_caption(raw) == Reply(text, "ok")
 
 
@@ -94,7 +94,7 @@ def test_a_caption_is_what_remains(raw: str, text: str) -> None:
         (" ".join(f"word{i}" for i in range(10_000)) + ".", "too long"),
     ],
 )
-def test_what_is_no_caption_says_why(raw: str, status: str) -> None:
+def test_an_unusable_answer_has_its_reason(raw: str, status: str) -> None:
     assert clean_caption(raw) == Reply(None, status)
 
 
