@@ -91,7 +91,7 @@ class ServedCaptions(MllmCaptions):
         At most twice ``concurrency`` requests are taken ahead, so that one is ready for each
         thread. After an error of ``requests`` itself or ``max_requests``, all open requests are
         completed first, since they are paid for; after any other error, those that complete within
-        ``GRACE`` seconds. (Longer than 60 lines would be worse split: one loop owns this order.)
+        ``GRACE`` seconds.
 
         Raises:
             ValueError: the server rejects a request, or ``max_requests`` is reached.
