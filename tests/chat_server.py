@@ -121,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         text = answer(body)
         wait = state.set.delay * (1 + state.set.jitter * random.Random(number).uniform(-1, 1))
         time.sleep(max(0.0, begin + wait - time.monotonic()))
-        self.say({"role": "assistant", "content": text})
+        self.complete({"role": "assistant", "content": text})
 
     def reply(self, answer: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send(json.dumps(answer).encode(), status, headers)
@@ -141,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
     def fail(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         self.reply({"error": {"message": message, "code": status}}, status, headers)
 
-    def say(self, message: dict[str, Any]) -> None:
+    def complete(self, message: dict[str, Any]) -> None:
         self.reply({"choices": [{"message": message}], "usage": {"total_tokens": 100}})
 
     def send_html(self) -> None:
@@ -169,22 +169,22 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"error": {"message": "upstream fell over"}})
 
     def send_huge(self) -> None:
-        self.say({"content": "x" * 3_000_000})
+        self.complete({"content": "x" * 3_000_000})
 
     def send_refusal(self) -> None:
-        self.say({"content": None, "refusal": "I cannot help with that."})
+        self.complete({"content": None, "refusal": "I cannot help with that."})
 
     def send_no_content(self) -> None:
-        self.say({"content": None})
+        self.complete({"content": None})
 
     def send_parts(self) -> None:
-        self.say({"content": [{"type": "text", "text": "The liver"}, {"text": " is seen."}]})
+        self.complete({"content": [{"type": "text", "text": "The liver"}, {"text": " is seen."}]})
 
     def send_reasoning(self) -> None:
-        self.say({"content": "The spleen.", "reasoning_content": "Dark, so perhaps air."})
+        self.complete({"content": "The spleen.", "reasoning_content": "Dark, so perhaps air."})
 
     def send_words(self) -> None:
-        self.say({"content": "liver " * 10_000})
+        self.complete({"content": "liver " * 10_000})
 
     def send_surrogate(self) -> None:
         self.send(b'{"choices": [{"message": {"content": "a \\ud800 b"}}]}')

@@ -15,29 +15,17 @@ from med3dinsight_ext.captions.cleaning import Reply
 
 
 class SlicedVolume(NamedTuple):
-    """The slices of one volume that are embedded and captioned.
+    """The slices of one volume that are embedded and captioned."""
 
-    Attributes:
-        path: of the store's entry.
-        item: of the datalist; ``modality`` is never "auto".
-        plane: (s,) long, sorted: 0 sagittal, 1 coronal, 2 axial.
-        position: (s,) float32, slice centres as fractions of the extent, in [0, 1].
-        slices: (s, 1 or 3, h, w) in [0, 1].
-        affine: (4, 4) voxels to mm, in RAS.
-        size: (3,) voxels along x, y, z.
-        answers: file for a model's raw answers; None where the captioner keeps none.
-        questions: from ``Captioner.prepare``.
-    """
-
-    path: Path
-    item: dict[str, Any]
-    plane: Tensor
-    position: Tensor
-    slices: Tensor
-    affine: Tensor
-    size: Tensor
-    answers: Path | None
-    questions: Any
+    path: Path  # of the store's entry
+    item: dict[str, Any]  # of the datalist; its modality is never "auto"
+    plane: Tensor  # (s,) long, sorted: 0 sagittal, 1 coronal, 2 axial
+    position: Tensor  # (s,) float32, slice centres as fractions of the extent, in [0, 1]
+    slices: Tensor  # (s, 1 or 3, h, w) in [0, 1]
+    affine: Tensor  # (4, 4) voxels to mm, in RAS
+    size: Tensor  # (3,) voxels along x, y, z
+    answers: Path | None  # file for a model's raw answers; None without a model
+    questions: Any  # from Captioner.prepare
 
 
 class Captioner(ABC):

@@ -47,17 +47,11 @@ LOOP = re.compile(r"(.{1,80}?)\1{2,}")
 
 
 class Reply(NamedTuple):
-    """A cleaned answer.
+    """A cleaned answer."""
 
-    Attributes:
-        text: the caption, one line of plain text, or None if the answer is not usable.
-        status: "ok", "empty", "refused", "repeats" or "too long".
-        raw: the answer before cleaning, where it is to be kept.
-    """
-
-    text: str | None
-    status: str
-    raw: str | None = None
+    text: str | None  # the caption, one line of plain text; None if the answer is not usable
+    status: str  # "ok", "empty", "refused", "repeats" or "too long"
+    raw: str | None = None  # the answer before cleaning, where it is kept
 
 
 def clean_caption(raw: str) -> Reply:

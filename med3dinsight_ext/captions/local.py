@@ -84,11 +84,7 @@ class TransformersCaptions(MllmCaptions):
 
     @cached_property
     def config(self) -> Any:
-        """The checkpoint's configuration.
-
-        Raises:
-            ValueError: transformers does not support it, or it is no image-text-to-text model.
-        """
+        """The configuration; ValueError if it is of no supported image-text-to-text model."""
         import transformers
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -113,11 +109,7 @@ class TransformersCaptions(MllmCaptions):
 
     @cached_property
     def processor(self) -> Any:
-        """The checkpoint's image processor and tokenizer, with a chat template.
-
-        Raises:
-            ValueError: one of them, or a package that they import, is missing.
-        """
+        """Image processor and tokenizer with a chat template; ValueError if one is missing."""
         try:
             processor = _processor(self.model, self.revision, self.config)
             tokenizer, _ = processor.tokenizer, processor.image_processor
@@ -145,11 +137,7 @@ class TransformersCaptions(MllmCaptions):
 
     @cached_property
     def network(self) -> Any:
-        """The frozen model.
-
-        Raises:
-            ValueError: weights are missing.
-        """
+        """The frozen model; ValueError if weights are missing."""
         from transformers import AutoModelForImageTextToText
 
         placed = {} if self.device_map is None else {"device_map": self.device_map}

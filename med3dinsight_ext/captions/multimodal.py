@@ -31,19 +31,12 @@ FIELDS = ("modality", "plane", "depth", "spacing", "body_part")
 
 
 class SliceRequest(NamedTuple):
-    """One slice for a model to describe.
+    """One slice for a model to describe."""
 
-    Attributes:
-        volume: number of its volume in this run.
-        row: of the slice in its volume's entry.
-        prompt: complete text.
-        image: the slice, mode "L" or "RGB".
-    """
-
-    volume: int
-    row: int
+    volume: int  # number of its volume in this run
+    row: int  # of the slice in its volume's entry
     prompt: str
-    image: Image.Image
+    image: Image.Image  # mode "L" or "RGB"
 
 
 def check_least(**settings: tuple[float | None, float]) -> None:

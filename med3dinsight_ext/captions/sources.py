@@ -35,22 +35,13 @@ def source(captions: str | Captioner | None, root: str | Path | None = None) -> 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a caption file; ``position`` is NaN where only the index is given.
+    """One row of a caption file."""
 
-    Attributes:
-        where: file and line, for error messages.
-        plane: 0 sagittal, 1 coronal, 2 axial.
-        index: voxel along the cut axis in RAS.
-        size: voxels along the cut axis.
-        position: fraction of the extent, in [0, 1].
-        text: the caption.
-    """
-
-    where: str
+    where: str  # file and line, for error messages
     plane: int
-    index: int | None
-    size: int | None
-    position: float
+    index: int | None  # voxel along the cut axis in RAS
+    size: int | None  # voxels along the cut axis
+    position: float  # fraction of the extent; NaN where only the index is given
     text: str
 
 
@@ -87,18 +78,7 @@ class FileCaptions(Captioner):
         return {"kind": "FileCaptions", "file": self.path.name}
 
     def required(self, item: dict, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """The slices that have a caption.
-
-        Args:
-            item: of the datalist.
-            shape: (x, y, z) voxels in RAS; if given, each row is checked against it.
-
-        Returns:
-            Plane (n,) long and position (n,) float32, sorted, the slice centres.
-
-        Raises:
-            ValueError: a row does not fit the volume, or a slice has two captions.
-        """
+        """See ``Captioner``: the slices that have a caption; ValueError if one has two."""
         slices = self._slices(item, shape)
         plane = torch.tensor([plane for plane, _ in slices], dtype=torch.long)
         position = [(index + 0.5) / slices[plane, index].size for plane, index in slices]

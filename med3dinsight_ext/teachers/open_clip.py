@@ -48,11 +48,7 @@ class OpenClipModel:
 
     @property
     def library(self) -> Any:
-        """The open_clip package.
-
-        Raises:
-            ValueError: it is not installed.
-        """
+        """The open_clip package; ValueError if it is not installed."""
         try:
             return import_open_clip()
         except ImportError as error:

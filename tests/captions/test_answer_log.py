@@ -20,7 +20,6 @@ from med3dinsight_ext.captions.answer_log import AnswerLog
 from med3dinsight_ext.captions.captioner import SlicedVolume
 from med3dinsight_ext.captions.multimodal import PROMPT
 from med3dinsight_ext.embeddings import entry
-from med3dinsight_ext.embeddings.shards import part_of
 from med3dinsight_ext.embeddings.store import Store
 
 
@@ -75,46 +74,7 @@ def test_refusals_are_recorded_but_not_trained_on(items: list[dict], tmp_path: P
     assert not set(refused) & set(load_file(made.path(items[0]))["text_row"].tolist())
 
 
-def test_the_prompt_holds_modality_plane_depth_spacing_and_body_part(items: list[dict]) -> None:
-    prompt = FakeMllm().slice_prompt(
-        {"modality": "CT", "body_part": "thigh"}, 2, 0.9, [1.0, 2.0, 5.0]
-    )
-    for word in ("axial", "CT", "thigh", "uppermost", "1 x 2 mm"):
-        assert word in prompt
-    assert "body" in FakeMllm().slice_prompt({"modality": "CT"}, 0, 0.1, [1, 1, 1])
-
-
-@pytest.mark.parametrize("prompt", ["{patient} in {plane}", "{", "{depth:d}", "{}"])
-def test_a_prompt_with_an_unknown_field_is_an_error(prompt: str) -> None:
-    with pytest.raises(ValueError, match="prompt must use no field but modality"):
-        FakeMllm(prompt=prompt)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"per_plane": 0}, "per_plane must be at least 1"),
-        ({"temperature": -1.0}, "temperature must be at least 0"),
-        ({"ct_window": "liver"}, "ct_window must be one of soft tissue, lung, bone or all"),
-    ],
-)
-def test_settings_out_of_range_are_errors(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FakeMllm(**change)
-
-
-def test_ct_is_shown_in_the_chosen_window() -> None:
-    shown = torch.stack([torch.full((4, 5, 6), v) for v in (0.2, 0.6, 1.0)])
-    grey = FakeMllm(ct_window="lung").pictures(shown, [1, 1, 1], 2, torch.tensor([0.5]))[0]
-    colour = FakeMllm(ct_window="all").pictures(shown, [1, 1, 1], 2, torch.tensor([0.5]))[0]
-    assert grey.mode == "L" and grey.size == (16, 16) and grey.getpixel((8, 8)) == 153
-    assert colour.mode == "RGB" and colour.getpixel((8, 8)) == (51, 153, 255)
-
-
-def test_captioned_slices_are_spread_evenly_over_a_plane(items: list[dict], tmp_path: Path) -> None:
-    plane = torch.tensor([0] * 6 + [2] * 2)
-    assert FakeMllm(per_plane=3).selected_rows(plane) == [1, 3, 5, 6, 7]
+def test_only_per_plane_slices_of_a_plane_are_captioned(items: list[dict], tmp_path: Path) -> None:
     made = filled(tmp_path, items, captioner := FakeMllm(per_plane=1, refuses=10**9))
     assert captioner.calls == 3 * len(items)
     assert len(load_file(made.path(items[0]))["text_row"]) == 3
@@ -193,19 +153,6 @@ def test_a_log_keeps_the_answers_around_a_cut_line(tmp_path: Path) -> None:
     again.add(("axial", 1), "One.")
     assert AnswerLog(log.path, {}).answers == {("axial", 3): "Three.", ("axial", 1): "One."}
     assert json.loads(log.path.read_text().splitlines()[0]) == {"model": "m"}
-
-
-@pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "a/b", "1/0"])
-def test_an_invalid_shard_is_an_error(shard: str) -> None:
-    with pytest.raises(ValueError, match=f"shard must be 1/n to n/n, got '{shard}'"):
-        part_of([], shard)
-
-
-def test_shards_partition_the_items() -> None:
-    items = [{"image": str(i)} for i in range(7)]
-    parts = [part_of(items, f"{k}/3") for k in (1, 2, 3)]
-    assert sorted(i["image"] for part in parts for i in part) == [str(i) for i in range(7)]
-    assert [len(part) for part in parts] == [3, 2, 2]
 
 
 def work(root: Path, items: list[dict], shard: str | None, delay: float, env: dict) -> None:
