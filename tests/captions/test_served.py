@@ -193,6 +193,14 @@ def test_odd_fields_beside_the_message_do_no_harm(server: Served) -> None:
     assert [text for _, text in captioner(server).answers(requests(1))] == ["Liver."]
 
 
+def test_requests_are_not_logged_one_by_one(
+    server: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        list(captioner(server).answers(requests(2)))
+    assert not caplog.records
+
+
 def test_a_missing_openai_package_names_the_extra(
     server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
