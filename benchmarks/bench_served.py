@@ -3,13 +3,14 @@
 python benchmarks/bench_served.py [--repeats 3]
 
 The server is tests/chat_server.py in a process of its own, its answers take 0.2 s give or take a
-fifth. The load generator sends bodies made beforehand through plain threads and the same HTTP
-library and reads the answers, no more; ours also makes each picture's PNG, checks, counts and would
+fifth. The load generator sends bodies made beforehand through plain threads and urllib3
+and reads the answers, no more; ours also makes each picture's PNG, checks, counts and would
 try again.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ def compare(port: int, concurrency: int, rounds: int, repeats: int) -> dict[str,
     captioner = ServedCaptions(f"http://localhost:{port}/v1", "tiny", concurrency=concurrency)
     images, count = pictures(), concurrency * rounds
     requests = [SliceRequest(0, i, f"Slice {i}?", images[i % len(images)]) for i in range(count)]
-    bodies = [captioner.request_body(request) for request in requests]
+    bodies = [json.dumps(captioner.request_body(request)).encode() for request in requests]
     seconds = []
     for repeat in range(repeats + 1):
         ours = lambda: len(list(captioner.answers(requests)))  # noqa: E731
