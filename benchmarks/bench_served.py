@@ -9,6 +9,7 @@ answers; ours also encodes each picture as PNG, checks and counts the answers, a
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def compare(port: int, concurrency: int, rounds: int, repeats: int) -> dict[str,
     captioner = ServedCaptions(f"http://localhost:{port}/v1", "tiny", concurrency=concurrency)
     images, count = pictures(), concurrency * rounds
     requests = [SliceRequest(0, i, f"Slice {i}?", images[i % len(images)]) for i in range(count)]
-    bodies = [captioner.request_body(request) for request in requests]
+    bodies = [json.dumps(captioner.request_body(request)).encode() for request in requests]
     seconds = []
     for repeat in range(repeats + 1):
         ours = lambda: len(list(captioner.answers(requests)))  # noqa: E731

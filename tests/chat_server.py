@@ -1,15 +1,16 @@
-"""A chat-completions server that looks at pixels, counts, and breaks on demand; runs by itself.
+"""A chat-completions server that checks pixels, counts requests and fails on demand.
 
     python tests/chat_server.py [--port 0] [--delay 0.2] [--jitter 0.1] [--key K] [--models a,b]
 
 prints its port and ends when its standard input does. POST /set takes any of ``SETTINGS`` as JSON
-and starts the log anew; GET /log tells what came.
+and starts the log anew; GET /log returns the requests.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import gzip
 import hashlib
 import io
 import json
@@ -33,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "first": -1,  # so many requests meet the fault; -1 is all
     "numbers": None,  # or these alone, counted from 0
     "headers": {},  # sent beside a status
-    "message": "as was asked",  # of a status
+    "message": "as was asked",  # of a status, or the whole body of the fault "body"
 }
 LOCK = threading.Lock()
 
@@ -55,7 +56,7 @@ class State:
 
 
 def answer(body: dict[str, Any]) -> str:
-    """What a given prompt and picture are always answered with."""
+    """The fixed answer to a prompt and picture."""
     picture, prompt = body["messages"][0]["content"]
     head, _, data = picture["image_url"]["url"].partition(",")
     if head != "data:image/png;base64":
@@ -106,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
     def chat(self, state: State, number: int, raw: bytes) -> None:
         begin = time.monotonic()
         key = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if state.set.key and key != state.set.key:  # told back, as careless servers do
+        if state.set.key and key != state.set.key:  # repeated, as careless servers do
             return self.fail(401, f"Incorrect API key provided: {key}")
         if state.set.fault and state.broken(number):
             if not state.set.fault.isdigit():
@@ -120,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         text = answer(body)
         wait = state.set.delay * (1 + state.set.jitter * random.Random(number).uniform(-1, 1))
         time.sleep(max(0.0, begin + wait - time.monotonic()))
-        self.say({"role": "assistant", "content": text})
+        self.complete({"role": "assistant", "content": text})
 
     def reply(self, answer: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send(json.dumps(answer).encode(), status, headers)
@@ -140,11 +141,17 @@ class Handler(BaseHTTPRequestHandler):
     def fail(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         self.reply({"error": {"message": message, "code": status}}, status, headers)
 
-    def say(self, message: dict[str, Any]) -> None:
+    def complete(self, message: dict[str, Any]) -> None:
         self.reply({"choices": [{"message": message}], "usage": {"total_tokens": 100}})
 
     def send_html(self) -> None:
         self.send(b"<html>Welcome to the ward's network</html>")
+
+    def send_body(self) -> None:
+        self.send(Handler.state.set.message.encode("latin-1"))
+
+    def send_zipped(self) -> None:
+        self.send(gzip.compress(b" " * 10**6), 200, {"Content-Encoding": "gzip"})
 
     def send_half(self) -> None:
         self.head(1000)
@@ -162,22 +169,22 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"error": {"message": "upstream fell over"}})
 
     def send_huge(self) -> None:
-        self.say({"content": "x" * 3_000_000})
+        self.complete({"content": "x" * 3_000_000})
 
     def send_refusal(self) -> None:
-        self.say({"content": None, "refusal": "I cannot help with that."})
+        self.complete({"content": None, "refusal": "I cannot help with that."})
 
     def send_no_content(self) -> None:
-        self.say({"content": None})
+        self.complete({"content": None})
 
     def send_parts(self) -> None:
-        self.say({"content": [{"type": "text", "text": "The liver"}, {"text": " is seen."}]})
+        self.complete({"content": [{"type": "text", "text": "The liver"}, {"text": " is seen."}]})
 
     def send_reasoning(self) -> None:
-        self.say({"content": "The spleen.", "reasoning_content": "Dark, so perhaps air."})
+        self.complete({"content": "The spleen.", "reasoning_content": "Dark, so perhaps air."})
 
     def send_words(self) -> None:
-        self.say({"content": "liver " * 10_000})
+        self.complete({"content": "liver " * 10_000})
 
     def send_surrogate(self) -> None:
         self.send(b'{"choices": [{"message": {"content": "a \\ud800 b"}}]}')
@@ -203,7 +210,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 256
 
     def handle_error(self, *_: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that left is no news
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that left is normal
             super().handle_error(*_)
 
 

@@ -63,7 +63,7 @@ class FakeMllm(MllmCaptions):
         **asking: what ``MllmCaptions`` takes.
     """
 
-    model_print = "fake-mllm"
+    model_fingerprint = "fake-mllm"
 
     def __init__(
         self, delay: float = 0, breaks_after: int = 10**9, refuses: int = 7, **asking: Any

@@ -1,128 +1,199 @@
-"""How one speaks with a chat-completions server: connections, answers, errors, waits."""
+"""Requests to an OpenAI-compatible chat-completions server, through the openai client.
+
+The client's retries, redirects and telemetry headers are off. Reading a response is ours, because
+the client bounds neither its total time nor its size.
+"""
 
 from __future__ import annotations
 
 import ipaddress
-import json
+import logging
 import random
+import ssl
 import time
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
-from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
 
-from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Retry, Timeout
+from urllib3 import Retry
 from urllib3.exceptions import HTTPError, LocationParseError
-from urllib3.util import Url, make_headers, parse_url
+from urllib3.util import Url, parse_url
 
-FIRST_WAIT = 1.0  # seconds before the second try, at most; doubled each time
-LONGEST_WAIT = 60.0  # seconds before any try, be it asked for by the server
-LONGEST_ANSWER = 1_000_000  # bytes
+FIRST_WAIT = 1.0  # seconds: upper bound before the second try; doubles with each further one
+LONGEST_WAIT = 60.0  # seconds: upper bound before any try, also for what a server requests
+LONGEST_RESPONSE = 1_000_000  # bytes
+TRANSIENT = {408, 409, 425, 429}  # and 500 to 599
+ERROR_KEYS = ("error", "message", "detail")
+HEADERS = {"host", "accept-encoding", "content-length", "content-type", "user-agent"}
 
 
-class Malformed(HTTPError):
-    """An answer that holds no message."""
+@dataclass(eq=False)
+class RequestFailed(Exception):
+    """A request without an answer."""
+
+    kind: str  # "status 429", "malformed answer", or the class of the connection error
+    message: str  # of the server or the connection
+    status: int = 0  # of HTTP, if there is one
+    retry_after: float = 0.0  # seconds that the server requests
+
+    @property
+    def transient(self) -> bool:
+        """Whether the same request may succeed later."""
+        return not self.status or self.status in TRANSIENT or 500 <= self.status < 600
 
 
-def place_of(url: str) -> Url:
-    """The url as urllib3 reads it, who connects to it as well."""
+def base_url(url: str) -> Url:
+    """A server's base URL, parsed and normalised; ``/chat/completions`` at its end is dropped.
+
+    Raises:
+        ValueError: not http or https, or with user, query or fragment.
+    """
     try:
-        place = parse_url(url.rstrip("/").removesuffix("/chat/completions"))
+        base = parse_url(url.rstrip("/").removesuffix("/chat/completions"))
     except LocationParseError:
-        place = Url()
-    plain = not (place.auth or place.query or place.fragment)
-    if place.scheme not in ("http", "https") or not place.host or not plain:
+        base = Url()
+    plain = not (base.auth or base.query or base.fragment)
+    if base.scheme not in ("http", "https") or not base.host or not plain:
         raise ValueError(
             "url must be http:// or https:// with a host, without user, query or fragment, got "
-            f"{place.scheme}://{place.host}; write it like http://localhost:8000/v1, and put a key "
+            f"{base.scheme}://{base.host}; write it like http://localhost:8000/v1, and put a key "
             "into the variable that key_variable names"
         )
-    return place
+    return base
 
 
 def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by its name or address alone (no name is resolved)."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def connections(place: Url, headers: dict[str, str], count: int, timeout: float) -> PoolManager:
-    """At most ``count`` to the place, by the environment's proxy unless it is this machine."""
-    host, proxy = str(place.host), getproxies().get(str(place.scheme))
-    how: dict[str, Any] = {
-        "headers": headers, "maxsize": count, "block": True,
-        "timeout": Timeout(connect=min(10, timeout), read=timeout),
-    }  # fmt: skip
+def openai() -> Any:
+    """The openai package, imported here; ValueError if it is not installed."""
+    try:
+        return import_module("openai")
+    except ImportError as error:
+        raise ValueError(
+            "a served captioner must have the openai package, got none; "
+            "pip install 'med3dinsight-ext[served]'"
+        ) from error
+
+
+def connect(base: Url, key: str, connections: int, timeout: float) -> Any:
+    """An ``openai.OpenAI`` client that sends no more than a request needs, to ``base`` alone.
+
+    Args:
+        base: from ``base_url``. Proxies of the environment are used unless it is loopback.
+        key: sent as a bearer token; "" sends none.
+        connections: upper bound of open connections.
+        timeout: seconds until a response begins, and as many until it is complete.
+    """
+    library, http = openai(), import_module("httpx2")  # the openai client's own HTTP library
+    logging.getLogger(http.__name__).setLevel(logging.WARNING)  # else a line for each request
+    allowed = HEADERS | ({"authorization"} if key else set())
+
+    def strip_headers(request: Any) -> None:
+        for name in request.headers.keys() - allowed:
+            del request.headers[name]
+
+    def read_response(response: Any) -> None:
+        deadline, body = time.monotonic() + timeout, bytearray()
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise RequestFailed("malformed answer", "compressed against the request")
+        for piece in response.stream:
+            body += piece
+            if len(body) > LONGEST_RESPONSE:
+                raise RequestFailed("malformed answer", f"longer than {LONGEST_RESPONSE} bytes")
+            if time.monotonic() > deadline:
+                raise RequestFailed("malformed answer", f"not complete within {timeout:g} s")
+        response.stream.close()
+        response.stream = http.ByteStream(bytes(body))
+
+    session = http.Client(
+        event_hooks={"request": [strip_headers], "response": [read_response]},
+        follow_redirects=False,
+        headers={"Accept-Encoding": "identity"},
+        limits=http.Limits(max_connections=connections),
+        proxy=_proxy(base),
+        timeout=http.Timeout(timeout, connect=min(10, timeout)),
+        trust_env=False,  # would demand packages for proxies that are not used
+        verify=ssl.create_default_context(),
+    )
+    client = library.OpenAI(
+        api_key=key or "none", base_url=base.url, max_retries=0, http_client=session
+    )
+    if client.base_url.raw_host.decode() != str(base.host).strip("[]"):
+        raise ValueError(  # the host that was checked must be the host that is contacted
+            f"url must have an unambiguous host, got {base.url}; correct it"
+        )
+    return client
+
+
+def _proxy(base: Url) -> str | None:
+    host, proxy = str(base.host), getproxies().get(str(base.scheme))
     if not proxy or is_loopback(host) or proxy_bypass(host):
-        return PoolManager(**how)
-    proxy = proxy if "://" in proxy else f"http://{proxy}"
-    login = unquote(parse_url(proxy).auth or "")
-    headers_of_proxy = make_headers(proxy_basic_auth=login or None)
-    return ProxyManager(proxy, proxy_headers=headers_of_proxy, **how)
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
-def exchange(
-    pool: PoolManager, method: str, url: str, body: bytes | None, timeout: float
-) -> tuple[BaseHTTPResponse, bytes]:
-    """Send one request, never redirected; head of the answer, and body.
-
-    The timeout holds for each: seconds until the body begins, and until it has ended.
+def complete(client: Any, body: dict[str, Any]) -> tuple[str, int]:
+    """Text of one completion, and its number of tokens (0 where the server reports none).
 
     Raises:
-        HTTPError: the connection failed, or the answer is cut, too long or too slow.
+        RequestFailed: no connection, an error status, or a response without a message.
     """
-    response = pool.request(
-        method, url, body=body, redirect=False, retries=False, preload_content=False
-    )
-    until, held = time.monotonic() + timeout, bytearray()
+    library = openai()
     try:
-        while piece := response.read1(1 << 16):
-            held += piece
-            if len(held) > LONGEST_ANSWER:
-                raise Malformed(f"longer than {LONGEST_ANSWER} bytes")
-            if time.monotonic() > until:
-                raise HTTPError(f"no whole answer within {timeout:g} s")
-    finally:
-        response.close()  # does nothing to a connection that was read to its answer's end
-        response.release_conn()
-    return response, bytes(held)
-
-
-def pause(attempt: int, asked: float) -> float:
-    """Seconds before the next try: anything up to a doubling limit, beyond what was asked for."""
-    return asked + random.uniform(0, min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT))
-
-
-def retry_after(response: BaseHTTPResponse) -> float:
-    """Seconds from a Retry-After header, a whole number or a date; 0 if it is neither."""
+        answer = client.chat.completions.create(**body)
+    except library.APIStatusError as error:
+        status, wait = error.status_code, retry_after(error.response.headers.get("retry-after"))
+        message = error_message(error.body)
+        raise RequestFailed(f"status {status}", message, status, wait) from None
+    except library.APIConnectionError as error:
+        cause = error.__cause__ or error
+        raise RequestFailed(type(cause).__name__, str(cause)) from None
+    except (ValueError, RecursionError) as error:  # no JSON
+        raise RequestFailed("malformed answer", str(getattr(error, "doc", error))) from None
     try:
-        return min(Retry().get_retry_after(response) or 0.0, LONGEST_WAIT)
-    except (HTTPError, ValueError, OverflowError):
-        return 0.0
-
-
-def read_text(body: bytes) -> tuple[str, int]:
-    """Text of a whole answer, and how many tokens it took, if told."""
-    try:
-        answer = json.loads(body)
-        message = answer["choices"][0]["message"]
-        content, refusal = message.get("content"), message.get("refusal")
+        message = answer.choices[0].message
+        content = message.content
         if isinstance(content, list):
             content = "".join(part.get("text") or "" for part in content)
-        text = str(content or refusal or "")
-        tokens = (answer.get("usage") or {}).get("total_tokens")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise Malformed(error_message(body)) from None
-    clean = text.encode("utf-8", "replace").decode()  # half a surrogate cannot be written to a file
-    return clean, tokens if isinstance(tokens, int) else 0
+        text = str(content or getattr(message, "refusal", None) or "")
+        tokens = getattr(answer.usage, "total_tokens", 0)
+    except (LookupError, TypeError, AttributeError):
+        raise RequestFailed("malformed answer", error_message(answer)) from None
+    text = text.encode("utf-8", "replace").decode()  # a file cannot hold half a surrogate pair
+    return text, tokens if isinstance(tokens, int) else 0
 
 
-def error_message(body: bytes) -> str:
-    """What an answer says of its error, in whichever of the usual places."""
+def models(client: Any) -> list[str]:
+    """Names of the server's models; none if it does not list them."""
     try:
-        answer: Any = json.loads(body)
-        while isinstance(answer, dict):
-            answer = next(answer[key] for key in ("error", "message", "detail") if key in answer)
-    except (ValueError, StopIteration, RecursionError):
-        answer = body.decode("utf-8", "replace")
-    return str(answer)
+        return [str(model.id) for model in client.models.list().data]
+    except (openai().OpenAIError, RequestFailed, ValueError, TypeError, AttributeError):
+        return []
+
+
+def error_message(body: Any) -> str:
+    """The error in a response's body, in whichever of the usual places."""
+    body = body.to_dict(warnings=False) if hasattr(body, "to_dict") else body
+    while isinstance(body, dict) and (keys := [k for k in ERROR_KEYS if k in body]):
+        body = body[keys[0]]
+    return str(body)
+
+
+def backoff(attempt: int, requested: float) -> float:
+    """Seconds before retry 1, 2, …: what the server requests, and jitter below a doubling limit."""
+    return requested + random.uniform(0, min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT))
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds from a Retry-After header, a whole number or a date; 0 if it is neither."""
+    try:
+        return min(max(Retry().parse_retry_after(header or ""), 0.0), LONGEST_WAIT)
+    except (HTTPError, ValueError, OverflowError):
+        return 0.0

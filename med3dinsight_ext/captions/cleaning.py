@@ -1,4 +1,4 @@
-"""From what a multimodal model said to a caption, or to the reason why it is none."""
+"""Cleaning of a multimodal model's raw answers into captions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 MAX_WORDS, MAX_LETTERS = 200, 2000  # the latter for scripts without spaces
 
-# Only what follows the last thought is the answer; some templates open the first one themselves.
-THOUGHT_ENDS = re.compile(r"</think(?:ing)?>|◁/think▷", re.I)
-THOUGHT_BEGINS = re.compile(r"<think(?:ing)?>|◁think▷", re.I)
+# The answer follows the last reasoning block; some chat templates open the first one themselves.
+REASONING_END = re.compile(r"</think(?:ing)?>|◁/think▷", re.I)
+REASONING_START = re.compile(r"<think(?:ing)?>|◁think▷", re.I)
 # <|im_end|>, </s>, <end_of_turn>, <br>, [/INST]; "<5 mm" is none of them.
 TAG = re.compile(r"<[|｜/]*[a-z][^<>\s]*>|\[/?INST\]", re.I)
 FENCE_OR_RULE = re.compile(r"```\w*|^[\s|:*_=-]{3,}$", re.M)
@@ -25,7 +25,7 @@ CHATTER = re.compile(
     r"|(?:answer|caption|description|response|assistant)\s*:\s*)+",
     re.I,
 )
-GOODBYE = re.compile(
+CLOSING = re.compile(
     r"^(?:let me know|i hope|feel free|if you (?:have|need|would)|please (?:consult|note|let))\b",
     re.I,
 )
@@ -47,31 +47,29 @@ LOOP = re.compile(r"(.{1,80}?)\1{2,}")
 
 
 class Reply(NamedTuple):
-    """A caption, one line of plain text, with status "ok"; or None and why there is none.
+    """A cleaned answer."""
 
-    status: "ok", "empty", "refused", "repeats" or "too long".
-    """
-
-    text: str | None
-    status: str
+    text: str | None  # the caption, one line of plain text; None if the answer is not usable
+    status: str  # "ok", "empty", "refused", "repeats" or "too long"
+    raw: str | None = None  # the answer before cleaning, where it is kept
 
 
 def clean_caption(raw: str) -> Reply:
-    """Takes thoughts, markup, chatter, repeated sentences and an unfinished last one away.
+    """Remove reasoning, markup, chatter, repeated sentences and an unfinished last one.
 
     Args:
         raw: the whole answer of a model.
 
     Returns:
-        The caption with status "ok", or None with the reason; what a model refuses to say, or says
-        in a loop, must not become a training target.
+        The caption with status "ok", or None with the reason. Refusals, loops and answers of more
+        than 200 words are not captions.
     """
-    text = THOUGHT_BEGINS.split(THOUGHT_ENDS.split(raw)[-1])[0]
+    text = REASONING_START.split(REASONING_END.split(raw)[-1])[0]
     text = "".join(c for c in text if c.isprintable() or c.isspace()).replace("�", "")
-    if len(text) > 10 * MAX_LETTERS:  # to clean that may take minutes
+    if len(text) > 10 * MAX_LETTERS:  # cleaning it may take minutes
         return Reply(None, "too long")
     before = None
-    while text != before:  # taking one thing away may bare another
+    while text != before:  # one removal may expose another
         before, text = text, _sentences(_plain(text))
     if not any(c.isalpha() for c in text):
         return Reply(None, "empty")
@@ -105,11 +103,11 @@ def _plain(text: str) -> str:
 
 
 def _sentences(text: str) -> str:
-    """Each sentence once; none that is unfinished, refuses or says goodbye behind a good one."""
+    """Each sentence once, without unfinished ones, refusals and closing phrases after the first."""
     first, *rest = BETWEEN_SENTENCES.split(text)
     kept = {first.lower(): first}
     for sentence in rest:
-        if not (REFUSAL.search(sentence) or GOODBYE.search(sentence)):
+        if not (REFUSAL.search(sentence) or CLOSING.search(sentence)):
             kept.setdefault(sentence.lower(), sentence)
     sentences = [sentence for sentence in kept.values() if sentence]
     if len(sentences) > 1 and not FINISHED.search(sentences[-1]):

@@ -1,4 +1,4 @@
-"""Captions from a multimodal model that runs here, any that transformers can load."""
+"""Captions by a multimodal transformers checkpoint."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest
-from med3dinsight_ext.teachers.towers import model_fingerprint
+from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest, check_least
+from med3dinsight_ext.teachers.checkpoints import model_fingerprint
 
-BRING = "hf download {model} --local-dir FOLDER"
+DOWNLOAD = "hf download ID --local-dir FOLDER"
 
 
 class TransformersCaptions(MllmCaptions):
-    """Asks an ``AutoModelForImageTextToText`` checkpoint, such as Qwen-VL, LLaVA or MedGemma.
+    """Any ``AutoModelForImageTextToText`` checkpoint, such as Qwen-VL, LLaVA or MedGemma.
 
     An answer depends on its request, and on ``seed`` where ``temperature`` is above 0, but not on
-    the batch that it happens to share, save for rounding where two tokens are about as likely; bf16
-    rounds more. Sampling draws from the whole distribution (no top-k, no top-p) with a stream of
-    random numbers for each request, which differs between kinds of device.
+    the other requests of its batch, except for rounding where two tokens are about equally likely
+    (more so in bf16). Sampling draws from the whole distribution (no top-k, no top-p) with one
+    random stream a request, which differs between kinds of device.
 
-    Code that comes with a checkpoint is never run, and torchvision is not needed.
+    Code in a checkpoint is never run, and torchvision is not needed.
 
     Args:
         model: hub id or local folder.
         revision: branch, tag or commit of a hub id.
-        batch_size: slices asked about at once.
-        dtype: of the weights: "auto" (as they were saved), "float32", "bfloat16", "float16".
-        device_map: how accelerate spreads the weights, such as "auto"; overrides ``device``.
+        batch_size: slices a forward pass, >= 1.
+        dtype: of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device_map: distribution of the weights by accelerate, such as "auto"; overrides ``device``.
         device: where the model computes.
-        **asking: what ``MllmCaptions`` takes: prompt, max_tokens, temperature, size and so on.
+        **options: arguments of ``MllmCaptions``: prompt, max_tokens, temperature, size and so on.
 
     Raises:
-        ValueError: the folder is none of a model, or accelerate is missing.
+        ValueError: an argument is out of range, the folder holds no model, or accelerate is
+            missing.
     """
 
     def __init__(
@@ -50,13 +51,12 @@ class TransformersCaptions(MllmCaptions):
         dtype: str = "auto",
         device_map: str | dict | None = None,
         device: str | torch.device = "cpu",
-        **asking: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**asking)
+        super().__init__(**options)
         self.model, self.revision, self.batch_size = str(model), revision, batch_size
         self.dtype, self.device_map, self.device = dtype, device_map, torch.device(device)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}; 8 suits most GPUs")
+        check_least(batch_size=(batch_size, 1))
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(
                 f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}; auto takes the "
@@ -65,7 +65,7 @@ class TransformersCaptions(MllmCaptions):
         if Path(model).is_dir() and not (Path(model) / "config.json").exists():
             raise ValueError(
                 f"model must be a folder with a config.json, got {model}; copy the whole "
-                f"repository into it ({BRING.format(model='ID')})"
+                f"repository into it ({DOWNLOAD})"
             )
         if device_map is not None:
             from transformers.utils import is_accelerate_available
@@ -77,57 +77,57 @@ class TransformersCaptions(MllmCaptions):
                 )
 
     @cached_property
-    def model_print(self) -> str:
-        """Hash or commit of the weights, and the type they compute in."""
-        self.config  # noqa: B018  what cannot answer is found before anything long begins
+    def model_fingerprint(self) -> str:
+        """Hash or commit of the weights, and their dtype."""
+        self.config  # noqa: B018  an unfit model is found before anything long begins
         return json.dumps([model_fingerprint(self.model, self.revision), self.dtype])
 
     @cached_property
     def config(self) -> Any:
-        """The checkpoint's configuration, of a model that takes pictures and writes text."""
+        """The configuration; ValueError if it is of no supported image-text-to-text model."""
         import transformers
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
         if not Path(self.model).is_dir():
-            model_fingerprint(self.model, self.revision)  # its error says how to bring the model
+            model_fingerprint(self.model, self.revision)  # its error has the download command
         try:
             config = transformers.AutoConfig.from_pretrained(
                 self.model, revision=self.revision, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"model must be of a kind that transformers {transformers.__version__} knows, got "
-                f"{self.model}: {_first_line(error)} Take a checkpoint in transformers' own format "
-                "(often named -hf), or a newer transformers"
+                f"model must be of a kind that transformers {transformers.__version__} supports, "
+                f"got {self.model}: {_first_line(error)} Use a checkpoint in transformers' own "
+                "format (often named -hf), or a newer transformers"
             ) from error
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise ValueError(
-                f"model must look at a picture and answer in text, got {self.model} of the kind "
+                f"model must take an image and generate text, got {self.model} of the kind "
                 f"{config.model_type}; name an image-text-to-text model"
             )
         return config
 
     @cached_property
     def processor(self) -> Any:
-        """The checkpoint's image processor, tokenizer and chat template."""
+        """Image processor and tokenizer with a chat template; ValueError if one is missing."""
         try:
             processor = _processor(self.model, self.revision, self.config)
             tokenizer, _ = processor.tokenizer, processor.image_processor
         except ImportError as error:
             raise ValueError(
-                f"model must find what its processor imports, got {self.model}: "
-                f"{_first_line(error)} Install that, or take another model"
+                f"model must have the packages of its processor, got {self.model}: "
+                f"{_first_line(error)} Install it, or use another model"
             ) from error
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"model must come with an image processor and a tokenizer, got {self.model}: "
-                f"{_first_line(error)} Fetch the whole repository: {BRING.format(model='ID')}"
+                f"{_first_line(error)} Fetch the whole repository: {DOWNLOAD}"
             ) from error
         if not processor.chat_template:
             processor.chat_template = tokenizer.chat_template
         if not processor.chat_template:
             raise ValueError(
-                f"model must have a chat template, got none in {self.model}; take its variant that "
+                f"model must have a chat template, got none in {self.model}; use its variant that "
                 "follows instructions (often named -it, -Instruct or -chat)"
             )
         tokenizer.padding_side = "left"  # new tokens must follow the prompt at once
@@ -137,7 +137,7 @@ class TransformersCaptions(MllmCaptions):
 
     @cached_property
     def network(self) -> Any:
-        """The model with its weights, frozen."""
+        """The frozen model; ValueError if weights are missing."""
         from transformers import AutoModelForImageTextToText
 
         placed = {} if self.device_map is None else {"device_map": self.device_map}
@@ -149,13 +149,13 @@ class TransformersCaptions(MllmCaptions):
         except OSError as error:
             raise ValueError(
                 f"model must have its weights, got {self.model}: {_first_line(error)} "
-                f"Fetch the whole repository: {BRING.format(model='ID')}"
+                f"Fetch the whole repository: {DOWNLOAD}"
             ) from error
         if loaded["missing_keys"]:
             raise ValueError(
                 f"model must have all its weights, got {self.model} without "
                 f"{', '.join(sorted(loaded['missing_keys'])[:3])} ({len(loaded['missing_keys'])} "
-                f"in all); fetch the whole repository: {BRING.format(model='ID')}"
+                f"in all); fetch the whole repository: {DOWNLOAD}"
             )
         if self.device_map is None:
             network.to(self.device)
@@ -168,25 +168,20 @@ class TransformersCaptions(MllmCaptions):
             yield from zip(batch, self._generate(batch), strict=True)
 
     def inputs(self, batch: Sequence[SliceRequest]) -> Any:
-        """What the network takes for these requests, padded on the left."""
+        """The network's input for these requests, padded on the left."""
         processor = self.processor
         template = str(processor.chat_template)
-        # A hybrid model would spend the whole answer on its thoughts.
-        quiet = {"enable_thinking": False} if "enable_thinking" in template else {}
-        texts = [
-            processor.apply_chat_template(
-                [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image"}, {"type": "text", "text": request.prompt}],
-                    }
-                ],
-                add_generation_prompt=True,
-                tokenize=False,
-                **quiet,
-            )  # fmt: skip
-            for request in batch
-        ]
+        # A hybrid model would spend the whole answer on its reasoning.
+        direct = {"enable_thinking": False} if "enable_thinking" in template else {}
+        texts = []
+        for request in batch:
+            content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
+            chat = [{"role": "user", "content": content}]
+            texts.append(
+                processor.apply_chat_template(
+                    chat, add_generation_prompt=True, tokenize=False, **direct
+                )
+            )
         start = processor.tokenizer.bos_token
         return processor(
             text=texts,
@@ -201,7 +196,7 @@ class TransformersCaptions(MllmCaptions):
         tokenizer, inputs = self.processor.tokenizer, self.inputs(batch)
         sampler = []
         if self.temperature:
-            sampler.append(_Sampler(batch, self.temperature, self.seed, self.network.device))
+            sampler.append(GumbelSampler(batch, self.temperature, self.seed, self.network.device))
         output = self.network.generate(
             **inputs, max_new_tokens=self.max_tokens, pad_token_id=tokenizer.pad_token_id,
             do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
@@ -212,10 +207,16 @@ class TransformersCaptions(MllmCaptions):
         return tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
-class _Sampler:
-    """Adds Gumbel noise to the logits: the largest is then a sample of the softmax.
+class GumbelSampler:
+    """Logits processor that adds Gumbel noise, so that the argmax samples the softmax.
 
-    Unlike ``generate``'s own sampling, each row of a batch has its own stream of random numbers.
+    Unlike ``generate``'s own sampling, each row of a batch has its own random stream.
+
+    Args:
+        batch: requests; each seeds its stream with its prompt and picture.
+        temperature: > 0, divides the logits.
+        seed: part of each stream's seed.
+        device: of the streams.
     """
 
     def __init__(
@@ -230,19 +231,17 @@ class _Sampler:
             self.streams.append(torch.Generator(device).manual_seed(number))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        waits = torch.stack(
-            [
-                torch.empty(scores.shape[1], device=stream.device).exponential_(generator=stream)
-                for stream in self.streams
-            ]
-        ).to(scores.device)
-        return scores.float() / self.temperature - waits.log()
+        waits = [
+            torch.empty(scores.shape[1], device=stream.device).exponential_(generator=stream)
+            for stream in self.streams
+        ]
+        return scores.float() / self.temperature - torch.stack(waits).to(scores.device).log()
 
 
 def _processor(model: str, revision: str | None, config: Any) -> Any:
     """The checkpoint's processor with PIL's resizing, which is the same on every machine.
 
-    One that also takes videos asks for torchvision; it is loaded without that part if it can be.
+    A video processor would import torchvision; it is left out where that is possible.
     """
     from transformers import AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING

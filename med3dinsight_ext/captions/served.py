@@ -1,6 +1,6 @@
-"""Captions from a server that speaks OpenAI's chat completions: vLLM, Ollama, a hosted one.
+"""Captions from an OpenAI-compatible chat-completions server: vLLM, Ollama, a hosted one.
 
-A server is sent the prompt and the pixels, nothing else.
+A request holds the prompt and the pixels, nothing else.
 """
 
 from __future__ import annotations
@@ -16,41 +16,36 @@ from collections.abc import Iterable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
-from urllib3 import PoolManager
-from urllib3.exceptions import HTTPError
-
 from med3dinsight_ext.captions import chat
-from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest
+from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest, check_least
 
-PASSING = {408, 409, 425, 429}  # and 500 to 599
 PATH = "/chat/completions"
-GRACE = 2.0  # seconds that requests under way get once the run has failed
+GRACE = 2.0  # seconds that open requests get once the run has failed
 
 
 class ServedCaptions(MllmCaptions):
-    """Asks an OpenAI-compatible server, several requests at once.
+    """A multimodal model behind a chat-completions server; several requests run at once.
 
-    Which server answers is no part of the fingerprint, so that several of one model can share the
-    work; what changes the model without changing its name (weights, quantisation) belongs into
-    ``revision``.
+    The fingerprint leaves out the server, so that several servers of one model can share the work;
+    what changes the model without changing its name (weights, quantisation) belongs in
+    ``revision``. Requests need the extra ``served`` (the openai package).
 
     Args:
         url: what precedes ``/chat/completions``, for example ``http://localhost:8000/v1``.
         model: its name on the server.
-        revision: of the model, if the name leaves it open; kept, not sent.
-        key_variable: environment variable with the key; "" sends none.
-        concurrency: requests under way at once.
-        retries: tries after the first, for what may pass: 408, 409, 425, 429, 5xx, broken answers
-            and connections, silence.
-        timeout: seconds until an answer must begin, and as many until it must have ended.
-        max_requests: so many answers are asked for by this object, retries included; None is no
-            limit.
-        allow_upload: let pixels leave this machine, that is, take a url that is not loopback.
-        **asking: what ``MllmCaptions`` takes.
+        revision: of the model, if the name leaves it open; part of the fingerprint, not sent.
+        key_variable: environment variable with the API key; "" sends none.
+        concurrency: number of requests that run at once, >= 1.
+        retries: tries after the first, >= 0, for transient failures: status 408, 409, 425, 429 or
+            5xx, malformed answers, broken connections, timeouts.
+        timeout: seconds until a response begins, and as many until it is complete.
+        max_requests: upper bound of requests by this object, retries included; None is no limit.
+        allow_upload: accept a url that is not loopback, so that pixels leave this machine.
+        **options: arguments of ``MllmCaptions``.
 
     Raises:
-        ValueError: the url is no loopback address and uploads are not allowed, or a key would
-            travel in the clear.
+        ValueError: the url is not loopback and uploads are not allowed, or a key would be sent
+            without https.
     """
 
     def __init__(
@@ -64,53 +59,47 @@ class ServedCaptions(MllmCaptions):
         timeout: float = 120.0,
         max_requests: int | None = None,
         allow_upload: bool = False,
-        **asking: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**asking)
-        most = 1 if max_requests is None else max_requests
-        least = [
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-            ("max_requests", most, 1),
-        ]
-        for name, value, low in [*least, ("timeout", timeout, 0.001)]:
-            if not value >= low:
-                raise ValueError(f"{name} must be at least {low}, got {value}; correct captioner")
-        place = chat.place_of(url)
-        self.url, self.loopback = place.url, chat.is_loopback(str(place.host))
+        super().__init__(**options)
+        check_least(concurrency=(concurrency, 1), retries=(retries, 0), timeout=(timeout, 0.001))
+        check_least(max_requests=(max_requests, 1))
+        base = chat.base_url(url)
+        self.url, self.loopback = base.url, chat.is_loopback(str(base.host))
         if not isinstance(allow_upload, bool):
             raise ValueError(f"allow_upload must be True or False, got {allow_upload!r}")
         if not self.loopback and not allow_upload:
             raise ValueError(
-                f"url must be on this machine (localhost), got the host {place.host}, to which "
+                f"url must be on this machine (localhost), got the host {base.host}, to which "
                 "pixel data would go; set allow_upload to True if your data may leave"
             )
         self.model, self.revision, self.key_variable = model, revision, key_variable
         self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
-        self.max_requests, self.requests = max_requests, 0  # allowed, made so far
+        self.max_requests = max_requests
+        self.requests = 0  # made so far
         self._lock = threading.Lock()
         self._key()
 
     @property
-    def model_print(self) -> str:
+    def model_fingerprint(self) -> str:
         """Model and revision; not the url."""
         return json.dumps(["served", self.model, self.revision])
 
     def answers(self, requests: Iterable[SliceRequest]) -> Iterator[tuple[SliceRequest, str]]:
-        """Each request with its raw answer, as they come.
+        """Each request with its raw answer, in order of arrival.
 
-        At most twice ``concurrency`` requests are held, so that one is ready when a thread is.
-        Answers under way are handed out before an error is raised: all of them where it is the
-        source's own or ``max_requests``, since they are paid for, else those that come within two
-        seconds.
+        At most twice ``concurrency`` requests are taken ahead, so that one is ready for each
+        thread. After an error of ``requests`` itself or ``max_requests``, all open requests are
+        completed first, since they are paid for; after any other error, those that complete within
+        ``GRACE`` seconds.
 
         Raises:
-            ValueError: the server refuses, or ``max_requests`` is reached.
-            ConnectionError: it stays away after all retries.
+            ValueError: the server rejects a request, or ``max_requests`` is reached.
+            ConnectionError: no answer after all retries.
         """
         source, held, more, until = iter(requests), 0, True, None
-        ending: Exception | None = None
-        run = _Run(self._pool(), SimpleQueue(), SimpleQueue(), threading.Event())
+        failure: Exception | None = None
+        run = _Run(self._connect(self.timeout), SimpleQueue(), SimpleQueue(), threading.Event())
         for _ in range(self.concurrency):
             threading.Thread(target=self._work, args=(run,), name="captions", daemon=True).start()
         try:
@@ -123,8 +112,8 @@ class ServedCaptions(MllmCaptions):
                     except StopIteration:
                         more = False
                     except Exception as error:
-                        more, ending = False, error
-                    if not run.arrived.empty():  # a slow source keeps no answer waiting
+                        more, failure = False, error
+                    if not run.arrived.empty():  # a slow source delays no answer
                         break
                 if not held:
                     break
@@ -137,17 +126,19 @@ class ServedCaptions(MllmCaptions):
                 if isinstance(result, str):
                     yield request, result
                 elif result is not None:
-                    more, ending = False, ending or result
+                    more, failure = False, failure or result
                     if run.stopped.is_set():
                         until = until or time.monotonic() + GRACE
         finally:
             run.stopped.set()
             for _ in range(self.concurrency):
                 run.todo.put(None)
-        if isinstance(ending, _Refused):
-            ending = self._explained(ending)
-        if ending is not None:
-            raise ending
+            if not held:  # else threads still use it
+                run.client.close()
+        if isinstance(failure, chat.RequestFailed):
+            failure = self._explained(failure)
+        if failure is not None:
+            raise failure
 
     def _work(self, run: _Run) -> None:
         for request, body in iter(run.todo.get, None):
@@ -156,45 +147,40 @@ class ServedCaptions(MllmCaptions):
                 result = self._answer(body, run)
             except Exception as error:
                 result = error
-                if not isinstance(error, _Spent):  # before another request is begun
+                if not isinstance(error, _Spent):  # before another request begins
                     run.stopped.set()
             run.arrived.put((request, result))
 
-    def _answer(self, body: bytes, run: _Run) -> str | None:
-        """The answer to one request; None if nobody waits for it any more."""
-        last, asked = "", 0.0
-        for attempt in range(self.retries + 1):
-            if run.stopped.wait(chat.pause(attempt, asked) if attempt else 0):
+    def _answer(self, body: dict[str, Any], run: _Run) -> str | None:
+        """The answer to one request; None if the run was stopped before it."""
+        last, wait = "", 0.0
+        for attempt in range(1, self.retries + 2):
+            if run.stopped.wait(wait):
                 return None
-            asked = 0.0
             self._count()
             try:
-                head, answer = chat.exchange(run.pool, "POST", self.url + PATH, body, self.timeout)
-                if 200 <= head.status < 300:
-                    text, tokens = chat.read_text(answer)
-                    with self._lock:
-                        self.tokens += tokens
-                    return text
-            except chat.Malformed as error:
-                last = f"a malformed answer ({self._shown(str(error))})"
-            except HTTPError as error:
-                last = self._shown(f"{type(error).__name__}: {error}")
+                text, tokens = chat.complete(run.client, body)
+            except chat.RequestFailed as error:
+                if not error.transient:
+                    raise
+                last = f"{error.kind} ({self._excerpt(error.message)})"
+                wait = chat.backoff(attempt, error.retry_after)
             else:
-                message = self._shown(chat.error_message(answer))
-                last = f"status {head.status} ({message})"
-                if head.status not in PASSING and not 500 <= head.status < 600:
-                    raise _Refused(head.status, message)
-                asked = chat.retry_after(head)
+                with self._lock:
+                    self.tokens += tokens
+                return text
         raise ConnectionError(
             f"{self.url} must answer, got {last} at the last of {self.retries + 1} tries; finished "
-            "slices are kept: see to the server, then give the same command to go on"
+            "slices are kept: check the server, then run the same command to resume"
         )
 
-    def _explained(self, refused: _Refused) -> ValueError:
-        """The error that says what to change; asks the server for its models where that helps."""
-        status, message = refused.args
+    def _explained(self, failure: chat.RequestFailed) -> ValueError:
+        """The error that names the setting to change; lists the server's models where it helps."""
+        status, message = failure.status, self._excerpt(failure.message)
         got = f"status {status} ({message})"
-        models = self._models() if status == 404 or "model" in message.lower() else []
+        models = []
+        if status == 404 or "model" in message.lower():
+            models = chat.models(self._connect(10.0))
         if status in (401, 403):
             name, had = self.key_variable or "key_variable", "another" if self._key() else "none"
             text = (
@@ -203,8 +189,8 @@ class ServedCaptions(MllmCaptions):
             )
         elif "max_completion_tokens" in message:
             text = (
-                f"model must take max_tokens, got {self.model!r}, which wants "
-                f"max_completion_tokens instead, hence {got}; take another, that name is never sent"
+                f"model must take max_tokens, got {self.model!r}, which requires "
+                f"max_completion_tokens instead, hence {got}; use another model"
             )
         elif models and self.model not in models:
             text = (
@@ -218,23 +204,15 @@ class ServedCaptions(MllmCaptions):
             )
         else:
             text = (
-                f"requests must be such as {self.url} takes, got {got}; see that {self.model} "
-                "takes pictures, and change prompt, max_tokens or size"
+                f"requests must be valid for {self.url}, got {got}; check that {self.model} "
+                "takes images, and change prompt, max_tokens or size"
             )
         return ValueError(text)
 
-    def _models(self) -> list[str]:
-        """Names of the server's models; none if it does not tell."""
-        try:
-            _, body = chat.exchange(self._pool(), "GET", f"{self.url}/models", None, 10.0)
-            return [str(model["id"]) for model in json.loads(body)["data"]]
-        except (HTTPError, ValueError, LookupError, TypeError):
-            return []
-
-    def request_body(self, request: SliceRequest) -> bytes:
-        """What is posted for one slice."""
+    def request_body(self, request: SliceRequest) -> dict[str, Any]:
+        """The JSON that is sent for one slice."""
         png = io.BytesIO()
-        if self.loopback:  # bytes cost less than pressing them; a palette spares PIL a search
+        if self.loopback:  # bytes cost less than compression; a palette avoids PIL's filter search
             image = request.image.convert("P") if request.image.mode == "L" else request.image
             image.save(png, "PNG", compress_level=0)
         else:
@@ -244,25 +222,21 @@ class ServedCaptions(MllmCaptions):
             {"type": "image_url", "image_url": {"url": url}},
             {"type": "text", "text": request.prompt},
         ]
-        asked = {
+        return {
             "messages": [{"role": "user", "content": content}], "model": self.model,
             "max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed,
         }  # fmt: skip
-        return json.dumps(asked).encode()
 
-    def _pool(self) -> PoolManager:
-        key = self._key()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        headers["Content-Type"] = "application/json"
-        return chat.connections(chat.place_of(self.url), headers, self.concurrency, self.timeout)
+    def _connect(self, timeout: float) -> Any:
+        return chat.connect(chat.base_url(self.url), self._key(), self.concurrency, timeout)
 
     def _key(self) -> str:
-        """Read anew each time: a key that is kept may be printed."""
+        """Read from the environment each time: an attribute could be printed."""
         key = os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
         if not re.fullmatch("[!-~]*", key):
             raise ValueError(
                 f"{self.key_variable} must be printable ASCII without spaces, got something else; "
-                "set the environment variable anew"
+                "correct the environment variable"
             )
         if key and not self.loopback and not self.url.startswith("https:"):
             raise ValueError(
@@ -271,8 +245,8 @@ class ServedCaptions(MllmCaptions):
             )
         return key
 
-    def _shown(self, message: str) -> str:
-        """The beginning of what the server says, without the key should it repeat it."""
+    def _excerpt(self, message: str) -> str:
+        """The first 200 characters of a server's message, without the key if it repeats it."""
         key = self._key()
         return " ".join((message.replace(key, "***") if key else message).split())[:200]
 
@@ -281,24 +255,19 @@ class ServedCaptions(MllmCaptions):
             if self.max_requests is not None and self.requests >= self.max_requests:
                 raise _Spent(
                     f"max_requests must exceed the {self.requests} requests made, got "
-                    f"{self.max_requests}; finished slices are kept: a larger number goes on where "
-                    "this run stopped"
+                    f"{self.max_requests}; finished slices are kept: a larger number resumes"
                 )
             self.requests += 1
 
 
 class _Run(NamedTuple):
-    """What the threads of one run share with the caller's."""
+    """Shared by the threads of one run and the caller's."""
 
-    pool: PoolManager
-    todo: SimpleQueue[tuple[SliceRequest, bytes] | None]
+    client: Any
+    todo: SimpleQueue[tuple[SliceRequest, dict[str, Any]] | None]
     arrived: SimpleQueue[tuple[SliceRequest, str | Exception | None]]
-    stopped: threading.Event  # nothing more is begun; what is under way is left to itself
-
-
-class _Refused(Exception):
-    """Status and message of an answer that trying again would not change."""
+    stopped: threading.Event  # no request begins after it; open ones continue
 
 
 class _Spent(ValueError):
-    """No further request may be made; those under way may end."""
+    """No further request is allowed; open ones continue."""

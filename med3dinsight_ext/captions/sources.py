@@ -1,4 +1,4 @@
-"""Captions of slices: from a file that people or a model wrote, or from a template."""
+"""Captions from a file, or from a template."""
 
 from __future__ import annotations
 
@@ -8,51 +8,26 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import torch
 from nibabel.filebasedimages import ImageFileError
 from torch import Tensor
 
+from med3dinsight_ext.captions.captioner import Captioner
 from med3dinsight_ext.data.datalists import read_rows
 from med3dinsight_ext.data.slicing import PLANES, depth, plane_number
 from med3dinsight_ext.data.volumes import read_volume
 
 
-class Captioner(Protocol):
-    """What the store asks of a source of captions.
-
-    few_texts: the same texts come back in many volumes, so their embeddings are worth keeping.
-    """
-
-    few_texts: bool
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a reader of a caption wants to know of its origin."""
-
-    def required(self, item: dict, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Plane (n,) and position (n,) of the slices that must be embedded."""
-
-    def fingerprint(self, item: dict) -> str:
-        """Changes whenever the captions of this item may."""
-
-    def check_items(self, items: Sequence[dict]) -> None:
-        """Raise ValueError if the captions cannot be meant for these items."""
-
-
-class KnownCaptions(Captioner, Protocol):
-    """A captioner that need not look at the slices."""
-
-    def caption(
-        self, item: dict, plane: Tensor | Sequence[int], position: Tensor | Sequence[float]
-    ) -> list[str | None]:
-        """A text or None for each slice."""
-
-
 def source(captions: str | Captioner | None, root: str | Path | None = None) -> Captioner:
-    """The captioner that a config names: a file, None for the default template, or one as it is."""
+    """The captioner of a config value.
+
+    Args:
+        captions: path of a caption file, None for the default template, or a captioner.
+        root: folder of the image paths in a caption file.
+    """
     if captions is None:
         return TemplateCaptions()
     return FileCaptions(captions, root) if isinstance(captions, (str, Path)) else captions
@@ -60,13 +35,13 @@ def source(captions: str | Captioner | None, root: str | Path | None = None) -> 
 
 @dataclass(frozen=True)
 class Row:
-    """A caption as its file has it; ``position`` is NaN where only the index is given."""
+    """One row of a caption file."""
 
-    where: str
+    where: str  # file and line, for error messages
     plane: int
-    index: int | None
-    size: int | None
-    position: float
+    index: int | None  # voxel along the cut axis in RAS
+    size: int | None  # voxels along the cut axis
+    position: float  # fraction of the extent; NaN where only the index is given
     text: str
 
 
@@ -75,22 +50,20 @@ class _Caption(NamedTuple):
     text: str
 
 
-class FileCaptions:
+class FileCaptions(Captioner):
     """Captions from a JSONL or CSV file, one row a slice.
 
     Columns: ``image`` (path below ``root``), ``plane`` (name or number), ``index`` (voxel along the
     cut axis in RAS) or ``position`` (fraction of the extent) or both, ``caption`` or ``text``, and
-    if known ``size`` (voxels along the cut axis); without it the image's header is read.
+    optionally ``size`` (voxels along the cut axis); without it the image's header is read.
 
     Args:
-        path: the file; images that are not in the datalist do no harm.
-        root: what image paths start from; by default the file's folder.
+        path: the file; rows of images that are not in the datalist are ignored.
+        root: folder of the image paths; by default the file's own.
 
     Raises:
         ValueError: naming file and line, if a row is malformed or its image does not exist.
     """
-
-    few_texts = False
 
     def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
         self.path = Path(path)
@@ -100,20 +73,12 @@ class FileCaptions:
             self.rows[self._image(where, fields)].append(_row(where, fields))
 
     @property
-    def about(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """The file."""
         return {"kind": "FileCaptions", "file": self.path.name}
 
     def required(self, item: dict, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Slices that have a caption, and so have to be embedded.
-
-        Args:
-            item: from ``datalist``.
-            shape: (x, y, z) voxels in RAS, if known; each row is then held against it.
-
-        Returns:
-            plane (n,) long and position (n,) float32, sorted, on slice centres.
-        """
+        """See ``Captioner``: the slices that have a caption; ValueError if one has two."""
         slices = self._slices(item, shape)
         plane = torch.tensor([plane for plane, _ in slices], dtype=torch.long)
         position = [(index + 0.5) / slices[plane, index].size for plane, index in slices]
@@ -122,23 +87,27 @@ class FileCaptions:
     def caption(
         self, item: dict, plane: Tensor | Sequence[int], position: Tensor | Sequence[float]
     ) -> list[str | None]:
-        """The caption of the slice that holds each position, or None where the file has none."""
-        known = self._slices(item)
-        size = {p: row.size for (p, _), row in known.items()}
+        """The caption of the slice at each position, or None where the file has none."""
+        captions = self._slices(item)
+        size = {p: row.size for (p, _), row in captions.items()}
         found = []
         for p, fraction in _pairs(plane, position):
-            row = known.get((p, _index(fraction, size[p]))) if p in size else None
+            row = captions.get((p, _index(fraction, size[p]))) if p in size else None
             found.append(row.text if row else None)
         return found
 
     def fingerprint(self, item: dict) -> str:
-        """Hash of the rows of this image alone: captions of another image do not change it."""
+        """Hash of the rows of this image alone."""
         rows = self.rows.get(_key(item["image"]), ())
-        content = sorted(repr(astuple(row)[1:]) for row in rows)  # wherever they stand
+        content = sorted(repr(astuple(row)[1:]) for row in rows)  # in any order, on any line
         return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
     def check_items(self, items: Sequence[dict]) -> None:
-        """Raise ValueError if no item has a caption, for then paths disagree."""
+        """Check that at least one item has a caption.
+
+        Raises:
+            ValueError: none has; paths disagree.
+        """
         if items and not any(_key(item["image"]) in self.rows for item in items):
             ours, theirs = next(iter(self.rows), "nothing"), _key(items[0]["image"])
             raise ValueError(
@@ -189,11 +158,14 @@ class FileCaptions:
         return dict(sorted(found.items()))
 
 
-class TemplateCaptions:
-    """A caption for every slice, made from what is known without looking.
+class TemplateCaptions(Captioner):
+    """One caption for every slice, from modality, plane and depth.
 
     Args:
         template: text with any of ``{modality}``, ``{plane}`` and ``{depth}``.
+
+    Raises:
+        ValueError: the template has another field.
     """
 
     few_texts = True
@@ -209,13 +181,9 @@ class TemplateCaptions:
         self.template = template
 
     @property
-    def about(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """The template."""
         return {"kind": "TemplateCaptions", "template": self.template}
-
-    def required(self, item: dict, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """No slice has to be embedded for its caption's sake: two empty tensors."""
-        return torch.empty(0, dtype=torch.long), torch.empty(0)
 
     def caption(
         self, item: dict, plane: Tensor | Sequence[int], position: Tensor | Sequence[float]
@@ -230,9 +198,6 @@ class TemplateCaptions:
             )
             for p, fraction in _pairs(plane, position)
         ]
-
-    def check_items(self, items: Sequence[dict]) -> None:
-        """A template fits all."""
 
     def fingerprint(self, item: dict) -> str:
         """Hash of the template and the item's modality."""
@@ -293,7 +258,11 @@ def _index(position: float, size: int) -> int:
 
 
 def shape_of(image: str) -> list[int]:
-    """Voxels along x, y, z once the image is in RAS, from its header where it has one."""
+    """(x, y, z) voxels of an image in RAS, from its header where it has one.
+
+    Raises:
+        ValueError: the image cannot be read or is not a 3D volume.
+    """
     if "::" in image:
         return list(read_volume(image).shape[1:])
     try:
@@ -301,4 +270,4 @@ def shape_of(image: str) -> list[int]:
         axes = nib.io_orientation(header.affine)[:, 0].tolist()
         return [header.shape[axes.index(axis)] for axis in range(3)]
     except (ImageFileError, OSError, IndexError, ValueError, TypeError) as error:
-        raise ValueError(f"image must be a 3D volume, got {image}: {error}; mend it") from error
+        raise ValueError(f"image must be a 3D volume, got {image}: {error}; repair it") from error

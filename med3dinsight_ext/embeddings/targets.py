@@ -1,4 +1,4 @@
-"""Samples the teacher's targets from the store, placed in the volume as augmentation left it."""
+"""Training targets: slices sampled from the store, mapped into the augmented volume."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from torch import Tensor
 
 
 class SliceTargets(NamedTuple):
-    """What the teacher says of the slices of a batch.
+    """Targets of the slices of a batch.
 
-    image: (b, s, d) unit embeddings of the slices.
-    text: (b, s, d') unit embeddings of their captions, zeros where there is none.
-    has_text: (b, s) bool.
-    valid: (b, s) bool, False where a row is padding.
-    plane: (b, s) long. position: (b, s) float, fraction of the extent of ``volume``.
-    modality: (b, s) long, index into ``slicing.MODALITIES``.
-    volume: (b, 1, x, y, z), what the student gets.
+    Attributes:
+        image: (b, s, d) unit embeddings of the slices.
+        text: (b, s, d') unit embeddings of their captions, zeros where there is none.
+        has_text: (b, s) bool.
+        valid: (b, s) bool, False where a row is padding.
+        plane: (b, s) long: 0 sagittal, 1 coronal, 2 axial.
+        position: (b, s) float, fraction of the extent of ``volume``, in [0, 1].
+        modality: (b, s) long, index into ``slicing.MODALITIES``.
+        volume: (b, 1, x, y, z), the student's input.
     """
 
     image: Tensor
@@ -40,16 +42,18 @@ class SliceTargets(NamedTuple):
 def shuffle_captions(
     items: Sequence[dict[str, Any]], share: float, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Give a share of all captions to other slices: for the study of noise, or as a control.
+    """Assign a share of all captions to other slices, as label noise or as a control.
 
     Args:
         items: from ``Store.fill``.
-        share: of the captions, in [0, 1], that change places among each other; each chosen one
-            ends up elsewhere.
+        share: of the captions, in [0, 1], that are permuted among each other; none of them stays.
         seed: of the choice.
 
     Returns:
         The items, with ``texts_from``: row to (entry, row of its text) for each changed caption.
+
+    Raises:
+        ValueError: ``share`` is out of range.
     """
     if not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise ValueError(f"share must lie in [0, 1], got {share}; 0.2 shuffles a fifth")
@@ -62,7 +66,7 @@ def shuffle_captions(
     count = round(share * len(places))
     order = np.random.default_rng(seed).permutation(len(places))[: 2 if count == 1 else count]
     texts_from: list[dict[int, tuple[str, int]]] = [{} for _ in items]
-    for place, other in zip(order, np.roll(order, 1), strict=True):  # one ring: none stays
+    for place, other in zip(order, np.roll(order, 1), strict=True):  # one cycle: none stays
         number, row = places[place]
         texts_from[number][row] = (items[places[other][0]]["targets"], places[other][1])
     return [{**item, "texts_from": found} for item, found in zip(items, texts_from, strict=True)]
@@ -80,17 +84,17 @@ def map_positions(
 
     Args:
         plane: (s,) long, in the source.
-        position: (s,) fraction of the source's extent.
+        position: (s,) fraction of the source's extent, in [0, 1].
         size: (3,) voxels of the source.
-        source: (4, 4) voxel-to-world affine of the source.
-        target: (4, 4) of the copy.
+        source: (4, 4) affine of the source, voxels to mm.
+        target: (4, 4) affine of the copy.
         shape: (x, y, z) voxels of the copy.
 
     Returns:
         plane (s,) and position (s,) in the copy; a position outside [0, 1] was cropped away.
 
     Raises:
-        ValueError: the copy was rotated, so that a slice of the source is none of the copy.
+        ValueError: the copy was rotated, so that its slices are tilted against the source's.
     """
     step = torch.linalg.solve(target.double(), source.double())  # source voxel -> copy voxel
     size_of_step = step[:3, :3].abs()
@@ -111,19 +115,23 @@ def map_positions(
 
 
 class SampleTargetsd(MapTransform, Randomizable):
-    """Adds targets of ``slices`` slices of each volume, placed in the volume as it is by then.
+    """Add the targets of some slices of each volume, at their positions in the augmented volume.
 
-    It belongs behind every spatial transform. Half of the slices are ones with a caption, if there
-    are so many. Adds plane, position, modality_index, image_target, text_target, has_text and valid
-    (see ``SliceTargets``); an item's ``targets`` names its entry in the store, and ``texts_from``,
-    if ``shuffle_captions`` was there, whose captions it has.
+    Apply it after every spatial transform. At least half of the slices have a caption, if there are
+    as many. Reads the item's ``targets``, the path of its entry, and ``texts_from``, if set by
+    ``shuffle_captions``. Adds plane, position, modality_index, image_target, text_target, has_text
+    and valid (see ``SliceTargets``, without the batch axis).
 
     Args:
         keys: the image, a MetaTensor (1, x, y, z).
         embedding_dims: of the store.
-        slices: slices a volume; None takes all of them, in order, for evaluation.
-        min_similarity: captions whose embedding is less similar (cosine) to their slice's are not
-            trained on; only with a teacher of one joint space.
+        slices: slices a volume, >= 1, padded if there are fewer; None takes all in order.
+        min_similarity: captions with a lower cosine similarity to their slice are left out; needs a
+            teacher with one joint space.
+
+    Raises:
+        TypeError: ``min_similarity`` is no number, or the image is no MetaTensor.
+        ValueError: an argument is out of range, or a crop holds no stored slice.
     """
 
     def __init__(
@@ -139,7 +147,7 @@ class SampleTargetsd(MapTransform, Randomizable):
         if min_similarity is not None and "joint" not in embedding_dims:
             raise ValueError(
                 f"min_similarity must be None, got {min_similarity}: this teacher's images and "
-                "texts live in two spaces; use one such as CLIP, SigLIP or BiomedCLIP"
+                "texts have two spaces; use one such as CLIP, SigLIP or BiomedCLIP"
             )
         self.min_similarity = min_similarity
         if slices is not None and slices < 1:
@@ -192,7 +200,7 @@ class SampleTargetsd(MapTransform, Randomizable):
         }
 
     def _entry(self, data: dict[str, Any]) -> dict[str, Tensor]:
-        """What the store has of a volume, with the captions that count."""
+        """The volume's entry, with shuffled and without dissimilar captions."""
         entry = load_file(data["targets"])
         for row, (path, other) in data.get("texts_from", {}).items():
             with safe_open(path, "pt") as file:
@@ -206,17 +214,16 @@ class SampleTargetsd(MapTransform, Randomizable):
     def _draw(self, usable: Tensor, has_text: Tensor) -> Tensor:
         assert self.slices is not None
         order = usable[torch.from_numpy(self.R.permutation(len(usable)))]
-        told, untold = order[has_text[order]], order[~has_text[order]]
-        half = max(self.slices // 2, self.slices - len(untold))
-        return torch.cat((told[:half], untold))[: self.slices]
+        captioned, others = order[has_text[order]], order[~has_text[order]]
+        half = max(self.slices // 2, self.slices - len(others))
+        return torch.cat((captioned[:half], others))[: self.slices]
 
 
 class PrepareSlices(PrepareBatch):
-    """Batch from ``SampleTargetsd`` to (volume, targets, (plane, position), {}) on the device.
+    """Convert a batch of ``SampleTargetsd`` to (volume, targets, (plane, position), {}).
 
     Args:
-        blank: set the student's volume to zero: the control that shows what it answers from plane
-            and position alone.
+        blank: set the student's volume to zero: a control that leaves it plane and position alone.
     """
 
     def __init__(self, blank: bool = False) -> None:
@@ -231,7 +238,7 @@ class PrepareSlices(PrepareBatch):
     ) -> tuple[Tensor, SliceTargets, tuple[Tensor, Tensor], dict[str, Any]]:
         def get(key: str) -> Tensor:
             value = batchdata[key]
-            if isinstance(value, MetaTensor):  # plain tensors: the network need not carry metadata
+            if isinstance(value, MetaTensor):  # the network needs no metadata
                 value = value.as_tensor()
             return value.to(device=device, non_blocking=non_blocking, **kwargs)
 
@@ -241,5 +248,5 @@ class PrepareSlices(PrepareBatch):
             get("image_target"), get("text_target"), get("has_text"), get("valid"),
             plane, position, get("modality_index"), volume,
         )  # fmt: skip
-        shown = torch.zeros_like(volume) if self.blank else volume
-        return shown, targets, (plane, position), {}
+        student_input = torch.zeros_like(volume) if self.blank else volume
+        return student_input, targets, (plane, position), {}

@@ -1,6 +1,6 @@
-"""Frozen 2D image and text encoders: CLIP-like models, or an image and a text model named apart.
+"""The teacher: frozen 2D image and text encoders, CLIP-like or two separate models.
 
-A teacher is light until it is asked: its fingerprint needs no weights in memory.
+Weights are loaded at the first embedding; the fingerprint does not need them.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from med3dinsight_ext.teachers.towers import (
-    EfficientNetLite0,
+from med3dinsight_ext.teachers.efficientnet import EfficientNetLite0
+from med3dinsight_ext.teachers.hugging_face import (
     HuggingFaceImages,
     HuggingFaceModel,
     HuggingFaceTexts,
-    ImageTower,
-    OpenClipImages,
-    OpenClipModel,
-    OpenClipTexts,
-    TextTower,
 )
+from med3dinsight_ext.teachers.open_clip import OpenClipImages, OpenClipModel, OpenClipTexts
+from med3dinsight_ext.teachers.towers import ImageTower, TextTower
 
 
 def sentences(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Cut a text at sentence ends, then at words, into pieces for which ``fits(piece)`` holds."""
+    """Split a text at sentence ends, then at words, into pieces for which ``fits(piece)`` holds.
+
+    Raises:
+        ValueError: a single word does not fit.
+    """
     if fits(text):
         return [text]
     parts = re.split(r"(?<=[.;!?:])\s+", text.strip())
@@ -45,7 +46,7 @@ class Teacher(nn.Module):
     Args:
         image: image tower.
         text: text tower.
-        joint: True where both share one space, as in CLIP.
+        joint: whether both share one space, as in CLIP.
         batch_size: images (or texts) a forward pass.
     """
 
@@ -53,23 +54,16 @@ class Teacher(nn.Module):
         self, image: ImageTower, text: TextTower, joint: bool = False, batch_size: int = 64
     ) -> None:
         super().__init__()
-        self._towers = (image, text)  # a tuple: not submodules, so in no checkpoint
+        self.image = image
+        self.text = text
         self.joint = joint
         self.batch_size = batch_size
         self.device = torch.device("cpu")
 
     @property
-    def image(self) -> ImageTower:
-        return self._towers[0]
-
-    @property
-    def text(self) -> TextTower:
-        return self._towers[1]
-
-    @property
     def fingerprint(self) -> str:
-        """Names everything that changes an embedding, save the input."""
-        image, text = self._towers
+        """Identifies everything that changes an embedding, except the input."""
+        image, text = self.image, self.text
         return (
             f"{type(image).__name__}:{image.fingerprint}:{image.size}|"
             f"{type(text).__name__}:{text.fingerprint}"
@@ -78,12 +72,13 @@ class Teacher(nn.Module):
     def on(self, device: str | torch.device) -> Teacher:
         """The same teacher, computing on ``device`` (bf16 on CUDA)."""
         self.device = torch.device(device)
-        for tower in self._towers:
+        for tower in (self.image, self.text):
             tower.on(device)
         return self
 
     def train(self, mode: bool = True) -> Teacher:
-        return super().train(False)  # a parent's .train() must not wake dropout
+        """Stay in evaluation mode: a parent's ``train()`` must not enable dropout."""
+        return super().train(False)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
@@ -93,7 +88,10 @@ class Teacher(nn.Module):
         """Unit embeddings (n, d), float32 on the CPU.
 
         Args:
-            slices: (n, 1 or 3, h, w) in [0, 1].
+            slices: (n, 1 or 3, h, w) in [0, 1]; resized to the tower's input.
+
+        Raises:
+            ValueError: another shape.
         """
         if slices.ndim != 4 or slices.shape[1] not in (1, 3):
             raise ValueError(
@@ -117,8 +115,14 @@ class Teacher(nn.Module):
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Unit embeddings (n, d), float32 on the CPU.
 
-        A text longer than the encoder is split at sentence ends and its parts' unit embeddings are
-        averaged; nothing is cut off.
+        A text longer than the encoder takes is split, and its pieces' unit embeddings are averaged.
+
+        Args:
+            texts: not empty ones.
+
+        Raises:
+            TypeError: one string instead of a list.
+            ValueError: an empty text, or a single word longer than the encoder takes.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string; put it in a list")
@@ -138,7 +142,7 @@ class Teacher(nn.Module):
 
 
 def hugging_face(model: str, revision: str | None = None, batch_size: int = 64) -> Teacher:
-    """CLIP, SigLIP, MedSigLIP and their like: both towers of one transformers checkpoint.
+    """Both towers of one CLIP-like transformers checkpoint: CLIP, SigLIP, MedSigLIP.
 
     Args:
         model: hub id or local folder.
@@ -156,7 +160,7 @@ def open_clip(model: str, batch_size: int = 64) -> Teacher:
 
 
 def pair(image: str | ImageTower, text: str | TextTower, batch_size: int = 64) -> Teacher:
-    """An image encoder and a sentence encoder named apart; two target spaces.
+    """A separate image encoder and sentence encoder, with two target spaces.
 
     Args:
         image: hub id or folder of a transformers vision model, or an ``ImageTower``.
@@ -187,12 +191,12 @@ def bundled(size: int = 224, batch_size: int = 64) -> Teacher:
 
 
 def untrained(teacher: Teacher, seed: int = 0) -> Teacher:
-    """A teacher with random weights: a control that knows architecture and pixels alone.
+    """The teacher with random weights: a control that depends on architecture and pixels alone.
 
     Args:
-        teacher: whose towers, tokenizer and preprocessing to keep.
+        teacher: keeps its towers, tokenizer and preprocessing.
         seed: of the weights.
     """
-    teacher.image.forget(seed)
-    teacher.text.forget(seed)
+    teacher.image.randomize(seed)
+    teacher.text.randomize(seed)
     return teacher

@@ -1,4 +1,4 @@
-"""A store that is filled by asking a multimodal model, whatever happens to the run."""
+"""A store filled by a multimodal model: answer log, interruptions, shards."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from fakes import FakeMllm, teacher, write_volumes
 from safetensors.torch import load_file
 
 from med3dinsight_ext.captions.answer_log import AnswerLog
+from med3dinsight_ext.captions.captioner import SlicedVolume
 from med3dinsight_ext.captions.multimodal import PROMPT
-from med3dinsight_ext.embeddings import store
-from med3dinsight_ext.embeddings.store import Store, part_of
+from med3dinsight_ext.embeddings import entry
+from med3dinsight_ext.embeddings.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,11 @@ def undisturbed(items: list[dict], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_answers_become_captions_and_text_embeddings(items: list[dict], tmp_path: Path) -> None:
     made = filled(tmp_path, items)
-    entry = load_file(made.path(items[0]))
+    tensors = load_file(made.path(items[0]))
     about = json.loads(made.path(items[0]).with_suffix(".json").read_text())
-    told = [row["caption"] for row in about["slices"] if row["caption"]]
-    assert len(told) == len(entry["text"]) > 5 and "Tissue of brightness" in told[0]
-    assert torch.allclose(entry["text"].float(), made.teacher.encode_text(told), atol=1e-3)
+    captions = [row["caption"] for row in about["slices"] if row["caption"]]
+    assert len(captions) == len(tensors["text"]) > 5 and "Tissue of brightness" in captions[0]
+    assert torch.allclose(tensors["text"].float(), made.teacher.encode_text(captions), atol=1e-3)
     assert about["captioner"]["prompt"] == PROMPT
 
 
@@ -73,54 +74,13 @@ def test_refusals_are_recorded_but_not_trained_on(items: list[dict], tmp_path: P
     assert not set(refused) & set(load_file(made.path(items[0]))["text_row"].tolist())
 
 
-def test_the_prompt_tells_modality_plane_depth_spacing_and_body_part(items: list[dict]) -> None:
-    asked = FakeMllm().ask({"modality": "CT", "body_part": "thigh"}, 2, 0.9, [1.0, 2.0, 5.0])
-    for word in ("axial", "CT", "thigh", "uppermost", "1 x 2 mm"):
-        assert word in asked
-    assert "body" in FakeMllm().ask({"modality": "CT"}, 0, 0.1, [1, 1, 1])
-
-
-@pytest.mark.parametrize("prompt", ["{patient} in {plane}", "{", "{depth:d}", "{}"])
-def test_a_prompt_with_an_unknown_field_is_an_error(prompt: str) -> None:
-    with pytest.raises(ValueError, match="prompt must use no field but modality"):
-        FakeMllm(prompt=prompt)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"per_plane": 0}, "per_plane must be at least 1"),
-        ({"temperature": -1.0}, "temperature must be at least 0"),
-        ({"ct_window": "liver"}, "ct_window must be one of soft tissue, lung, bone or all"),
-    ],
-)
-def test_settings_that_make_no_sense_are_errors(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FakeMllm(**change)
-
-
-def test_ct_is_shown_in_the_chosen_window() -> None:
-    shown = torch.stack([torch.full((4, 5, 6), v) for v in (0.2, 0.6, 1.0)])
-    grey = FakeMllm(ct_window="lung").pictures(shown, [1, 1, 1], 2, torch.tensor([0.5]))[0]
-    colour = FakeMllm(ct_window="all").pictures(shown, [1, 1, 1], 2, torch.tensor([0.5]))[0]
-    assert grey.mode == "L" and grey.size == (16, 16) and grey.getpixel((8, 8)) == 153
-    assert colour.mode == "RGB" and colour.getpixel((8, 8)) == (51, 153, 255)
-
-
-def test_few_slices_a_plane_are_asked_about_and_spread_evenly(
-    items: list[dict], tmp_path: Path
-) -> None:
-    plane = torch.tensor([0] * 6 + [2] * 2)
-    assert FakeMllm(per_plane=3).asked(plane) == [1, 3, 5, 6, 7]
+def test_only_per_plane_slices_of_a_plane_are_captioned(items: list[dict], tmp_path: Path) -> None:
     made = filled(tmp_path, items, captioner := FakeMllm(per_plane=1, refuses=10**9))
     assert captioner.calls == 3 * len(items)
     assert len(load_file(made.path(items[0]))["text_row"]) == 3
 
 
-def test_a_broken_run_goes_on_where_it_stopped(
-    items: list[dict], tmp_path: Path, undisturbed: dict
-) -> None:
+def test_an_interrupted_run_resumes(items: list[dict], tmp_path: Path, undisturbed: dict) -> None:
     with pytest.raises(ConnectionError, match="start the server"):
         filled(tmp_path, items, FakeMllm(breaks_after=13))
     filled(tmp_path, items, again := FakeMllm())
@@ -128,7 +88,7 @@ def test_a_broken_run_goes_on_where_it_stopped(
     assert content(tmp_path) == undisturbed
 
 
-def test_a_full_disk_ends_the_run_and_spoils_nothing(
+def test_a_full_disk_ends_the_run_without_damage(
     items: list[dict], tmp_path: Path, undisturbed: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = 0
@@ -141,8 +101,8 @@ def test_a_full_disk_ends_the_run_and_spoils_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
         files_save(tensors, path)
 
-    files_save = store.save_file
-    monkeypatch.setattr(store, "save_file", full)
+    files_save = entry.save_file
+    monkeypatch.setattr(entry, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         filled(tmp_path, items)
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
@@ -151,7 +111,7 @@ def test_a_full_disk_ends_the_run_and_spoils_nothing(
     assert content(tmp_path) == undisturbed
 
 
-def test_another_teacher_does_not_ask_again(items: list[dict], tmp_path: Path) -> None:
+def test_another_teacher_reuses_the_answers(items: list[dict], tmp_path: Path) -> None:
     filled(tmp_path, items)
     other = teacher()
     other.image.fingerprint = "other"
@@ -160,7 +120,7 @@ def test_another_teacher_does_not_ask_again(items: list[dict], tmp_path: Path) -
     assert again.calls == 0
 
 
-def test_another_prompt_is_asked_anew_and_kept_apart(items: list[dict], tmp_path: Path) -> None:
+def test_another_prompt_makes_separate_entries(items: list[dict], tmp_path: Path) -> None:
     first = filled(tmp_path, items)
     second = filled(tmp_path, items, again := FakeMllm(prompt="Which plane is this? {plane}"))
     assert again.calls == 36 and first.path(items[0]) != second.path(items[0])
@@ -168,7 +128,7 @@ def test_another_prompt_is_asked_anew_and_kept_apart(items: list[dict], tmp_path
     assert about["captioner"]["prompt"] == PROMPT
 
 
-def test_more_slices_ask_only_about_the_new_ones(items: list[dict], tmp_path: Path) -> None:
+def test_more_slices_need_only_the_new_answers(items: list[dict], tmp_path: Path) -> None:
     filled(tmp_path, items, FakeMllm(per_plane=1))
     filled(tmp_path, items, again := FakeMllm())
     assert again.calls == 36 - 12
@@ -184,28 +144,15 @@ def test_no_planes_is_an_error(tmp_path: Path) -> None:
         Store(tmp_path, teacher(), FakeMllm(), planes=[])
 
 
-def test_a_log_survives_a_cut_line_and_loses_no_answer_behind_it(tmp_path: Path) -> None:
+def test_a_log_keeps_the_answers_around_a_cut_line(tmp_path: Path) -> None:
     log = AnswerLog(tmp_path / "a.jsonl", {"model": "m"})
     log.add(("axial", 3), "Three.")
     with log.path.open("a") as file:
         file.write('\n{"plane": "axial", "ind')
     again = AnswerLog(tmp_path / "a.jsonl", {"model": "m"})
     again.add(("axial", 1), "One.")
-    assert AnswerLog(log.path, {}).known == {("axial", 3): "Three.", ("axial", 1): "One."}
+    assert AnswerLog(log.path, {}).answers == {("axial", 3): "Three.", ("axial", 1): "One."}
     assert json.loads(log.path.read_text().splitlines()[0]) == {"model": "m"}
-
-
-@pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "a/b", "1/0"])
-def test_a_shard_that_is_none_is_an_error(shard: str) -> None:
-    with pytest.raises(ValueError, match=f"shard must be 1/n to n/n, got '{shard}'"):
-        part_of([], shard)
-
-
-def test_shards_part_the_items() -> None:
-    items = [{"image": str(i)} for i in range(7)]
-    parts = [part_of(items, f"{k}/3") for k in (1, 2, 3)]
-    assert sorted(i["image"] for part in parts for i in part) == [str(i) for i in range(7)]
-    assert [len(part) for part in parts] == [3, 2, 2]
 
 
 def work(root: Path, items: list[dict], shard: str | None, delay: float, env: dict) -> None:
@@ -227,7 +174,7 @@ def processes() -> Any:
 
 
 @pytest.mark.parametrize("how", ["shards", "torchrun"])
-def test_two_processes_at_once_make_the_store_of_one(
+def test_two_processes_make_the_same_store_as_one(
     how: str, items: list[dict], tmp_path: Path, undisturbed: dict, processes: Any
 ) -> None:
     ranks = [{"RANK": str(i), "WORLD_SIZE": "2"} if how == "torchrun" else {} for i in range(2)]
@@ -260,7 +207,7 @@ def test_ten_kills_at_random_moments_change_nothing(
         process.kill()
         process.join()
         (tmp_path / "ready").unlink()
-        answered.append(sum(len(AnswerLog(p, {}).known) for p in tmp_path.rglob("*.jsonl")))
+        answered.append(sum(len(AnswerLog(p, {}).answers) for p in tmp_path.rglob("*.jsonl")))
     assert answered == sorted(answered), "an answer was lost"
     assert 0 < answered[4] < 36, "the kills came at no interesting moment"
     filled(tmp_path, items, last := FakeMllm())
@@ -270,45 +217,56 @@ def test_ten_kills_at_random_moments_change_nothing(
     assert content(tmp_path) == undisturbed
 
 
-def test_answers_at_hand_become_entries_at_once(items: list[dict], tmp_path: Path) -> None:
+def test_logged_answers_become_entries_at_once(
+    items: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     filled(tmp_path, items)
     other = teacher()
     other.image.fingerprint = "other"
     again = Store(tmp_path, other, FakeMllm(), per_plane=3)
-    ahead = []
-    prepare, write = again._slices, again._write
-    again._slices = lambda item: ahead.append(item) or prepare(item)  # type: ignore
+    ahead: list[Path] = []
     waiting: list[int] = []
-    again._write = lambda *a: waiting.append(len(ahead)) or write(*a)  # type: ignore
+    cut, write = again.entries.cut, again.entries.write
+
+    def counted_cut(item: dict, path: Path, answers: Path | None) -> SlicedVolume:
+        ahead.append(path)
+        return cut(item, path, answers)
+
+    def counted_write(*arguments: Any) -> None:
+        waiting.append(len(ahead))
+        write(*arguments)
+
+    monkeypatch.setattr(again.entries, "cut", counted_cut)
+    monkeypatch.setattr(again.entries, "write", counted_write)
     again.fill(items)
-    assert [prepared - done for done, prepared in enumerate(waiting)][0] <= 3 < len(items)
+    assert waiting[0] <= 3 < len(items)
 
 
 @pytest.mark.parametrize("cut", [0, 1])
-def test_a_line_cut_within_a_letter_is_asked_again(cut: int, tmp_path: Path) -> None:
+def test_a_line_cut_within_a_letter_is_skipped(cut: int, tmp_path: Path) -> None:
     log = AnswerLog(tmp_path / "a.jsonl", {})
     log.add(("axial", 1), "Kept.")
     log.add(("axial", 2), "3 µm")
     whole = log.path.read_bytes()
     log.path.write_bytes(whole[: whole.index("µ".encode()) + cut])
-    assert AnswerLog(log.path, {}).known == {("axial", 1): "Kept."}
+    assert AnswerLog(log.path, {}).answers == {("axial", 1): "Kept."}
 
 
 def test_an_answer_may_hold_any_separator(tmp_path: Path) -> None:
     answer = "One.\u2028Two.\u0085Three.\r\nFour.\x1cFive."
     AnswerLog(tmp_path / "a.jsonl", {}).add(("axial", 1), answer)
-    assert AnswerLog(tmp_path / "a.jsonl", {}).known == {("axial", 1): answer}
+    assert AnswerLog(tmp_path / "a.jsonl", {}).answers == {("axial", 1): answer}
 
 
-def test_tidying_a_log_keeps_what_another_process_wrote(tmp_path: Path) -> None:
+def test_saving_a_log_keeps_another_processs_answers(tmp_path: Path) -> None:
     ours, theirs = (AnswerLog(tmp_path / "a.jsonl", {}) for _ in range(2))
     ours.add(("axial", 1), "One.")
     theirs.add(("axial", 2), "Two.")
     ours.save()
-    assert set(AnswerLog(tmp_path / "a.jsonl", {}).known) == {("axial", 1), ("axial", 2)}
+    assert set(AnswerLog(tmp_path / "a.jsonl", {}).answers) == {("axial", 1), ("axial", 2)}
 
 
-def test_copies_of_a_volume_are_asked_about_once(items: list[dict], tmp_path: Path) -> None:
+def test_copies_of_a_volume_are_captioned_once(items: list[dict], tmp_path: Path) -> None:
     copy = tmp_path / "copy.nii.gz"
     copy.write_bytes(Path(items[0]["image"]).read_bytes())
     store = Store(tmp_path / "s", teacher(), captioner := FakeMllm(), per_plane=3)

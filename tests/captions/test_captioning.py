@@ -46,20 +46,20 @@ def server() -> Iterator[str]:
     process.communicate()
 
 
-def told(root: Path) -> list[dict[str, Any]]:
-    """Slices of a store that a model was asked about."""
+def captioned(root: Path) -> list[dict[str, Any]]:
+    """The captioned slices of a store."""
     entries = [p for p in (root / "store").glob("??/*.json")]
     assert len(entries) == 4
     slices = [row for p in entries for row in json.loads(p.read_text())["slices"]]
     return [row for row in slices if row["status"]]
 
 
-def test_a_local_model_captions_a_folder_and_training_asks_it_no_more(
+def test_a_local_model_captions_a_folder_and_is_not_loaded_for_training(
     tmp_path: Path, volumes: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = settings("pretrain", tmp_path, volumes, **{"captioner::model": model, **SMALL})
     run("pretrain", EMBED, **changes)
-    assert len(told(tmp_path)) == 4 * 3
+    assert len(captioned(tmp_path)) == 4 * 3
     monkeypatch.setattr("med3dinsight_ext.captions.local.TransformersCaptions.network", None)
     run("pretrain", EMBED[:2], **changes)
     assert (tmp_path / "models" / "model.pt").exists()
@@ -68,13 +68,13 @@ def test_a_local_model_captions_a_folder_and_training_asks_it_no_more(
 def test_a_served_model_captions_a_folder(
     tmp_path: Path, volumes: Path, server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = {"captioner::url": server, "captioner::model": "tiny", **SMALL}
-    run("pretrain", SERVED, **settings("pretrain", tmp_path, volumes, **asked))
-    assert [row["status"] for row in told(tmp_path)] == ["ok"] * 12
+    options = {"captioner::url": server, "captioner::model": "tiny", **SMALL}
+    run("pretrain", SERVED, **settings("pretrain", tmp_path, volumes, **options))
+    assert [row["status"] for row in captioned(tmp_path)] == ["ok"] * 12
     assert "4 volumes are in" in capsys.readouterr().out
 
 
-def test_a_dry_run_says_what_it_would_take_and_makes_nothing(
+def test_a_dry_run_prints_the_cost_and_makes_nothing(
     tmp_path: Path, volumes: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"captioner::model": model, "dry_run": True, **SMALL}

@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, processors
 
-from med3dinsight_ext.captions.local import TransformersCaptions, _Sampler
+from med3dinsight_ext.captions.local import GumbelSampler, TransformersCaptions
 from med3dinsight_ext.captions.multimodal import SliceRequest
 
 KINDS = ("llava", "qwen")
@@ -36,7 +36,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "model"))
 
 
-def ask(row: int) -> SliceRequest:
+def slice_request(row: int) -> SliceRequest:
     """Pictures and prompts of several lengths; every third picture is in colour."""
     pixels = torch.rand(30 + 12 * row, 45, 3, generator=torch.Generator().manual_seed(row))
     picture = Image.fromarray(pixels.mul(255).byte().numpy()).convert("L" if row % 3 else "RGB")
@@ -48,7 +48,9 @@ def captions(folder: Path, **changes: Any) -> TransformersCaptions:
 
 
 def texts(folder: Path, rows: int = 7, **changes: Any) -> list[str]:
-    return [text for _, text in captions(folder, **changes).answers(map(ask, range(rows)))]
+    return [
+        text for _, text in captions(folder, **changes).answers(map(slice_request, range(rows)))
+    ]
 
 
 def reference(folder: Path, request: SliceRequest) -> tuple[str, int]:
@@ -72,8 +74,8 @@ def reference(folder: Path, request: SliceRequest) -> tuple[str, int]:
 
 def test_answers_equal_the_models_own(folder: Path) -> None:
     captioner = captions(folder, batch_size=3)
-    answered = list(captioner.answers(map(ask, range(4))))
-    expected = [reference(folder, ask(row)) for row in range(4)]
+    answered = list(captioner.answers(map(slice_request, range(4))))
+    expected = [reference(folder, slice_request(row)) for row in range(4)]
     assert [(request.row, text) for request, text in answered] == [
         (row, text) for row, (text, _) in enumerate(expected)
     ]
@@ -95,7 +97,7 @@ def test_a_sampled_answer_depends_on_seed_and_request_alone(folder: Path) -> Non
 def test_samples_follow_the_softmax() -> None:
     picture, scores = Image.new("L", (2, 2)), torch.tensor([1.0, 0.0, -1.0, 2.0])
     batch = [SliceRequest(0, n, f"Prompt {n}", picture) for n in range(4000)]
-    sampler = _Sampler(batch, 0.7, seed=0, device=torch.device("cpu"))
+    sampler = GumbelSampler(batch, 0.7, seed=0, device=torch.device("cpu"))
     drawn = sampler(torch.empty(4000, 0), scores.expand(4000, 4)).argmax(1)
     share = torch.bincount(drawn, minlength=4) / 4000
     assert torch.allclose(share, (scores / 0.7).softmax(0), atol=0.03)
@@ -107,7 +109,7 @@ def test_requests_are_taken_one_batch_at_a_time(folder: Path) -> None:
     def requests() -> Iterator[SliceRequest]:
         for row in range(7):
             taken.append(row)
-            yield ask(row)
+            yield slice_request(row)
 
     ahead = [
         len(taken) - done
@@ -116,12 +118,12 @@ def test_requests_are_taken_one_batch_at_a_time(folder: Path) -> None:
     assert ahead == [3, 2, 1, 3, 2, 1, 1]
 
 
-def test_pictures_are_let_go_after_their_batch(folder: Path) -> None:
+def test_pictures_are_freed_after_their_batch(folder: Path) -> None:
     pictures: list[weakref.ref] = []
 
     def requests() -> Iterator[SliceRequest]:
         for row in range(6):
-            request = ask(row)
+            request = slice_request(row)
             pictures.append(weakref.ref(request.image))
             yield request
             del request
@@ -134,9 +136,9 @@ def test_pictures_are_let_go_after_their_batch(folder: Path) -> None:
     assert max(alive) <= 4  # a batch and the one before it, not all six
 
 
-def test_weights_compute_in_the_type_that_is_asked_for(folder: Path) -> None:
+def test_weights_have_the_requested_dtype(folder: Path) -> None:
     captioner = captions(folder, dtype="bfloat16")
-    assert len([text for _, text in captioner.answers([ask(0), ask(1)])]) == 2
+    assert len([text for _, text in captioner.answers([slice_request(0), slice_request(1)])]) == 2
     assert captioner.network.dtype == torch.bfloat16
     assert captions(folder).network.dtype == torch.float32  # as it was saved
 
@@ -161,7 +163,7 @@ def test_the_fingerprint_reads_no_weights_into_memory(
     monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", refuse)
     assert captions(folder).fingerprint({}) == expected
     with pytest.raises(AssertionError, match="weights were loaded"):
-        next(captions(folder).answers([ask(0)]))
+        next(captions(folder).answers([slice_request(0)]))
 
 
 @pytest.mark.parametrize(
@@ -189,11 +191,11 @@ def test_another_file_of_the_model_changes_the_fingerprint(copy: Path, name: str
     assert captions(copy).fingerprint({}) != before
 
 
-def test_a_hybrid_model_is_told_not_to_think(copy: Path) -> None:
+def test_a_hybrid_model_generates_without_reasoning(copy: Path) -> None:
     path = copy / "chat_template.jinja"
     path.write_text(path.read_text() + "{% if enable_thinking | default(true) %}<think>{% endif %}")
     captioner = captions(copy)
-    ids = captioner.inputs([ask(0)])["input_ids"][0]
+    ids = captioner.inputs([slice_request(0)])["input_ids"][0]
     assert captioner.processor.tokenizer.decode(ids).endswith("assistant\n")
 
 
@@ -207,13 +209,13 @@ def test_a_begin_token_is_not_written_twice(copy: Path) -> None:
     )
     tokenizer.save(str(copy / "tokenizer.json"))
     captioner = captions(copy)
-    ids = captioner.inputs([ask(0)])["input_ids"][0].tolist()
+    ids = captioner.inputs([slice_request(0)])["input_ids"][0].tolist()
     assert ids.index(tiny_mllm.START) == 0 and ids[1] != tiny_mllm.START
 
 
 def error(folder: Path, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        list(captions(folder).answers([ask(0)]))
+        list(captions(folder).answers([slice_request(0)]))
 
 
 def test_a_model_without_an_image_processor_is_named(copy: Path) -> None:
@@ -222,19 +224,21 @@ def test_a_model_without_an_image_processor_is_named(copy: Path) -> None:
     error(copy, "model must come with an image processor .* hf download ID --local-dir FOLDER")
 
 
-def test_a_processor_that_misses_a_package_names_it(
+def test_a_missing_package_of_a_processor_is_named(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise ImportError("\nIt requires the Abacus library.\nMore.")
 
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", refuse)
-    error(folders["llava"], "must find what its processor imports, .*requires the Abacus library.")
+    error(
+        folders["llava"], "must have the packages of its processor, .*requires the Abacus library."
+    )
 
 
 def test_a_model_without_a_chat_template_is_named(copy: Path) -> None:
     (copy / "chat_template.jinja").unlink()
-    error(copy, r"model must have a chat template, got none in .*model; take .*-Instruct")
+    error(copy, r"model must have a chat template, got none in .*model; use .*-Instruct")
 
 
 def test_a_model_with_missing_weights_is_named(copy: Path) -> None:
@@ -258,7 +262,7 @@ def test_a_model_of_texts_or_of_pictures_alone_is_named(
 ) -> None:
     config().save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=f"must look at a picture and answer in text, got .* of the kind {kind};"
+        ValueError, match=f"must take an image and generate text, got .* of the kind {kind};"
     ):
         captions(tmp_path).fingerprint({})
 
@@ -267,7 +271,7 @@ def test_a_model_of_texts_or_of_pictures_alone_is_named(
 def test_a_model_that_brings_its_own_code_is_not_run(tmp_path: Path, code: dict) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange", **code}))
     (tmp_path / "code.py").write_text("raise SystemExit('was run')")
-    with pytest.raises(ValueError, match="model must be of a kind that transformers .* knows"):
+    with pytest.raises(ValueError, match="model must be of a kind that transformers .* supports"):
         captions(tmp_path).fingerprint({})
 
 
@@ -276,7 +280,7 @@ def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
         captions(tmp_path)
 
 
-def test_a_model_that_cannot_be_fetched_says_how_to_bring_it(
+def test_a_model_that_cannot_be_fetched_names_the_download_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def offline(*_: object, **__: object) -> None:

@@ -76,7 +76,7 @@ def test_without_a_size_the_index_counts_in_ras(tmp_path: Path) -> None:
     assert captions(tmp_path, row(size=None)).required(item)[1].tolist() == [0.5]
 
 
-def test_a_csv_file_serves_as_well(tmp_path: Path) -> None:
+def test_a_csv_file_is_read(tmp_path: Path) -> None:
     item = image(tmp_path / "a.nii")
     (tmp_path / "c.csv").write_text('image,plane,index,position,text\na.nii,2,1,,"One, two."\n')
     assert FileCaptions(tmp_path / "c.csv").caption(item, [2], [0.3]) == ["One, two."]
@@ -95,7 +95,7 @@ def test_an_image_without_captions_is_fine(tmp_path: Path) -> None:
     assert len(file.required(other)[0]) == 0 and file.caption(other, [2], [0.3]) == [None]
 
 
-def test_captions_of_one_image_do_not_touch_the_fingerprint_of_another(tmp_path: Path) -> None:
+def test_captions_of_one_image_do_not_change_the_fingerprint_of_another(tmp_path: Path) -> None:
     a, b = image(tmp_path / "a.nii"), image(tmp_path / "b.nii")
     before = captions(tmp_path, row())
     after = captions(tmp_path, row(image="b.nii"), row())
@@ -175,7 +175,7 @@ def test_a_template_names_modality_plane_and_depth() -> None:
     assert texts == ["CT axial slice, uppermost", "CT sagittal slice, central"]
 
 
-def test_a_template_does_not_say_auto() -> None:
+def test_a_template_does_not_contain_auto() -> None:
     assert TemplateCaptions().caption({"modality": "auto"}, [1], [0.5]) == [
         "medical coronal slice, middle"
     ]

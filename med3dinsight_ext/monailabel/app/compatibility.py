@@ -22,14 +22,12 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from med3dinsight_ext.io import torchvision_operators
+
 HOOK = (
     "import importlib.util; importlib.util.find_spec('med3dinsight_ext') "
     "and importlib.import_module('med3dinsight_ext.monailabel.app.compatibility').install()\n"
 )
-SCHEMAS = {
-    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-}
 UIDS = "pydicom._storage_sopclass_uids"
 
 
@@ -67,7 +65,4 @@ def define_operators() -> object:
 
     if torch.version.cuda or torch.version.hip:
         return ()
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in SCHEMAS.values():
-        library.define(schema)
-    return library
+    return torchvision_operators.define_operators()

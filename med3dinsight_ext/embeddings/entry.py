@@ -1,0 +1,158 @@
+"""One entry of the embedding store: its slices, their embeddings and its two files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from med3dinsight_ext.captions.captioner import Captioner, SlicedVolume
+from med3dinsight_ext.captions.cleaning import Reply
+from med3dinsight_ext.data import slicing
+from med3dinsight_ext.data.volumes import guess_modality, read_volume
+from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.teachers.teacher import Teacher
+
+
+class SliceChoice(NamedTuple):
+    """Which slices are drawn: how many a plane, with which seed, from which planes."""
+
+    per_plane: int
+    seed: int
+    planes: list[int]
+
+    def counts(self) -> list[int]:
+        """Number of drawn slices in each plane."""
+        return [self.per_plane * (p in self.planes) for p in range(len(slicing.PLANES))]
+
+
+class EntryMaker:
+    """Cuts volumes into slices and writes their entries.
+
+    An entry is a safetensors file (float16 embeddings ``image`` (s, d) and ``text`` (t, d'),
+    ``plane``, ``position``, ``text_row``, ``modality``, ``affine``, ``size``) and a JSON file with
+    the captions and their provenance. The former is written last and marks the entry complete.
+
+    Args:
+        teacher: embeds slices and captions.
+        captioner: selects slices and names its provenance.
+        choice: slices that are drawn beside those the captioner requires.
+    """
+
+    def __init__(self, teacher: Teacher, captioner: Captioner, choice: SliceChoice) -> None:
+        self.teacher, self.captioner, self.choice = teacher, captioner, choice
+        self._texts: dict[str, Tensor] = {}
+
+    def cut(self, item: dict[str, Any], path: Path, answers: Path | None) -> SlicedVolume:
+        """Choose and cut the slices of one volume.
+
+        Args:
+            item: of the datalist: image, modality.
+            path: of the entry.
+            answers: file of a model's raw answers.
+
+        Raises:
+            ValueError: the volume is bad, or a caption does not fit it.
+        """
+        volume = read_volume(item["image"])
+        modality = item["modality"]
+        if modality == "auto":
+            modality = guess_modality(volume)
+        item = {**item, "modality": modality}
+        shown, size = slicing.window(volume, modality), volume.shape[1:]
+        required = self.captioner.required(item, size)
+        drawn = slicing.choose(shown, *self.choice)
+        planes, positions = (torch.cat(pair).tolist() for pair in zip(required, drawn, strict=True))
+        slots = sorted(
+            {
+                (p, min(int(t * size[p]), size[p] - 1))
+                for p, t in zip(planes, positions, strict=True)
+            }
+        )
+        plane = torch.tensor([p for p, _ in slots])
+        position = torch.tensor([(i + 0.5) / size[p] for p, i in slots])
+        spacing, pixels = volume.pixdim.tolist(), self.teacher.image.size
+        slices = [
+            slicing.cut(shown, spacing, p, position[plane == p], pixels)
+            for p in plane.unique().tolist()
+        ]
+        questions = self.captioner.prepare(item, shown, spacing, slots)
+        return SlicedVolume(
+            path, item, plane, position, torch.cat(slices), volume.affine, torch.tensor(size),
+            answers, questions,
+        )  # fmt: skip
+
+    def write(self, volume: SlicedVolume, replies: dict[int, Reply]) -> None:
+        """Embed slices and captions, and write both files of the entry.
+
+        Args:
+            volume: from ``cut``.
+            replies: caption, or the reason why there is none, by row.
+        """
+        texts = {row: text for row, (text, *_) in sorted(replies.items()) if text is not None}
+        tensors = {
+            "plane": volume.plane.to(torch.uint8),
+            "position": volume.position.float(),
+            "modality": torch.tensor(slicing.MODALITIES.index(volume.item["modality"])),
+            "image": self.teacher.encode_image(volume.slices).half(),
+            "text_row": torch.tensor(list(texts), dtype=torch.int32),
+            "affine": volume.affine.double().contiguous(),
+            "size": volume.size.to(torch.int32),
+        }
+        similarity: dict[int, float] = {}
+        if texts:
+            tensors["text"] = self._embed_texts(list(texts.values())).half()
+            if self.teacher.joint:
+                product = tensors["image"][list(texts)].float() * tensors["text"].float()
+                similarity = dict(zip(texts, product.sum(1).tolist(), strict=True))
+        about = {
+            "image": str(volume.item["image"]),
+            "modality": volume.item["modality"],
+            "teacher": self.teacher.fingerprint,
+            "joint": self.teacher.joint,
+            "captioner": self.captioner.provenance,
+            "per_plane": self.choice.per_plane,
+            "seed": self.choice.seed,
+            "slices": _rows(volume, replies, similarity),
+        }
+        # A file name need not be UTF-8; JSON has an escape for such letters.
+        text = json.dumps(about, indent=1, ensure_ascii=False)
+        readable = text.encode("utf-8", "backslashreplace")
+        write_atomic(volume.path.with_suffix(".json"), lambda draft: draft.write_bytes(readable))
+        write_atomic(volume.path, lambda draft: save_file(tensors, draft))
+
+    def _embed_texts(self, texts: list[str]) -> Tensor:
+        """Embeddings whose last bit does not depend on earlier volumes."""
+        if not self.captioner.few_texts:
+            unique = sorted(set(texts))
+            found = dict(zip(unique, self.teacher.encode_text(unique), strict=True))
+            return torch.stack([found[text] for text in texts])
+        for text in set(texts) - self._texts.keys():
+            self._texts[text] = self.teacher.encode_text([text])[0]
+        return torch.stack([self._texts[text] for text in texts])
+
+
+def _rows(
+    volume: SlicedVolume, replies: dict[int, Reply], similarity: dict[int, float]
+) -> list[dict[str, Any]]:
+    """What the JSON file holds of each slice."""
+    rows = []
+    pairs = zip(volume.plane.tolist(), volume.position.tolist(), strict=True)
+    for row, (p, position) in enumerate(pairs):
+        reply = replies.get(row)
+        fields = {
+            "plane": slicing.PLANES[p],
+            "index": int(position * int(volume.size[p])),
+            "position": round(position, 4),
+            "caption": reply and reply.text,
+            "status": reply and reply.status,
+            "similarity": round(similarity[row], 4) if row in similarity else None,
+        }
+        if reply and reply.text is None:
+            fields["raw"] = reply.raw
+        rows.append(fields)
+    return rows

@@ -1,0 +1,46 @@
+"""Division of the items among jobs and among the ranks of torchrun."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import ignite.distributed as idist
+import torch.distributed as dist
+
+
+def part_of(items: Sequence[dict[str, Any]], shard: str | None) -> list[dict[str, Any]]:
+    """Every n-th item from the k-th on, for shard "k/n"; all for None.
+
+    Raises:
+        ValueError: the shard is not one of "1/n" to "n/n".
+    """
+    if shard is None:
+        return list(items)
+    found = re.fullmatch(r"(\d+)/(\d+)", str(shard))
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= count:
+        raise ValueError(
+            f"shard must be 1/n to n/n, got {shard!r}; --shard 3/16 is the third of sixteen"
+        )
+    return list(items)[number - 1 :: count]
+
+
+def rank_share(count: int) -> range:
+    """This rank's indices below ``count``: a fixed share, whatever other ranks have done.
+
+    Without a process group, torchrun's environment variables count; then no rank ever waits.
+    """
+    together = dist.is_available() and dist.is_initialized()
+    rank = dist.get_rank() if together else int(os.environ.get("RANK", 0))
+    ranks = dist.get_world_size() if together else int(os.environ.get("WORLD_SIZE", 1))
+    return range(rank, count, ranks)
+
+
+def merge_ranks(found: dict[str, str]) -> dict[str, str]:
+    """The union over all ranks of a process group; without one, ``found`` itself."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return found
+    return {key: value for part in idist.all_gather(found) for key, value in part.items()}
