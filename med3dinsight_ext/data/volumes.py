@@ -1,22 +1,17 @@
-"""Volumes that are safe to use: checked when they are read, scaled as their modality asks."""
+"""Reading and checking of volumes, and intensity scaling by modality."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
 from monai.data import MetaTensor, NibabelReader
-from monai.transforms import (
-    LoadImage,
-    MapTransform,
-    Orientation,
-    ScaleIntensityRange,
-)
+from monai.transforms import LoadImage, MapTransform, Orientation, ScaleIntensityRange
 from monai.utils import convert_to_dst_type
 from nibabel.openers import Opener
 from torch import Tensor
@@ -25,10 +20,11 @@ from tqdm import tqdm
 from med3dinsight_ext.data.slicing import window
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def guess_modality(volume: Tensor) -> str:
-    """CT if anything is below -150 (air is, in HU), else MR; PET cannot be told from MR."""
+    """CT if a voxel is below -150 (air in HU), else MR; PET is not distinguished from MR."""
     return "CT" if volume.min() < -150 else "MR"
 
 
@@ -59,7 +55,7 @@ class ScaleByModalityd(MapTransform):
 
 
 def read_volume(path: str) -> MetaTensor:
-    """Read a volume that is safe to use, or say what is wrong with it.
+    """Read a volume and check it.
 
     Args:
         path: NIfTI file, or ``file.npz::array::index`` (1 mm, taken to be in RAS).
@@ -103,9 +99,7 @@ class ReadVolumed(MapTransform):
 
 
 def _fault(path: str, rule: str, value: object) -> ValueError:
-    return ValueError(
-        f"volume must {rule}, got {value} in {path}; repair the file or set skip_bad=True"
-    )
+    return ValueError(f"volume must {rule}, got {value} in {path}; repair the file or leave it out")
 
 
 def _require(ok: object, path: str, rule: str, value: object) -> None:
@@ -137,38 +131,56 @@ def _check_header(path: str) -> None:
     _require(ok, path, "have an invertible affine", image.affine.tolist())
 
 
+def check_each(
+    check: Callable[[dict], T], items: list[dict], what: str, skip_bad: bool, workers: int
+) -> list[T | None]:
+    """Check every item, in threads, before a long job starts.
+
+    Args:
+        check: returns what it read of an item, or raises a ValueError.
+        items: from ``datalist``.
+        what: is checked, for the progress bar and the message.
+        skip_bad: log the bad items, instead of raising.
+        workers: threads.
+
+    Returns:
+        What ``check`` returned, None for bad items.
+
+    Raises:
+        ValueError: with every bad item and what is wrong with it, or if none is good.
+    """
+
+    def attempt(item: dict) -> T | ValueError:
+        try:
+            return check(item)
+        except ValueError as error:
+            return error
+
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(tqdm(pool.map(attempt, items), f"Checking {what}", len(items), disable=None))
+    bad = [str(result) for result in found if isinstance(result, ValueError)]
+    if bad and (not skip_bad or len(bad) == len(items)):
+        listing = "\n  ".join(bad)
+        raise ValueError(
+            f"{what} must be sound, got {len(bad)} bad of {len(items)} "
+            f"(skip_bad leaves them out):\n  {listing}"
+        )
+    for text in bad:
+        log.warning("left out: %s", text)
+    return [None if isinstance(result, ValueError) else result for result in found]
+
+
 def check_volumes(items: list[dict], skip_bad: bool = False, workers: int = 4) -> list[dict]:
-    """Read every image once, before a long job stumbles over one.
+    """The items whose volumes are good, in their order; see ``check_each``.
 
     Args:
         items: from ``datalist``.
         skip_bad: leave bad volumes out and log them, instead of raising.
         workers: threads that read.
-
-    Returns:
-        The items whose volumes are good, in their order.
-
-    Raises:
-        ValueError: with every bad volume and what is wrong with it, or if none is good.
     """
-
-    def fault(item: dict) -> str | None:
-        try:
-            read_volume(item["image"])
-        except ValueError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(workers) as pool:
-        faults = list(tqdm(pool.map(fault, items), "Checking volumes", len(items), disable=None))
-    good = [item for item, text in zip(items, faults, strict=True) if text is None]
-    bad = [text for text in faults if text is not None]
-    if bad and not (skip_bad and good):
-        listing = "\n  ".join(bad)
-        raise ValueError(f"volumes must be sound, got {len(bad)} bad of {len(items)}:\n  {listing}")
-    for text in bad:
-        log.warning("left out: %s", text)
-    return good
+    read = check_each(lambda item: bool(read_volume(item["image"]).numel()), items, "volumes",
+                      skip_bad, workers)  # fmt: skip
+    return [item for item, good in zip(items, read, strict=True) if good]
 
 
 def check_parts(parts: Sequence[list[dict]], skip_bad: bool = False) -> list[list[dict]]:
