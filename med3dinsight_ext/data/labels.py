@@ -118,10 +118,7 @@ class CheckLabeld(MapTransform):
 
 
 def check_labels(
-    parts: Sequence[list[dict]],
-    names: Sequence[str],
-    skip_bad: bool = False,
-    workers: int = 4,
+    parts: Sequence[list[dict]], names: Sequence[str], skip_bad: bool = False
 ) -> list[list[dict]]:
     """Read every image and label once, before a long job starts.
 
@@ -129,7 +126,6 @@ def check_labels(
         parts: items for training (may be none) and for validation.
         names: of the classes; the label value is the index, 0 the background.
         skip_bad: leave bad cases out and log them, instead of raising.
-        workers: threads that read.
 
     Returns:
         The same parts with the good items.
@@ -141,13 +137,10 @@ def check_labels(
     if len(names) < 2:
         raise ValueError(f"label_names must name the background and a class, got {list(names)}")
     items = [item for part in parts for item in part]
-    found = check_each(
-        lambda item: read_label(item, names), items, "images and labels", skip_bad, workers
-    )
-    values = {id(item): value for item, value in zip(items, found, strict=True)}
-    kept = [[item for item in part if values[id(item)] is not None] for part in parts]
+    values = check_each(lambda item: read_label(item, names), items, "images and labels", skip_bad)
+    kept = [[item for item in part if id(item) in values] for part in parts]
     if kept[0]:
-        seen = set[int]().union(*(values[id(item)] or () for item in kept[0]))
+        seen = set[int]().union(*(values[id(item)] for item in kept[0]))
         if missing := [name for i, name in enumerate(names) if i and i not in seen]:
             what = "only background" if seen == {0} else f"none for {', '.join(missing)}"
             raise ValueError(

@@ -132,8 +132,8 @@ def _check_header(path: str) -> None:
 
 
 def check_each(
-    check: Callable[[dict], T], items: list[dict], what: str, skip_bad: bool, workers: int
-) -> list[T | None]:
+    check: Callable[[dict], T], items: list[dict], what: str, skip_bad: bool, workers: int = 4
+) -> dict[int, T]:
     """Check every item, in threads, before a long job starts.
 
     Args:
@@ -144,7 +144,7 @@ def check_each(
         workers: threads.
 
     Returns:
-        What ``check`` returned, None for bad items.
+        For the ``id`` of each good item, what ``check`` returned.
 
     Raises:
         ValueError: with every bad item and what is wrong with it, or if none is good.
@@ -167,23 +167,17 @@ def check_each(
         )
     for text in bad:
         log.warning("left out: %s", text)
-    return [None if isinstance(result, ValueError) else result for result in found]
+    results = zip(items, found, strict=True)
+    return {id(item): got for item, got in results if not isinstance(got, ValueError)}
 
 
-def check_volumes(items: list[dict], skip_bad: bool = False, workers: int = 4) -> list[dict]:
-    """The items whose volumes are good, in their order; see ``check_each``.
-
-    Args:
-        items: from ``datalist``.
-        skip_bad: leave bad volumes out and log them, instead of raising.
-        workers: threads that read.
-    """
-    read = check_each(lambda item: bool(read_volume(item["image"]).numel()), items, "volumes",
-                      skip_bad, workers)  # fmt: skip
-    return [item for item, good in zip(items, read, strict=True) if good]
+def check_volumes(items: list[dict], skip_bad: bool = False) -> list[dict]:
+    """Read every volume once; returns the items with good ones. See ``check_each``."""
+    return check_parts([items], skip_bad)[0]
 
 
 def check_parts(parts: Sequence[list[dict]], skip_bad: bool = False) -> list[list[dict]]:
     """``check_volumes`` of items for training and for validation: one error names all bad ones."""
-    sound = {id(item) for item in check_volumes([x for part in parts for x in part], skip_bad)}
-    return [[item for item in part if id(item) in sound] for part in parts]
+    items = [item for part in parts for item in part]
+    good = check_each(lambda item: read_volume(item["image"]).shape, items, "volumes", skip_bad)
+    return [[item for item in part if id(item) in good] for part in parts]

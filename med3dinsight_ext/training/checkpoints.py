@@ -26,10 +26,7 @@ class KeepingDiskSaver(DiskSaver):
 
 
 def checkpoint(
-    to_save: Mapping[str, Any],
-    dirname: str | Path,
-    filename: str,
-    metric: str | None = None,
+    to_save: Mapping[str, Any], dirname: str | Path, filename: str, metric: str | None = None
 ) -> Checkpoint:
     """An ignite ``Checkpoint`` that keeps one file under a fixed name.
 

@@ -15,6 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from monai.handlers import CheckpointLoader
+from torch import Tensor
 
 from med3dinsight_ext.io.errors import root_cause
 from med3dinsight_ext.io.files import write_atomic
@@ -73,15 +74,11 @@ def plain_batch(
     device: str | torch.device | None = None,
     non_blocking: bool = False,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Image and label of a batch on the device, as plain tensors: metadata slows every layer."""
-    image, label = (
-        torch.as_tensor(batchdata[key]).as_subclass(torch.Tensor) for key in ("image", "label")
-    )
-    return (
-        image.to(device=device, non_blocking=non_blocking, **kwargs),
-        label.to(device=device, non_blocking=non_blocking, **kwargs),
-    )
+    values = (torch.as_tensor(batchdata[key]).as_subclass(Tensor) for key in ("image", "label"))
+    image, label = (value.to(device, non_blocking=non_blocking, **kwargs) for value in values)
+    return image, label
 
 
 def run(

@@ -36,10 +36,7 @@ class FreezeEncoder:
 
 
 def parameter_groups(
-    network: nn.Module,
-    encoder: Sequence[str],
-    learning_rate: float,
-    layer_decay: float = 1.0,
+    network: nn.Module, encoder: Sequence[str], learning_rate: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
     """Optimiser groups with a learning rate that rises through the encoder (layer-wise decay).
 

@@ -68,6 +68,11 @@ def match(
     return fitting
 
 
+def _differ_in_inputs(theirs: torch.Size, ours: torch.Size) -> bool:
+    """Whether two shapes of a convolution's weight differ in the input channels at most."""
+    return theirs[:1] + theirs[2:] == ours[:1] + ours[2:] and len(ours) > 2
+
+
 def growing_inputs(network: nn.Module, source: Mapping[str, Tensor]) -> list[str]:
     """Weights of a network's input convolutions, if it has more input channels than ``source``.
 
@@ -86,7 +91,7 @@ def growing_inputs(network: nn.Module, source: Mapping[str, Tensor]) -> list[str
     changes = {
         name: (source[name].shape[1], ours[1])
         for name, ours in shapes.items()
-        if name in source and source[name].shape[:1] + source[name].shape[2:] == ours[:1] + ours[2:]
+        if name in source and _differ_in_inputs(source[name].shape, ours)
     }
     first = changes.get(next(iter(shapes), ""))
     if first is None or first[0] >= first[1]:
@@ -148,15 +153,11 @@ def _cause(
     other = [name for name in skipped if name in source]
     for name in other:
         theirs, ours = source[name].shape, target[name].shape
-        same_kernel = (
-            len(theirs) == len(ours) > 2 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
-        )
-        if same_kernel and min(theirs[1], ours[1]) < 4:
+        if _differ_in_inputs(theirs, ours) and min(theirs[1], ours[1]) < 4:
             more = ", or let extra ones start at zero with add_channels=True"
             return (
-                f"{name} takes {theirs[1]} input channels in the file and {ours[1]} in the "
-                f"network; build the network with in_channels={theirs[1]}"
-                f"{more if theirs[1] < ours[1] else ''}"
+                f"{name} takes {theirs[1]} input channels in the file and {ours[1]} in the network;"
+                f" build the network with in_channels={theirs[1]}{more * (theirs[1] < ours[1])}"
             )
     if any("pos" in name for name in other):
         return (
@@ -168,11 +169,10 @@ def _cause(
             "the names are the same but the shapes differ, so the backbone has another width or "
             "patch size; use the backbone of the pre-training"
         )
-    theirs_, ours_ = ", ".join(list(source)[:2]), ", ".join(skipped[:2])
     return (
-        f"another backbone, or names with another prefix (file: {theirs_} …; network: {ours_} …); "
-        "use the backbone of the pre-training, or map the names with rename; min_match lets "
-        "a network start with less"
+        f"another backbone, or names with another prefix (file: {', '.join(list(source)[:2])} …; "
+        f"network: {', '.join(skipped[:2])} …); use the backbone of the pre-training, or map the "
+        "names with rename; min_match lets a network start with less"
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import doctest
 import json
 import logging
 import struct
@@ -12,6 +13,7 @@ import torch
 from conftest import real_data
 from monai.data import MetaTensor
 
+from med3dinsight_ext.data import datalists
 from med3dinsight_ext.data.datalists import class_items, datalist, hold_out, modality_name, take
 from med3dinsight_ext.data.volumes import (
     ScaleByModalityd,
@@ -424,3 +426,8 @@ def test_few_cases_hold_every_class_in_its_share() -> None:
     for seed in range(20):
         counts = [sum(i["label"] for i in take(items, n, seed)) for n in (2, 10, 50)]
         assert counts == [1, 2, 10]
+
+
+def test_the_examples_of_the_docstrings_hold() -> None:
+    result = doctest.testmod(datalists)
+    assert result.attempted and not result.failed
