@@ -232,8 +232,8 @@ class SimulatedClicks:
         clicks = random.randint(1, self.max_clicks + 1, len(image))
         clicks[random.random_sample(len(image)) < self.automatic_share] = 0
         for turn in range(clicks.max()):
-            asked = np.flatnonzero(clicks > turn)
-            for row, prediction in zip(asked, self._segment(engine, image[asked]), strict=True):
+            rows = np.flatnonzero(clicks > turn)
+            for row, prediction in zip(rows, self._segment(engine, image[rows]), strict=True):
                 if click := corrective_click(prediction, truth[row], random):
                     add_click(image[row, 1 + click[0]], click[1], self.sigma)
         return engine._iteration(engine, {**batchdata, "image": image, "label": label})

@@ -203,12 +203,12 @@ def random_case(
 
 
 def caption_rows(image: Tensor, label: Tensor, state: np.random.RandomState) -> Iterator[dict]:
-    """Describe some slices of each plane, among them the one that shows most of the lesion."""
+    """Captions of some slices of each plane, among them the one with the most lesion."""
     numbers, positions = choose(label, 4, state.randint(2**31))
     label = label[0]
     brain, lesion = label.nonzero(), (label == 3).nonzero()  # (voxels, 3) indices
     extent = brain.amin(0), brain.amax(0) + 1
-    middle = brain[:, 0].float().mean()  # of the head, which need not lie centred
+    middle = brain[:, 0].float().mean()  # of the head, which need not be centred
     tone = "bright" if image[0][label == 3].mean() > image[0][label == 2].mean() else "dark"
     index = (positions * torch.tensor(label.shape)[numbers]).long()
     slices = set(zip(numbers.tolist(), index.tolist(), strict=True))

@@ -29,7 +29,7 @@ def guess_modality(volume: Tensor) -> str:
 
 
 class ScaleByModalityd(MapTransform):
-    """Intensities to [0, 1] by the item's ``modality``: a HU range for CT, else percentiles.
+    """Scales intensities to [0, 1] by the item's ``modality``: a HU range for CT, else percentiles.
 
     Args:
         keys: images, (1, x, y, z).
@@ -75,7 +75,7 @@ def read_volume(path: str) -> MetaTensor:
     else:
         _check_header(path)
         try:
-            # Given at the call, the reader has no fallback that would take a broken file.
+            # A reader given at the call has no fallback that would accept a broken file.
             loaded = LoadImage(image_only=True, ensure_channel_first=True)(path, NibabelReader())
         except Exception as error:  # gzip, zlib, nibabel and numpy each have their own
             raise _fault(path, "be readable", f"{type(error).__name__}: {error}") from error
@@ -114,7 +114,7 @@ def _npz_array(file: str, name: str) -> np.ndarray:
 
 
 def _check_header(path: str) -> None:
-    """Check shape, spacing and affine as they stand in the file: nibabel repairs some silently."""
+    """Check shape, spacing and affine as stored in the file: nibabel repairs some silently."""
     try:
         image: Any = nib.load(path)
         with Opener(path) as file:
@@ -132,16 +132,15 @@ def _check_header(path: str) -> None:
 
 
 def check_each(
-    check: Callable[[dict], T], items: list[dict], what: str, skip_bad: bool, workers: int = 4
+    check: Callable[[dict], T], items: list[dict], what: str, skip_bad: bool
 ) -> dict[int, T]:
-    """Check every item, in threads, before a long job starts.
+    """Check every item, in four threads, before a long job starts.
 
     Args:
         check: returns what it read of an item, or raises a ValueError.
         items: from ``datalist``.
         what: is checked, for the progress bar and the message.
         skip_bad: log the bad items, instead of raising.
-        workers: threads.
 
     Returns:
         For the ``id`` of each good item, what ``check`` returned.
@@ -156,7 +155,7 @@ def check_each(
         except ValueError as error:
             return error
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(4) as pool:
         found = list(tqdm(pool.map(attempt, items), f"Checking {what}", len(items), disable=None))
     bad = [str(result) for result in found if isinstance(result, ValueError)]
     if bad and (not skip_bad or len(bad) == len(items)):

@@ -80,7 +80,7 @@ class History:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a history file; none if it is not there."""
+    """Rows of a history file; none if it does not exist."""
     path = Path(path)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
