@@ -428,6 +428,18 @@ def test_few_cases_hold_every_class_in_its_share() -> None:
         assert counts == [1, 2, 10]
 
 
+def test_fewer_cases_are_a_subset_of_more() -> None:
+    items = [{"image": str(i)} for i in range(20)]
+    few, more = take(items, 3), take(items, 9)
+    assert len(few) == 3 and all(item in more for item in few)
+    assert more == [item for item in items if item in more]  # in their order
+    assert take(items, None) == items == take(items, 99)
+    assert take(items, 3, seed=1) != few
+    with pytest.raises(ValueError, match="max_cases must be at least 1, got 0"):
+        take(items, 0)
+    assert hold_out(items, 0.2)[0] != items
+
+
 def test_the_examples_of_the_docstrings_hold() -> None:
     result = doctest.testmod(datalists)
     assert result.attempted and not result.failed

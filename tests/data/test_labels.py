@@ -7,7 +7,6 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from med3dinsight_ext.data.datalists import hold_out, take
 from med3dinsight_ext.data.labels import CheckLabeld, check_labels
 
 NAMES = ["background", "left", "right"]
@@ -84,18 +83,6 @@ def test_a_class_that_training_never_shows_is_an_error(
 def test_one_name_is_no_segmentation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="label_names must name the background and a class"):
         check_labels([[case(tmp_path, "a", (0,))], []], ["background"])
-
-
-def test_fewer_cases_are_a_subset_of_more() -> None:
-    items = [{"image": str(i)} for i in range(20)]
-    few, more = take(items, 3), take(items, 9)
-    assert len(few) == 3 and all(item in more for item in few)
-    assert more == [item for item in items if item in more]  # in their order
-    assert take(items, None) == items == take(items, 99)
-    assert take(items, 3, seed=1) != few
-    with pytest.raises(ValueError, match="max_cases must be at least 1, got 0"):
-        take(items, 0)
-    assert hold_out(items, 0.2)[0] != items
 
 
 def volume(shape: tuple[int, ...], scale: float = 1.0, value: float = 1.0) -> MetaTensor:
