@@ -33,7 +33,7 @@ from common import spread, timed, write  # noqa: E402
 from med3dinsight_ext.data.clicks import corrective_click  # noqa: E402
 from med3dinsight_ext.metrics.segmentation import case_scores, mean_scores, summary  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES, bundle_run  # noqa: E402
-from med3dinsight_ext.training.engine import load_weights  # noqa: E402
+from med3dinsight_ext.training.checkpoints import load_weights  # noqa: E402
 
 CONFIGS = BUNDLES / "seg-finetune" / "configs"
 OVERLAY = str(Path(__file__).parent / "hippocampus.yaml")

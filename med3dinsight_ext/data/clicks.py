@@ -1,4 +1,4 @@
-"""Clicks as input channels: where an annotator clicked, and where a simulated one would."""
+"""Clicks of an annotator as input channels, and simulated clicks for training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Region = tuple[int, int, tuple[slice, ...], np.ndarray]  # voxels, class, box, m
 
 
 def add_click(channel: Tensor, centre: Sequence[float], sigma: float) -> None:
-    """Draw a gaussian of height 1 into a guidance channel; where clicks meet, the higher counts.
+    """Draw a gaussian of height 1 into a guidance channel; the maximum counts where clicks overlap.
 
     Args:
         channel: (x, y, z), is changed.
@@ -36,9 +36,9 @@ def add_click(channel: Tensor, centre: Sequence[float], sigma: float) -> None:
 
 
 def optional_clicks(network: nn.Module, label_names: Sequence[str]) -> nn.Module:
-    """The same network, but one that takes a volume alone too: no clicks are channels of zeros.
+    """Let a network take a volume without guidance channels too, which are then zero.
 
-    So whatever asks a one-channel network (validation, features, MONAI's checks) asks this one.
+    Validation, feature extraction and MONAI's checks pass one channel.
 
     Args:
         network: takes (b, 1 + labels, x, y, z).
@@ -55,12 +55,12 @@ def optional_clicks(network: nn.Module, label_names: Sequence[str]) -> nn.Module
 
 
 class AddClicksd(MapTransform):
-    """Appends a guidance channel for each label, with the clicks that an item has.
+    """Appends a guidance channel for each label, with the clicks of an item.
 
-    Clicks come as MONAI Label sends them for type deepedit, under the label's name in any case:
-    ``{"image": …, "organ": [[i, j, k], …], "background": []}``, in voxel indices of the file as it
-    is stored. They go through its affine to the world and through the image's to its grid, so this
-    belongs behind the last spatial transform. They are not kept in the item.
+    Clicks have MONAI Label's form for type deepedit, under the label's name in any case:
+    ``{"image": …, "organ": [[i, j, k], …], "background": []}``, in voxel indices of the stored
+    file. Affines map them to the image's grid, so this transform comes after the last spatial one.
+    They are removed from the item.
 
     Args:
         keys: image (1, x, y, z), a MetaTensor from ``LoadImaged``.
@@ -78,32 +78,32 @@ class AddClicksd(MapTransform):
         kept = {k: v for k, v in data.items() if str(k).lower() not in clicks or k in self.keys}
         for key in self.keys:
             image = data[key]
-            guidance = image.new_zeros(len(self.label_names), *image.shape[1:])
-            guidance = torch.as_tensor(guidance).as_subclass(Tensor)
+            size = (len(self.label_names), *image.shape[1:])
+            guidance = torch.zeros(size, dtype=image.dtype, device=image.device)
             for channel, name in zip(guidance, self.label_names, strict=True):
                 for centre in to_grid(image, clicks.get(name, []), name):
                     add_click(channel, centre, self.sigma)
             both = torch.cat((image.as_tensor(), guidance))
-            kept[key] = MetaTensor(
-                both, meta=image.meta, applied_operations=image.applied_operations
-            )
+            done = image.applied_operations
+            kept[key] = MetaTensor(both, meta=image.meta, applied_operations=done)
         return kept
 
     def _clicks(self, data: Mapping[Any, Any]) -> dict[str, list[Any]]:
-        """Clicks by label; a list of points under any other name is a mistake."""
+        """Clicks by label; a list of points under another name is an error."""
         found = {}
         for key, value in data.items():
             name = str(key).lower()
             if key in self.keys or not isinstance(value, (list, tuple)):
                 continue
+            all_points = all(_is_point(point) for point in value)
             if name in self.label_names:
-                if not all(_is_point(point) for point in value):
+                if not all_points:
                     raise ValueError(
                         f"clicks must be [i, j, k] each, got {value} for {key}; give voxel indices "
                         "of the stored file"
                     )
                 found[name] = list(value)
-            elif value and all(_is_point(point) for point in value):
+            elif value and all_points:
                 raise ValueError(
                     f"clicks must be on one of the labels {', '.join(self.label_names)}, got "
                     f"{len(value)} on {key!r}; correct its name"
@@ -113,21 +113,20 @@ class AddClicksd(MapTransform):
 
 def _is_point(value: Any) -> bool:
     """Whether this is [i, j, k]."""
-    if not isinstance(value, (list, tuple)) or len(value) != 3:
-        return False
-    return all(isinstance(x, Real) and not isinstance(x, bool) for x in value)
+    is_triple = isinstance(value, (list, tuple)) and len(value) == 3
+    return is_triple and all(isinstance(x, Real) and not isinstance(x, bool) for x in value)
 
 
 def to_grid(image: MetaTensor, clicks: Sequence[Sequence[float]], name: str) -> list[list[float]]:
-    """Voxels of the stored file as voxels of an image that was reoriented, resampled or padded.
+    """Map voxel indices of the stored file to a reoriented, resampled or padded image.
 
     Args:
-        image: (c, x, y, z) with its affine and what ``LoadImaged`` notes of the file.
+        image: (c, x, y, z) with its affine and the metadata of ``LoadImaged``.
         clicks: [i, j, k] each, in the file's voxels.
         name: of the label, for the message.
 
     Raises:
-        ValueError: a click is outside the file's voxels, or the file's affine is not known.
+        ValueError: a click is outside the volume, or the file's affine is unknown.
     """
     if not clicks:
         return []
@@ -152,11 +151,11 @@ def to_grid(image: MetaTensor, clicks: Sequence[Sequence[float]], name: str) -> 
 def corrective_click(
     prediction: np.ndarray, label: np.ndarray, random: np.random.RandomState | None = None
 ) -> tuple[int, tuple[int, ...]] | None:
-    """Where somebody who corrects a segmentation would click: inside a large error.
+    """Simulate a corrective click: inside a large error of a segmentation.
 
     Args:
         prediction: (x, y, z) class numbers.
-        label: the same, the truth.
+        label: (x, y, z) true class numbers.
         random: draws a region in proportion to its voxels and a voxel in proportion to its squared
             depth; None takes the largest region and its deepest voxel, the most central of several.
 
@@ -181,7 +180,7 @@ def corrective_click(
 
 
 def _error_regions(prediction: np.ndarray, label: np.ndarray) -> list[Region]:
-    """Connected parts of each class that were taken for something else."""
+    """Connected components of the wrongly classified voxels of each class."""
     wrong = prediction != label
     found = []
     for number in np.unique(label[wrong]):
@@ -193,18 +192,17 @@ def _error_regions(prediction: np.ndarray, label: np.ndarray) -> list[Region]:
 
 
 class SimulatedClicks:
-    """A trainer's iteration, before which its own errors are clicked on, as an annotator would.
+    """A trainer's ``iteration_update`` with simulated clicks in the network's own errors.
 
-    Each item gets none, or 1 to ``max_clicks`` clicks, one after the other, each in what the
-    network still gets wrong with those before. This stands where MONAI's DeepEdit has
-    ``Interaction`` with its click transforms; these fail on a label without errors once there is
-    more than one click, need scikit-image, and leave ranks waiting for each other where the network
-    has running statistics. All is drawn from numpy's global state, which ``EpochSeed`` seeds.
+    Each item gets 0 or 1 to ``max_clicks`` clicks, one after the other, each in the errors that
+    remain with those before. MONAI's DeepEdit has ``Interaction`` for this, whose click transforms
+    fail on a label without errors, need scikit-image, and block ranks if the network has running
+    statistics. Draws come from numpy's global state, which ``EpochSeed`` seeds.
 
     Args:
         label_names: of all classes, the background first.
-        max_clicks: most clicks an item gets.
-        automatic_share: share of the items that get none, so that the network also segments alone.
+        max_clicks: of an item.
+        automatic_share: share of the items without clicks, for automatic segmentation.
         sigma: of a click, in voxels.
     """
 
@@ -234,15 +232,15 @@ class SimulatedClicks:
         clicks = random.randint(1, self.max_clicks + 1, len(image))
         clicks[random.random_sample(len(image)) < self.automatic_share] = 0
         for turn in range(clicks.max()):
-            asked = np.flatnonzero(clicks > turn)
-            for row, prediction in zip(asked, self._segment(engine, image[asked]), strict=True):
+            rows = np.flatnonzero(clicks > turn)
+            for row, prediction in zip(rows, self._segment(engine, image[rows]), strict=True):
                 if click := corrective_click(prediction, truth[row], random):
                     add_click(image[row, 1 + click[0]], click[1], self.sigma)
         return engine._iteration(engine, {**batchdata, "image": image, "label": label})
 
     @torch.no_grad()
     def _segment(self, engine: SupervisedTrainer, image: Tensor) -> np.ndarray:
-        """Class numbers (b, x, y, z), by the bare network: ranks may ask it at different times."""
+        """Class numbers (b, x, y, z), without DDP: ranks have different numbers of clicks."""
         network = getattr(engine.network, "module", engine.network)
         network.eval()
         with torch.autocast(image.device.type, enabled=engine.amp):

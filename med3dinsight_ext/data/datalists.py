@@ -1,10 +1,9 @@
-"""Datalists from what people have, split by patient."""
+"""Datalists: files and folders of images as lists of items, split by patient."""
 
 from __future__ import annotations
 
 import csv
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from med3dinsight_ext.data.slicing import MODALITIES
 
-log = logging.getLogger(__name__)
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | dict.fromkeys(
     ("MR", "T1", "T2", "FLAIR", "PD", "ADC", "DWI"), "MR"
@@ -25,7 +23,7 @@ MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | di
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Rows of a JSONL or CSV file, each with the place it stands at: ("a.jsonl line 3", row)."""
+    """Rows of a JSONL or CSV file, each after its place: ("a.jsonl line 3", row)."""
     path = Path(path)
     with open(path, encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
@@ -45,14 +43,18 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def modality_name(name: object) -> str:
-    """CT, MR, PET or auto for what datasets write: "MRI", "MR_T1", "FLAIR", "PT" or nothing."""
+    """CT, MR, PET or auto for the modality names of datasets.
+
+    >>> [modality_name(name) for name in ("MRI", "FLAIR", "PT", None)]
+    ['MR', 'MR', 'PET', 'auto']
+    """
     text = str(name or "auto").upper()
     for prefix, modality in MODALITY_PREFIXES.items():
         if text.startswith(prefix):
             return modality
     raise ValueError(
         f"modality must be {', '.join(MODALITIES)} or auto, got {name!r}; "
-        "set modality to what comes closest"
+        "set modality to the closest one"
     )
 
 
@@ -63,23 +65,23 @@ def datalist(
     subset: str | None = None,
     modality: str = "auto",
 ) -> list[dict]:
-    """List the images of a dataset, with their modality and whatever else is known of them.
+    """List the images of a dataset with modality, label and other fields.
 
     Args:
         source: a Decathlon ``dataset.json``; a JSON list, JSONL or CSV of items with ``image``; a
             folder, searched for .nii and .nii.gz that are not labels (in a folder ``labels*``, or
             named ``*_gtv``, ``*_seg``, ``*_label`` or ``*_mask``); a MedMNIST-style .npz.
-        root: what relative paths start from; by default the source's folder.
+        root: folder of relative paths; by default the source's folder.
         split: JSON file ``{"development": [ids], "test": [ids]}``. An id is an item's ``patient``,
             its file name without extension, or a folder on its path below ``root``.
         subset: a list of ``split``; without a split, a section of a Decathlon file ("training" by
             default) or of an .npz ("train", "val" or "test"; all three by default).
         modality: "CT", "MR" or "PET" for all. With "auto" an item's own field counts, and "auto"
-            stays where it has none: ``volumes.guess_modality`` then tells from the volume.
+            stays where it has none: see ``volumes.guess_modality``.
 
     Returns:
-        Items with an absolute ``image``, a ``modality``, and ``label`` and other fields if given.
-        An image in an .npz is named ``file.npz::train_images::12``.
+        Items with an absolute ``image``, a ``modality``, and other fields as given. An image in an
+        .npz is named ``file.npz::train_images::12``.
     """
     source = Path(source)
     root = Path(root or (source if source.is_dir() else source.parent))
@@ -129,12 +131,10 @@ def _sections(source: Path) -> dict[str, list]:
     if source.suffix == ".npz":
         with np.load(source) as arrays:
             labels = {k[:-7]: arrays[k] for k in arrays.files if k.endswith("_labels")}
+        file = source.resolve()
         rows = {
             name: [
-                {
-                    "image": f"{source.resolve()}::{name}_images::{i}",
-                    "label": row.squeeze().tolist(),
-                }
+                {"image": f"{file}::{name}_images::{i}", "label": row.squeeze().tolist()}
                 for i, row in enumerate(array)
             ]
             for name, array in labels.items()
@@ -180,7 +180,7 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
 
 
 def _subset(items: list[dict], root: Path, split: Path, subset: str | None) -> list[dict]:
-    """The items of one list of a split file, once the whole file is known to be sound."""
+    """The items of one list of a split file, which is checked as a whole."""
     lists = {name: ids for name, ids in dict(_read_json(split)).items() if isinstance(ids, list)}
     if subset not in lists:
         raise ValueError(f"subset must be one of {list(lists)} in {split}, got {subset!r}")
@@ -214,7 +214,10 @@ def class_items(
             one of these; a text that is both is the name. Without a label, the one class that a
             folder above the image is named after.
         class_names: in the order of the network's outputs.
-        require_all: every class needs an item, as in training.
+        require_all: every class must have an item, as in training.
+
+    >>> class_items([{"image": "a.nii", "label": "tumor"}], ["healthy", "tumor"])
+    [{'image': 'a.nii', 'label': 1}]
     """
     names, found, bad = list(class_names), [], []
     if len(names) < 2 or len(set(names)) < len(names):
@@ -245,30 +248,33 @@ def class_items(
 
 
 def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
-    """Items for training and for validation; a patient's images stay together.
+    """Split items into training and validation; a patient's images stay together.
 
     Args:
         items: those with the same ``patient`` are one patient's; without it each is its own.
         share: of the patients to hold out, in [0, 1); rounded, at least one unless it is 0.
         seed: the same seed gives the same parts.
+
+    >>> train, val = hold_out([{"image": f"{i}.nii"} for i in range(5)], share=0.2)
+    >>> len(train), len(val)
+    (4, 1)
     """
     if not 0 <= share < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {share}; 0 holds nothing out")
-    names = sorted({str(item.get("patient", item["image"])) for item in items})
+    patients = [str(item.get("patient", item["image"])) for item in items]
+    names = sorted(set(patients))
     if len(names) < 2 or share == 0:
         return list(items), []
     count = min(max(1, round(share * len(names))), len(names) - 1)
     held = {names[i] for i in np.random.RandomState(seed).permutation(len(names))[:count]}
-    parts: tuple[list[dict], list[dict]] = ([], [])
-    for item in items:
-        parts[str(item.get("patient", item["image"])) in held].append(item)
-    return parts
+    train = [item for item, name in zip(items, patients, strict=True) if name not in held]
+    return train, [item for item, name in zip(items, patients, strict=True) if name in held]
 
 
 def take(items: list[dict], count: int | None, seed: int = 0) -> list[dict]:
-    """The first items of a seeded order, so that a smaller ``count`` gives a subset of a larger.
+    """The first items in a seeded order: a smaller ``count`` gives a subset of a larger one.
 
-    Classes keep their shares, and each has an item before one has two too many.
+    Classes keep their shares, and each has one item before any has two.
 
     Args:
         items: to choose from; kept in their order. Labels that are numbers are classes.
@@ -290,7 +296,7 @@ def take(items: list[dict], count: int | None, seed: int = 0) -> list[dict]:
 
 
 def class_weights(items: list[dict], classes: int) -> Tensor:
-    """Weights (classes,) that give every class the same share in the loss; their case mean is 1.
+    """Weights (classes,) that give classes equal shares in the loss; their mean over cases is 1.
 
     Args:
         items: with ``label``, a class index.

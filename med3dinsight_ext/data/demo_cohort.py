@@ -1,4 +1,4 @@
-"""A cohort to try everything with, made from the brain template in nilearn's wheel."""
+"""Demo cohort: brain volumes made from the template in the nilearn package."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ in every second case a synthetic ellipsoid lesion in white matter. It teaches no
 Labels: 0 background, 1 grey matter, 2 white matter, 3 lesion.
 captions.jsonl: written by a rule from plane, depth and these labels; index and position in RAS.
 """
-REGIONS = (  # where a slice lies along the brain's own extent: upper bound, words
+LABELS = ("background", "grey matter", "white matter", "lesion")
+REGIONS = (  # of each plane, along the brain's own extent: upper bound and name
     ((0.2, "lateral left hemisphere"), (0.45, "medial left hemisphere"), (0.55, "midline"),
      (0.8, "medial right hemisphere"), (1.0, "lateral right hemisphere")),
     ((0.2, "occipital lobes"), (0.42, "parietal lobes and cerebellum"),
@@ -90,52 +91,52 @@ def make_cohort(folder: str | Path, n: int = 24, seed: int = 0) -> Path:
         raise ValueError(
             f"folder must be new, or hold the cohort {made}, got {folder}; name another"
         )
-    template, affine, names = _template()
     draft = folder.parent / f".{folder.name}.{uuid4().hex}"
-    random = np.random.RandomState(seed)
-    with_lesion = random.permutation(np.arange(n) % 2 == 0)
-    test = set(random.permutation(n)[: max(1, round(n / 4))].tolist())
-    ids, captions = [f"case_{i:03d}" for i in range(n)], []
     try:
-        for name in ("imagesTr", "labelsTr"):
-            (draft / name).mkdir(parents=True)
-        for i, id_ in enumerate(tqdm(ids, "Making the cohort", disable=None)):
-            state = np.random.RandomState([seed, i])
-            image, label = _case(template, with_lesion[i], state)
-            for name, array in (("imagesTr", (image * 1000).short()), ("labelsTr", label.byte())):
-                nib.save(nib.Nifti1Image(array[0].numpy(), affine), draft / name / f"{id_}.nii.gz")
-            for row in _captions(image, label, state):
-                captions.append({"image": f"imagesTr/{id_}.nii.gz"} | row)
-        training = [{k: f"./{k}sTr/{id_}.nii.gz" for k in ("image", "label")} for id_ in ids]
-        labels = {"0": "background", "1": "grey matter", "2": "white matter", "3": "lesion"}
-        split = {
-            "development": [id_ for i, id_ in enumerate(ids) if i not in test],
-            "test": [ids[i] for i in sorted(test)],
-        }
-        about = {
-            "name": "template cohort",
-            "made": made,
-            "modality": {"0": "MRI"},
-            "labels": labels,
-        }
-        for name, text in (
-            ("captions.jsonl", "".join(json.dumps(row) + "\n" for row in captions)),
-            ("split.json", json.dumps(split, indent=1)),
-            (
-                "dataset.json",
-                json.dumps(about | {"numTraining": n, "training": training}, indent=1),
-            ),
-            ("SOURCE.txt", SOURCE.format(names=", ".join(names), **made)),
-        ):
-            (draft / name).write_text(text, encoding="utf-8")
-        try:
-            os.replace(draft, folder)
-        except OSError:  # another process was faster
-            if not _is_cohort(folder, made):
-                raise
+        _write(draft, n, seed)
+        os.replace(draft, folder)
+    except OSError:
+        if not _is_cohort(folder, made):  # else another process was faster
+            raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _write(folder: Path, n: int, seed: int) -> None:
+    template, affine, files = load_template()
+    random = np.random.RandomState(seed)
+    with_lesion = random.permutation(np.arange(n) % 2 == 0)
+    test = sorted(random.permutation(n)[: max(1, round(n / 4))])
+    ids, captions = [f"case_{i:03d}" for i in range(n)], ""
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    for i, id_ in enumerate(tqdm(ids, "Making the cohort", disable=None)):
+        state = np.random.RandomState([seed, i])
+        image, label = random_case(template, with_lesion[i], state)
+        for name, array in (("imagesTr", (image * 1000).short()), ("labelsTr", label.byte())):
+            nib.save(nib.Nifti1Image(array[0].numpy(), affine), folder / name / f"{id_}.nii.gz")
+        for row in caption_rows(image, label, state):
+            captions += json.dumps({"image": f"imagesTr/{id_}.nii.gz"} | row) + "\n"
+    split = {
+        "development": [id_ for i, id_ in enumerate(ids) if i not in test],
+        "test": [ids[i] for i in test],
+    }
+    about = {
+        "name": "template cohort",
+        "made": {"n": n, "seed": seed},
+        "modality": {"0": "MRI"},
+        "labels": dict(zip("0123", LABELS, strict=True)),
+        "numTraining": n,
+        "training": [{k: f"./{k}sTr/{id_}.nii.gz" for k in ("image", "label")} for id_ in ids],
+    }
+    for name, text in (
+        ("captions.jsonl", captions),
+        ("split.json", json.dumps(split, indent=1)),
+        ("dataset.json", json.dumps(about, indent=1)),
+        ("SOURCE.txt", SOURCE.format(names=", ".join(files), n=n, seed=seed)),
+    ):
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _is_cohort(folder: Path, made: dict) -> bool:
@@ -143,13 +144,11 @@ def _is_cohort(folder: Path, made: dict) -> bool:
     return file.is_file() and json.loads(file.read_text()).get("made") == made
 
 
-def _template() -> tuple[dict[str, Tensor], np.ndarray, list[str]]:
+def load_template() -> tuple[dict[str, Tensor], np.ndarray, list[str]]:
     """The template at 2 mm: T1 in [0, 1] and tissue labels; affine; file names."""
     spec = find_spec("nilearn")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "nilearn must be installed for the cohort; pip install -e '.[demo]'"
-        )
+        raise ModuleNotFoundError("nilearn must be installed; pip install -e '.[demo]'")
     data = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
     names = [f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz" for kind in ("t1", "gm", "wm")]
     images: list[Any] = [nib.load(data / name) for name in names]
@@ -163,7 +162,7 @@ def _template() -> tuple[dict[str, Tensor], np.ndarray, list[str]]:
     return {"image": t1[None], "label": ((kind + 1) * (share > 0.5))[None].float()}, affine, names
 
 
-def _case(
+def random_case(
     template: dict[str, Tensor], with_lesion: bool, state: np.random.RandomState
 ) -> tuple[Tensor, Tensor]:
     """One random variant: image (1, x, y, z) near [0, 1], label (1, x, y, z)."""
@@ -203,13 +202,13 @@ def _case(
     return torch.as_tensor(image).as_subclass(Tensor), label
 
 
-def _captions(image: Tensor, label: Tensor, state: np.random.RandomState) -> Iterator[dict]:
-    """Describe some slices of each plane, among them the one that shows most of the lesion."""
+def caption_rows(image: Tensor, label: Tensor, state: np.random.RandomState) -> Iterator[dict]:
+    """Captions of some slices of each plane, among them the one with the most lesion."""
     numbers, positions = choose(label, 4, state.randint(2**31))
     label = label[0]
     brain, lesion = label.nonzero(), (label == 3).nonzero()  # (voxels, 3) indices
     extent = brain.amin(0), brain.amax(0) + 1
-    middle = brain[:, 0].float().mean()  # of the head, which need not lie centred
+    middle = brain[:, 0].float().mean()  # of the head, which need not be centred
     tone = "bright" if image[0][label == 3].mean() > image[0][label == 2].mean() else "dark"
     index = (positions * torch.tensor(label.shape)[numbers]).long()
     slices = set(zip(numbers.tolist(), index.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Plane slices of a volume as a radiologist sees them, each with its plane and position.
+"""Plane slices of a volume in radiological convention, with plane and position.
 
 Volumes are (c, x, y, z) in RAS: x runs to the patient's right, y to anterior, z to superior.
 A position is a slice centre as a fraction of the extent, ``(index + 0.5) / size``.
@@ -38,16 +38,20 @@ def plane_number(name: str | int) -> int:
 
 
 def depth(plane: int, position: float) -> str:
-    """Where a slice lies, in words, in fifths of the extent: ``depth(2, 0.9) == "uppermost"``."""
+    """Name the fifth of the extent that a slice is in.
+
+    >>> depth(plane=2, position=0.9)
+    'uppermost'
+    """
     return DEPTHS[plane][min(int(position * 5), 4)]
 
 
 def window(volume: Tensor, modality: str) -> Tensor:
-    """Map intensities to [0, 1] as suits the modality.
+    """Map intensities to [0, 1] by modality.
 
-    CT gets one channel for each window of ``WINDOWS``. MR and PET have no fixed unit: their
-    range goes from the 0.5th percentile to the 99.5th of what lies above it, so that a large
-    black background does not decide the contrast.
+    CT gets one channel for each window of ``WINDOWS``. MR and PET have no fixed unit: their range
+    is from the 0.5th percentile to the 99.5th of the values above it, so that a large black
+    background does not reduce the contrast.
 
     Args:
         volume: (1, x, y, z); CT in HU.
@@ -55,6 +59,9 @@ def window(volume: Tensor, modality: str) -> Tensor:
 
     Returns:
         (3, x, y, z) for CT, else (1, x, y, z); float32.
+
+    >>> window(torch.full((1, 1, 1, 1), 40.0), "CT").flatten().round(decimals=2)  # HU
+    tensor([0.5000, 0.9300, 0.3000])
     """
     volume = torch.as_tensor(volume).as_subclass(Tensor).float()
     if volume.ndim != 4 or volume.shape[0] != 1:
@@ -65,7 +72,7 @@ def window(volume: Tensor, modality: str) -> Tensor:
     if modality not in MODALITIES:
         raise ValueError(
             f"modality must be one of {', '.join(MODALITIES)}, got {modality!r}; "
-            "data.guess_modality(volume) tells CT from MR"
+            "volumes.guess_modality(volume) distinguishes CT and MR"
         )
     step = max(1, round((volume.numel() / 50_000) ** (1 / 3)))
     sample = volume[:, ::step, ::step, ::step].flatten()  # exact percentiles would sort everything
@@ -78,13 +85,13 @@ def window(volume: Tensor, modality: str) -> Tensor:
 
 
 def usable(volume: Tensor) -> list[Tensor]:
-    """Which slices show something: for each plane a bool (slices,) along its axis.
+    """Find the slices with content: for each plane a bool (slices,) along its axis.
 
-    Background is what lies within a tenth of the way from the minimum to the mean of the brighter
-    voxels. A slice needs a tenth of the tissue of the fullest slice of its plane, and contrast.
+    Tissue is brighter than a tenth of the way from the minimum to the mean of the brighter voxels.
+    A slice must have contrast and a tenth of the tissue of the fullest slice of its plane.
 
     Args:
-        volume: (c, x, y, z), best from ``window``: in raw CT, padding far below air hides the air.
+        volume: (c, x, y, z), best from ``window``: raw CT may have padding far below air.
     """
     volume = torch.as_tensor(volume).as_subclass(Tensor).float().mean(0)
     bright = volume[volume >= volume.mean()].mean()
@@ -101,18 +108,22 @@ def usable(volume: Tensor) -> list[Tensor]:
 def choose(
     volume: Tensor, per_plane: int, seed: int, among: Sequence[int] = (0, 1, 2)
 ) -> tuple[Tensor, Tensor]:
-    """Draw slices at random, evenly spread over the part of each axis that shows something.
+    """Draw slices at random, evenly spread over the ``usable`` ones of each plane.
 
-    A plane with no more than ``per_plane`` slices that are ``usable`` gives all of them.
+    A plane with no more than ``per_plane`` usable slices gives all of them.
 
     Args:
-        volume: (c, x, y, z), best from ``window``: in raw CT, padding far below air hides the air.
+        volume: (c, x, y, z), best from ``window``, as in ``usable``.
         per_plane: slices a plane, >= 1.
         seed: the same seed gives the same slices, whichever planes are drawn among.
         among: planes to draw from.
 
     Returns:
         plane (n,) long and position (n,) float32, sorted, on exact slice centres.
+
+    >>> plane, position = choose(torch.rand(1, 8, 8, 8), per_plane=2, seed=0)
+    >>> plane
+    tensor([0, 0, 1, 1, 2, 2])
     """
     if per_plane < 1:
         raise ValueError(f"per_plane must be at least 1, got {per_plane}; ask for more slices")
@@ -136,9 +147,9 @@ def choose(
 
 
 def cut(
-    volume: Tensor, spacing: Sequence[float], plane: int, position: Tensor, size: int
+    volume: Tensor, spacing: Sequence[float], plane: int | str, position: Tensor, size: int
 ) -> Tensor:
-    """Cut slices of one plane, shown in radiological convention and in their physical aspect.
+    """Cut slices of one plane, in radiological convention and physical aspect ratio.
 
     Axial: anterior up, patient's right on the left. Coronal: superior up, patient's right on the
     left. Sagittal: superior up, anterior on the left. The longer side fills ``size``, zeros the
@@ -147,12 +158,15 @@ def cut(
     Args:
         volume: (c, x, y, z), usually from ``window``.
         spacing: voxel size along x, y, z in mm.
-        plane: 0 sagittal, 1 coronal, 2 axial.
-        position: (s,) fractions in [0, 1]; the slice that contains each one is shown.
+        plane: number or name.
+        position: (s,) fractions in [0, 1]; of each, the slice that contains it is cut.
         size: side of the square in pixels.
 
     Returns:
         (s, c, size, size) of the volume's dtype.
+
+    >>> cut(torch.rand(1, 8, 8, 4), (1, 1, 2), "axial", torch.tensor([0.5]), size=32).shape
+    torch.Size([1, 1, 32, 32])
     """
     plane = plane_number(plane)
     volume = torch.as_tensor(volume).as_subclass(Tensor)

@@ -1,22 +1,17 @@
-"""Volumes that are safe to use: checked when they are read, scaled as their modality asks."""
+"""Reading and checking of volumes, and intensity scaling by modality."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
 from monai.data import MetaTensor, NibabelReader
-from monai.transforms import (
-    LoadImage,
-    MapTransform,
-    Orientation,
-    ScaleIntensityRange,
-)
+from monai.transforms import LoadImage, MapTransform, Orientation, ScaleIntensityRange
 from monai.utils import convert_to_dst_type
 from nibabel.openers import Opener
 from torch import Tensor
@@ -25,15 +20,16 @@ from tqdm import tqdm
 from med3dinsight_ext.data.slicing import window
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def guess_modality(volume: Tensor) -> str:
-    """CT if anything is below -150 (air is, in HU), else MR; PET cannot be told from MR."""
+    """CT if a voxel is below -150 (air in HU), else MR; PET is not distinguished from MR."""
     return "CT" if volume.min() < -150 else "MR"
 
 
 class ScaleByModalityd(MapTransform):
-    """Intensities to [0, 1] by the item's ``modality``: a HU range for CT, else percentiles.
+    """Scales intensities to [0, 1] by the item's ``modality``: a HU range for CT, else percentiles.
 
     Args:
         keys: images, (1, x, y, z).
@@ -59,7 +55,7 @@ class ScaleByModalityd(MapTransform):
 
 
 def read_volume(path: str) -> MetaTensor:
-    """Read a volume that is safe to use, or say what is wrong with it.
+    """Read a volume and check it.
 
     Args:
         path: NIfTI file, or ``file.npz::array::index`` (1 mm, taken to be in RAS).
@@ -79,7 +75,7 @@ def read_volume(path: str) -> MetaTensor:
     else:
         _check_header(path)
         try:
-            # Given at the call, the reader has no fallback that would take a broken file.
+            # A reader given at the call has no fallback that would accept a broken file.
             loaded = LoadImage(image_only=True, ensure_channel_first=True)(path, NibabelReader())
         except Exception as error:  # gzip, zlib, nibabel and numpy each have their own
             raise _fault(path, "be readable", f"{type(error).__name__}: {error}") from error
@@ -103,9 +99,7 @@ class ReadVolumed(MapTransform):
 
 
 def _fault(path: str, rule: str, value: object) -> ValueError:
-    return ValueError(
-        f"volume must {rule}, got {value} in {path}; repair the file or set skip_bad=True"
-    )
+    return ValueError(f"volume must {rule}, got {value} in {path}; repair the file or leave it out")
 
 
 def _require(ok: object, path: str, rule: str, value: object) -> None:
@@ -120,7 +114,7 @@ def _npz_array(file: str, name: str) -> np.ndarray:
 
 
 def _check_header(path: str) -> None:
-    """Check shape, spacing and affine as they stand in the file: nibabel repairs some silently."""
+    """Check shape, spacing and affine as stored in the file: nibabel repairs some silently."""
     try:
         image: Any = nib.load(path)
         with Opener(path) as file:
@@ -137,41 +131,52 @@ def _check_header(path: str) -> None:
     _require(ok, path, "have an invertible affine", image.affine.tolist())
 
 
-def check_volumes(items: list[dict], skip_bad: bool = False, workers: int = 4) -> list[dict]:
-    """Read every image once, before a long job stumbles over one.
+def check_each(
+    check: Callable[[dict], T], items: list[dict], what: str, skip_bad: bool
+) -> dict[int, T]:
+    """Check every item, in four threads, before a long job starts.
 
     Args:
+        check: returns what it read of an item, or raises a ValueError.
         items: from ``datalist``.
-        skip_bad: leave bad volumes out and log them, instead of raising.
-        workers: threads that read.
+        what: is checked, for the progress bar and the message.
+        skip_bad: log the bad items, instead of raising.
 
     Returns:
-        The items whose volumes are good, in their order.
+        For the ``id`` of each good item, what ``check`` returned.
 
     Raises:
-        ValueError: with every bad volume and what is wrong with it, or if none is good.
+        ValueError: with every bad item and what is wrong with it, or if none is good.
     """
 
-    def fault(item: dict) -> str | None:
+    def attempt(item: dict) -> T | ValueError:
         try:
-            read_volume(item["image"])
+            return check(item)
         except ValueError as error:
-            return str(error)
-        return None
+            return error
 
-    with ThreadPoolExecutor(workers) as pool:
-        faults = list(tqdm(pool.map(fault, items), "Checking volumes", len(items), disable=None))
-    good = [item for item, text in zip(items, faults, strict=True) if text is None]
-    bad = [text for text in faults if text is not None]
-    if bad and not (skip_bad and good):
+    with ThreadPoolExecutor(4) as pool:
+        found = list(tqdm(pool.map(attempt, items), f"Checking {what}", len(items), disable=None))
+    bad = [str(result) for result in found if isinstance(result, ValueError)]
+    if bad and (not skip_bad or len(bad) == len(items)):
         listing = "\n  ".join(bad)
-        raise ValueError(f"volumes must be sound, got {len(bad)} bad of {len(items)}:\n  {listing}")
+        raise ValueError(
+            f"{what} must be sound, got {len(bad)} bad of {len(items)} "
+            f"(skip_bad leaves them out):\n  {listing}"
+        )
     for text in bad:
         log.warning("left out: %s", text)
-    return good
+    results = zip(items, found, strict=True)
+    return {id(item): got for item, got in results if not isinstance(got, ValueError)}
+
+
+def check_volumes(items: list[dict], skip_bad: bool = False) -> list[dict]:
+    """Read every volume once; returns the items with good ones. See ``check_each``."""
+    return check_parts([items], skip_bad)[0]
 
 
 def check_parts(parts: Sequence[list[dict]], skip_bad: bool = False) -> list[list[dict]]:
     """``check_volumes`` of items for training and for validation: one error names all bad ones."""
-    sound = {id(item) for item in check_volumes([x for part in parts for x in part], skip_bad)}
-    return [[item for item in part if id(item) in sound] for part in parts]
+    items = [item for part in parts for item in part]
+    good = check_each(lambda item: read_volume(item["image"]).shape, items, "volumes", skip_bad)
+    return [[item for item in part if id(item) in good] for part in parts]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.files import write_atomic
-from med3dinsight_ext.training.transfer import read_weights
+from med3dinsight_ext.training.weights import read_weights
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "seg-finetune"
 NAMES = {"segmentation": "label_names", "classification": "class_names"}  # keys of configs

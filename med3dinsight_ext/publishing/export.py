@@ -22,7 +22,7 @@ from monai.bundle import ConfigParser, ckpt_export, onnx_export
 from torch import Tensor, nn
 
 from med3dinsight_ext.io.files import write_atomic
-from med3dinsight_ext.training.engine import load_weights
+from med3dinsight_ext.training.checkpoints import load_weights
 
 TOLERANCE = 1e-3  # of the largest output
 NEEDED = ("onnx", "onnxruntime", "onnxscript")

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: a line an epoch in a file, and a progress bar."""
+"""Training history and progress bar."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from tqdm import tqdm
 def _parts(engine: Engine, latest: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
     """Parts of the last loss, without its graph."""
     return latest() if latest else {"loss": engine.state.output["loss"].detach()}
+
+
+def scalar_metrics(engine: Engine) -> dict[str, float]:
+    """An engine's metrics that are numbers, by name."""
+    metrics = engine.state.metrics.items()
+    return {name: float(value) for name, value in metrics if not isinstance(value, Mapping)}
 
 
 class History:
@@ -68,20 +74,22 @@ class History:
         row.update({name: float(value) / self._steps for name, value in self._sums.items()})
         row["seconds"] = round(time.perf_counter() - self._start, 3)
         if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
-            metrics = self.evaluator.state.metrics
-            row.update({k: float(v) for k, v in metrics.items() if not isinstance(v, Mapping)})
+            row.update(scalar_metrics(self.evaluator))
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a history file; none if it is not there."""
+    """Rows of a history file; none if it does not exist."""
     path = Path(path)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class Progress:
     """A bar over the whole run: steps, rate, remaining time, and the loss parts of the last epoch.
+
+    ignite's ``ProgressBar`` has one bar an epoch, shows no time for the whole run, and its loss
+    would be copied from the device at every step.
 
     Args:
         latest: gives the parts of the last loss, name to value; by default the loss itself.

@@ -26,10 +26,10 @@ from med3dinsight_ext.teachers.teacher import Teacher
 
 
 class SlidingTokens(Inferer):
-    """Asks a student about slices of volumes larger than its patch: one window after another.
+    """Runs a student on volumes larger than its patch, one window after another.
 
-    A slice's token is the mean over the windows that contain it; positions are moved into each
-    window's own frame.
+    A slice's token is the mean over the windows that contain it; its position is mapped into each
+    window.
 
     Args:
         patch_size: (x, y, z) of a window in voxels; volumes must be at least as large.
@@ -48,14 +48,14 @@ class SlidingTokens(Inferer):
         position: Tensor,
         **kwargs: Any,
     ) -> StudentOutput:
-        """Tokens only: windows have no common reconstruction.
+        """Slice tokens; there is no reconstruction.
 
         Args:
             inputs: (b, 1, x, y, z).
             network: the student.
             plane: (b, s) long.
             position: (b, s) fraction of the whole extent, in [0, 1].
-            kwargs: not used; part of MONAI's interface.
+            kwargs: unused, part of MONAI's interface.
         """
         size = inputs.shape[2:]
         step = [max(1, int(n * (1 - self.overlap))) for n in self.patch_size]
@@ -70,25 +70,25 @@ class SlidingTokens(Inferer):
             )
             local = (voxel - start[plane]) / extent[plane]
             inside = (local >= 0) & (local <= 1)
-            asked = inside.any(0).nonzero()[:, 0]
-            if not len(asked):
+            seen = inside.any(0).nonzero()[:, 0]
+            if not len(seen):
                 continue
             patch = (slice(None), slice(None), *window)
-            out = network(inputs[patch], plane[:, asked], local[:, asked].clamp(0, 1))
+            out = network(inputs[patch], plane[:, seen], local[:, seen].clamp(0, 1))
             count += inside
             for name, tokens in out.tokens.items():
-                tokens = tokens.float() * inside[:, asked, None]
+                tokens = tokens.float() * inside[:, seen, None]
                 if name not in total:
                     total[name] = tokens.new_zeros(*plane.shape, tokens.shape[2])
-                total[name].index_add_(1, asked, tokens)
+                total[name].index_add_(1, seen, tokens)
         return StudentOutput({n: t / count[..., None] for n, t in total.items()}, None, None)
 
 
 class SliceGridd(MapTransform):
     """Adds an even grid of slices, then pads the volume to at least one patch.
 
-    ``grid`` (3 * per_plane,) are the positions in the volume as it comes in, ``position`` the same
-    slices' positions in the padded one.
+    ``grid`` (3 * per_plane,) holds positions in the input volume, ``position`` those of the same
+    slices in the padded one.
 
     Args:
         keys: the image, a MetaTensor (1, x, y, z).

@@ -1,4 +1,4 @@
-"""Predictions averaged over mirror images."""
+"""Test-time augmentation (TTA): predictions averaged over mirror images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class FlipInferer(Inferer):
-    """Averages what a network says of a volume and of its mirror images.
+    """Averages a network's predictions for a volume and for its mirror images.
 
     Args:
         inferer: runs the network on each.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import doctest
 import json
 import logging
 import struct
@@ -12,6 +13,7 @@ import torch
 from conftest import real_data
 from monai.data import MetaTensor
 
+from med3dinsight_ext.data import datalists
 from med3dinsight_ext.data.datalists import class_items, datalist, hold_out, modality_name, take
 from med3dinsight_ext.data.volumes import (
     ScaleByModalityd,
@@ -88,7 +90,7 @@ def test_a_bad_volume_is_named_with_its_path_and_reason(tmp_path: Path, kind: st
     path = make(tmp_path)
     with pytest.raises(ValueError, match=reason) as caught:
         read_volume(path)
-    assert path in str(caught.value) and "skip_bad=True" in str(caught.value)
+    assert path in str(caught.value) and "repair the file" in str(caught.value)
 
 
 def test_a_volume_is_read_with_its_values_spacing_and_name(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_a_fourth_axis_of_one_is_dropped(tmp_path: Path) -> None:
 def test_all_bad_volumes_are_named_at_once(tmp_path: Path) -> None:
     paths = [nifti(tmp_path / "good.nii"), nifti(tmp_path / "flat.nii", 0 * GOOD)]
     paths.append(text_file(tmp_path / "text.nii"))
-    with pytest.raises(ValueError, match="got 2 bad of 3") as caught:
+    with pytest.raises(ValueError, match="got 2 bad of 3 .skip_bad leaves") as caught:
         check_volumes([{"image": path} for path in paths])
     assert paths[1] in str(caught.value) and paths[2] in str(caught.value)
     assert paths[0] not in str(caught.value)
@@ -424,3 +426,20 @@ def test_few_cases_hold_every_class_in_its_share() -> None:
     for seed in range(20):
         counts = [sum(i["label"] for i in take(items, n, seed)) for n in (2, 10, 50)]
         assert counts == [1, 2, 10]
+
+
+def test_fewer_cases_are_a_subset_of_more() -> None:
+    items = [{"image": str(i)} for i in range(20)]
+    few, more = take(items, 3), take(items, 9)
+    assert len(few) == 3 and all(item in more for item in few)
+    assert more == [item for item in items if item in more]  # in their order
+    assert take(items, None) == items == take(items, 99)
+    assert take(items, 3, seed=1) != few
+    with pytest.raises(ValueError, match="max_cases must be at least 1, got 0"):
+        take(items, 0)
+    assert hold_out(items, 0.2)[0] != items
+
+
+def test_the_examples_of_the_docstrings_hold() -> None:
+    result = doctest.testmod(datalists)
+    assert result.attempted and not result.failed

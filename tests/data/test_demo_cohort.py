@@ -91,7 +91,7 @@ def test_another_seed_gives_another_cohort(cohort: Path, tmp_path: Path) -> None
 
 
 def test_a_complete_cohort_is_left_as_it_is(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cohorts, "_template", lambda: pytest.fail("made again"))
+    monkeypatch.setattr(cohorts, "load_template", lambda: pytest.fail("made again"))
     assert make_cohort(cohort, n=3, seed=3) == cohort
 
 
@@ -108,7 +108,7 @@ def test_a_cohort_that_breaks_off_leaves_nothing(
     def full_disk(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(cohorts, "_captions", full_disk)
+    monkeypatch.setattr(cohorts, "caption_rows", full_disk)
     with pytest.raises(OSError, match="no space left"):
         make_cohort(tmp_path / "cohort", n=2)
     assert not list(tmp_path.iterdir())

@@ -4,9 +4,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from monai.data import MetaTensor
 
-from med3dinsight_ext.data.datalists import hold_out, take
-from med3dinsight_ext.data.labels import check_parts
+from med3dinsight_ext.data.labels import CheckLabeld, check_labels
 
 NAMES = ["background", "left", "right"]
 
@@ -29,8 +30,8 @@ def case(folder: Path, name: str, values: tuple[int, ...] = (0, 1, 2), **changes
 def test_sound_parts_come_back_as_they_are(tmp_path: Path) -> None:
     train = [case(tmp_path, "a"), case(tmp_path, "b", (0,))]  # a case may be all background
     val = [case(tmp_path, "c", (0, 2), shift=0.9)]  # 0.45 voxels: rounding of a header
-    assert check_parts([train, val], NAMES) == [train, val]
-    assert check_parts([[], val], NAMES) == [[], val]
+    assert check_labels([train, val], NAMES) == [train, val]
+    assert check_labels([[], val], NAMES) == [[], val]
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,8 @@ def test_sound_parts_come_back_as_they_are(tmp_path: Path) -> None:
 def test_a_bad_label_is_named_with_its_image(changes: dict, message: str, tmp_path: Path) -> None:
     good, bad = case(tmp_path, "a"), case(tmp_path, "bad", **changes)
     with pytest.raises(ValueError, match=rf"(?s)1 bad of 2.*{message}.*bad_seg\.nii of .*bad\.nii"):
-        check_parts([[good, bad], []], NAMES)
-    assert check_parts([[good, bad], []], NAMES, skip_bad=True) == [[good], []]
+        check_labels([[good, bad], []], NAMES)
+    assert check_labels([[good, bad], []], NAMES, skip_bad=True) == [[good], []]
 
 
 def test_missing_and_broken_labels_are_named_all_at_once(tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_missing_and_broken_labels_are_named_all_at_once(tmp_path: Path) -> None
     Path(items[1]["label"]).unlink()
     Path(items[2]["label"]).write_bytes(b"no nifti")
     with pytest.raises(ValueError) as caught:
-        check_parts([items, []], NAMES)
+        check_labels([items, []], NAMES)
     text = str(caught.value)
     assert "3 bad of 4" in text and "label must be a file, got None in" in text
     assert "b_seg.nii" in text and "label must be readable, got" in text
@@ -66,7 +67,7 @@ def test_a_bad_image_is_found_too(tmp_path: Path) -> None:
     item = case(tmp_path, "a")
     nib.save(nib.Nifti1Image(np.full((6, 7, 5), np.nan, np.float32), np.eye(4)), item["image"])
     with pytest.raises(ValueError, match="volume must be finite, got 210 NaN"):
-        check_parts([[item], []], NAMES)
+        check_labels([[item], []], NAMES)
 
 
 @pytest.mark.parametrize(
@@ -76,21 +77,35 @@ def test_a_class_that_training_never_shows_is_an_error(
     values: tuple[int, ...], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=f"show each class of label_names in training, {message}"):
-        check_parts([[case(tmp_path, "a", values)], [case(tmp_path, "b")]], NAMES)
+        check_labels([[case(tmp_path, "a", values)], [case(tmp_path, "b")]], NAMES)
 
 
 def test_one_name_is_no_segmentation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="label_names must name the background and a class"):
-        check_parts([[case(tmp_path, "a", (0,))], []], ["background"])
+        check_labels([[case(tmp_path, "a", (0,))], []], ["background"])
 
 
-def test_fewer_cases_are_a_subset_of_more() -> None:
-    items = [{"image": str(i)} for i in range(20)]
-    few, more = take(items, 3), take(items, 9)
-    assert len(few) == 3 and all(item in more for item in few)
-    assert more == [item for item in items if item in more]  # in their order
-    assert take(items, None) == items == take(items, 99)
-    assert take(items, 3, seed=1) != few
-    with pytest.raises(ValueError, match="max_cases must be at least 1, got 0"):
-        take(items, 0)
-    assert hold_out(items, 0.2)[0] != items
+def volume(shape: tuple[int, ...], scale: float = 1.0, value: float = 1.0) -> MetaTensor:
+    affine = torch.diag(torch.tensor([scale, scale, scale, 1.0]))
+    meta = {"filename_or_obj": "a.nii.gz"}
+    return MetaTensor(torch.full((1, *shape), value), affine=affine, meta=meta)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (volume((4, 5, 7)), r"have its image's shape \(4, 5, 6\), got \(4, 5, 7\) in a.nii.gz of"),
+        (volume((4, 5, 6), 1.2), "lie where its image lies, got an affine that puts it up to 1.4"),
+        (volume((4, 5, 6), value=2), r"hold 0 to 1 \(background, organ\), got the value 2"),
+        (volume((4, 5, 6), value=0.5), "got the value 0.5"),
+    ],
+)
+def test_a_label_that_does_not_fit_is_named(label: MetaTensor, message: str) -> None:
+    check = CheckLabeld("label", "image", ["background", "organ"])
+    with pytest.raises(ValueError, match=message):
+        check({"image": volume((4, 5, 6)), "label": label})
+
+
+def test_a_label_that_fits_is_left_as_it_is() -> None:
+    data = {"image": volume((4, 5, 6), 1.01), "label": volume((4, 5, 6))}
+    assert CheckLabeld("label", "image", ["background", "organ"])(data) is data

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import doctest
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from conftest import real_data
 from monai.data import MetaTensor
 
+from med3dinsight_ext.data import slicing
 from med3dinsight_ext.data.slicing import choose, cut, depth, plane_number, window
 from med3dinsight_ext.data.volumes import read_volume
 
@@ -254,3 +256,8 @@ def test_wildly_scaled_real_mr_volumes_end_up_alike() -> None:
     volumes = [read_volume(str(file)) for file in files]
     assert max(v.max() for v in volumes) > 10 * min(v.max() for v in volumes)
     assert all(0.2 < window(volume, "MR").mean() < 0.7 for volume in volumes)
+
+
+def test_the_examples_of_the_docstrings_hold() -> None:
+    result = doctest.testmod(slicing)
+    assert result.attempted and not result.failed

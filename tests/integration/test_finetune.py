@@ -16,7 +16,7 @@ from running import BACKBONES, ROOT, inference_settings, run, settings, suits
 
 from med3dinsight_ext.data import datalists as data
 from med3dinsight_ext.data.volumes import check_volumes
-from med3dinsight_ext.training.transfer import TransferReport
+from med3dinsight_ext.training.transfer_report import TransferReport
 
 SMALL: dict[str, dict[str, Any]] = {  # sizes at which a step takes a second; same wiring
     "swinunetr": {"feature_size": 12},

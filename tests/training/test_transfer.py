@@ -1,22 +1,16 @@
 import json
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from ignite.engine import Engine
 from monai.networks.nets import UNETR, DenseNet, DynUNet, SegResNet, SwinUNETR, UNet, ViT
 from safetensors.torch import save_file
 from torch import nn
 
 from med3dinsight_ext.models.features import encoder_parameters
-from med3dinsight_ext.training.engine import EMA, FreezeEncoder, ema_of
 from med3dinsight_ext.training.transfer import (
     Transfer,
     load_pretrained,
-    parameter_groups,
-    read_weights,
-    renamed,
     transfer_report,
 )
 
@@ -124,13 +118,6 @@ def test_swinunetr_takes_monais_self_supervised_encoder_by_a_rename_table(tmp_pa
     assert all(torch.equal(v, expected[k]) for k, v in network.swinViT.state_dict().items())
 
 
-def test_a_rename_that_matches_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"rename must match names .* got '\^vit', which matches"):
-        renamed({"a.weight": torch.zeros(1)}, {"^vit": ""})
-    with pytest.raises(ValueError, match="rename must keep names apart, but 'b' joins some"):
-        renamed({"a": torch.zeros(1), "ab": torch.zeros(1)}, {"b": ""})
-
-
 @pytest.mark.parametrize(
     ("source", "cause"),
     [
@@ -201,52 +188,6 @@ def test_another_patch_size_is_named(tmp_path: Path) -> None:
         load_pretrained(target, path)
 
 
-class Evil:
-    def __reduce__(self) -> tuple:
-        return Path.touch, (Path(Evil.mark),)
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    Evil.mark = str(tmp_path / "executed")
-    torch.save({"model": Evil()}, tmp_path / "a.pt")
-    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil()))
-    for name in ("a.pt", "b.pt"):
-        with pytest.raises(ValueError, match="pretrained must .* broken"):
-            read_weights(tmp_path / name)
-    assert not Path(Evil.mark).exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("gone.pt", None, "must be a weights file, got no file at"),
-        ("a.pt", b"", "must hold weights, got the empty file"),
-        ("a.pt", b"PK\x03\x04 not a zip", "must .* broken"),
-        ("a.safetensors", b"12345678 no header", "must be readable, got the broken file"),
-    ],
-)
-def test_a_bad_file_is_named(
-    name: str, content: bytes | None, message: str, tmp_path: Path
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"(?s)pretrained {message}.*{name}"):
-        read_weights(tmp_path / name)
-
-
-def test_a_cut_off_file_and_a_file_without_tensors_are_errors(tmp_path: Path) -> None:
-    whole = saved(unet(), tmp_path / "a.pt").read_bytes()
-    (tmp_path / "a.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"broken .*a\.pt"):
-        read_weights(tmp_path / "a.pt")
-    torch.save({"epoch": 3}, tmp_path / "b.pt")
-    with pytest.raises(ValueError, match=r"hold named tensors, got \['epoch'\] in .*b\.pt"):
-        read_weights(tmp_path / "b.pt")
-    torch.save({"a": torch.tensor([float("nan")])}, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match=r"be finite, got NaN or infinity in \['a'\]"):
-        read_weights(tmp_path / "c.pt")
-
-
 def test_transfer_writes_its_report_and_keeps_it_in_the_checkpoint(tmp_path: Path) -> None:
     target = unet(out=3)
     transfer = Transfer(target, saved(unet(), tmp_path / "a.pt"), tmp_path / "x" / "t.json",
@@ -260,63 +201,6 @@ def test_transfer_writes_its_report_and_keeps_it_in_the_checkpoint(tmp_path: Pat
     assert other.report == transfer.report
     scratch = Transfer(target, None, tmp_path / "t.json")
     assert "from scratch" in str(scratch.load())
-
-
-def test_learning_rates_rise_through_the_encoder() -> None:
-    network = SegResNet(3, 8, 1, 1)
-    encoder = encoder_parameters(network, SIZE)
-    groups = parameter_groups(network, encoder, 0.1, 0.01)
-    rates = [group["lr"] for group in groups]
-    assert rates[0] == pytest.approx(0.001) and rates[-1] == 0.1
-    assert rates == sorted(set(rates))  # each layer faster than the one before
-    assert groups[0]["params"][0] is network.convInit.conv.weight
-    given = [id(p) for group in groups for p in group["params"]]
-    assert sorted(given) == sorted(id(p) for p in network.parameters())
-    assert len(parameter_groups(network, encoder, 0.1)) == 1
-    with pytest.raises(ValueError, match=r"layer_decay must be in \(0, 1\], got 0"):
-        parameter_groups(network, encoder, 0.1, 0)
-
-
-@pytest.mark.parametrize(("epochs", "moves"), [(0, [1, 1, 1]), (2, [0, 0, 1]), (-1, [0, 0, 0])])
-def test_a_frozen_encoder_stays_for_its_epochs(epochs: int, moves: list[int]) -> None:
-    network = unet()
-    encoder = encoder_parameters(network, SIZE)
-    optimizer = torch.optim.AdamW(network.parameters(), 0.1)
-
-    def step(*_: object) -> None:
-        optimizer.zero_grad()
-        network(torch.rand(1, 1, 8, 8, 8)).square().mean().backward()
-        optimizer.step()
-
-    engine = Engine(step)
-    FreezeEncoder(network, encoder, epochs).attach(engine)
-    moved = []
-    for epoch in range(3):
-        engine.state.epoch = epoch
-        before = {n: p.detach().clone() for n, p in network.named_parameters()}
-        engine.run([0], max_epochs=epoch + 1)
-        changed = {n for n, p in network.named_parameters() if not torch.equal(p, before[n])}
-        moved.append(int(encoder[0] in changed))
-        assert changed - set(encoder)
-    assert moved == moves
-
-
-def test_the_average_starts_at_the_first_step_and_lags_behind() -> None:
-    network = nn.Linear(1, 1, bias=False)
-    average = ema_of(network, 0.9)
-    assert average is not None and ema_of(network, 0) is None
-    engine = Engine(lambda *_: network.weight.data.add_(1))
-    network.weight.data.fill_(4)  # as weights that were transferred after the copy was made
-    EMA(average, network).attach(engine)
-    engine.run([0, 0], max_epochs=1)
-    assert average.module.weight.item() == pytest.approx(2 / 11 * 5 + 9 / 11 * 6)
-    average.n_averaged.fill_(1000)
-    before = average.module.weight.item()
-    network.weight.data.fill_(7)
-    average.update_parameters(network)
-    assert average.module.weight.item() == pytest.approx(0.9 * before + 0.1 * 7)
-    with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got 1"):
-        ema_of(network, 1)
 
 
 def test_the_command_prints_the_report_of_a_config(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from med3dinsight_ext.io.files import HashMemo, sha256, write_atomic
 from med3dinsight_ext.models.classifier import Classifier
-from med3dinsight_ext.training.engine import load_weights
+from med3dinsight_ext.training.checkpoints import load_weights
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,105 @@
+"""Checkpoints: written in one step, read without running code, loaded strictly."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from ignite.handlers import Checkpoint, DiskSaver
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+class KeepingDiskSaver(DiskSaver):
+    """Replaces a file in one step; ignite's ``DiskSaver`` deletes the old one first."""
+
+    def __init__(self, dirname: str | Path) -> None:
+        super().__init__(str(dirname), atomic=True, create_dir=True, require_empty=False)
+
+    def remove(self, filename: str) -> None:
+        """Nothing: the next save has the same name."""
+
+
+def checkpoint(
+    to_save: Mapping[str, Any], dirname: str | Path, filename: str, metric: str | None = None
+) -> Checkpoint:
+    """An ignite ``Checkpoint`` that keeps one file under a fixed name.
+
+    Args:
+        to_save: name to object; a single network is saved as its flat state dict.
+        dirname: folder.
+        filename: fixed name.
+        metric: save only when this metric of the engine rises; None saves at every call.
+    """
+    return Checkpoint(
+        dict(to_save),
+        KeepingDiskSaver(dirname),
+        filename_pattern=filename,
+        score_function=Checkpoint.get_default_score_fn(metric) if metric else None,
+        score_name=metric,
+        n_saved=1,
+    )
+
+
+def resume(path: str | Path, objects: Mapping[str, Any], trainer: Engine) -> None:
+    """Load a run's last checkpoint into ``objects``, if there is one, and log it.
+
+    Args:
+        path: written by ``checkpoint`` with the same ``objects``.
+        objects: name to object, the trainer among them.
+        trainer: keeps its own ``max_epochs``.
+
+    Raises:
+        ValueError: the file is of another run's shape, or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    advice = f"move {path} away to start anew, or run with the config that wrote it"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint must be readable, got {path}: {error}; {advice}") from error
+    epochs = trainer.state.max_epochs
+    try:
+        Checkpoint.load_objects(dict(objects), saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"checkpoint must fit this run, got {path}: {error}; {advice}") from error
+    trainer.state.max_epochs = epochs
+    logger.info(f"resumed from {path} after epoch {trainer.state.epoch}")
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Load a whole trained network, strictly.
+
+    Raises:
+        ValueError: the file is missing, unreadable, of another backbone, or holds NaN or infinity.
+    """
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError as error:
+        raise ValueError(f"weights must be at {path}, got nothing; train first") from error
+    except Exception as error:
+        raise ValueError(
+            f"weights in {path} must fit the network of this config; merge the backbone overlay "
+            f"they were trained with into config_file: {error}"
+        ) from error
+    if bad := [name for name, value in network.state_dict().items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"weights must be finite, got NaN or infinity in {bad[:3]} of {path}; train again with "
+            "a lower learning_rate"
+        )
+
+
+def embedding_dims_of(path: str | Path) -> dict[str, int]:
+    """Embedding dimension of each head of a saved student, by the head's name."""
+    if not Path(path).exists():
+        raise ValueError(f"student weights must be at {path}, got nothing; train first")
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    heads = [key for key in saved if key.startswith("heads.") and key.endswith(".weight")]
+    return {key.split(".")[1]: saved[key].shape[0] for key in heads}

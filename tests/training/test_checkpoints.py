@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from med3dinsight_ext.training.checkpoints import checkpoint, load_weights, resume
+
+
+def test_a_kill_while_saving_keeps_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = nn.Linear(2, 1)
+    saver = checkpoint({"model": network}, tmp_path, "model.pt")
+    engine = Engine(lambda *_: None)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, saver)
+    engine.run([0], max_epochs=1)
+    before = (tmp_path / "model.pt").read_bytes()
+
+    def die(content: object, file: object, **_: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run([0], max_epochs=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    assert (tmp_path / "model.pt").read_bytes() == before
+
+
+def test_a_lone_network_is_saved_flat(tmp_path: Path) -> None:
+    network = nn.Linear(2, 1)
+    checkpoint({"model": network}, tmp_path, "model.pt")(Engine(lambda *_: None))
+    assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"weight", "bias"}
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    trainer = Engine(lambda *_: None)
+    torch.save({"net": nn.Linear(3, 1).state_dict()}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="checkpoint must fit this run"):
+        resume(tmp_path / "last.ckpt", {"net": nn.Linear(2, 1)}, trainer)
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match="checkpoint must be readable"):
+        resume(tmp_path / "last.ckpt", {"net": nn.Linear(2, 1)}, trainer)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return print, ("code in a pickle ran",)
+
+
+def test_a_pickle_with_code_is_never_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"net": Evil()}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="checkpoint must be readable"):
+        resume(tmp_path / "last.ckpt", {"net": nn.Linear(2, 1)}, Engine(lambda *_: None))
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_weights_that_diverged_are_refused(tmp_path: Path) -> None:
+    network = nn.Linear(2, 1)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    load_weights(network, tmp_path / "model.pt")
+    broken = {"weight": torch.tensor([[0.0, float("nan")]]), "bias": torch.zeros(1)}
+    torch.save(broken, tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match="NaN or infinity in .'weight'. of .*model.pt; train again"
+    ):
+        load_weights(network, tmp_path / "model.pt")

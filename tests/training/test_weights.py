@@ -1,0 +1,62 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from med3dinsight_ext.training.weights import read_weights, renamed
+
+
+def test_a_rename_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"rename must match names .* got '\^vit', which matches"):
+        renamed({"a.weight": torch.zeros(1)}, {"^vit": ""})
+    with pytest.raises(ValueError, match="rename must keep names apart, but 'b' joins some"):
+        renamed({"a": torch.zeros(1), "ab": torch.zeros(1)}, {"b": ""})
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path(Evil.mark),)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    Evil.mark = str(tmp_path / "executed")
+    torch.save({"model": Evil()}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Evil()))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(ValueError, match="pretrained must .* broken"):
+            read_weights(tmp_path / name)
+    assert not Path(Evil.mark).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.pt", None, "must be a weights file, got no file at"),
+        ("a.pt", b"", "must hold weights, got the empty file"),
+        ("a.pt", b"PK\x03\x04 not a zip", "must .* broken"),
+        ("a.safetensors", b"12345678 no header", "must be readable, got the broken file"),
+    ],
+)
+def test_a_bad_file_is_named(
+    name: str, content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"(?s)pretrained {message}.*{name}"):
+        read_weights(tmp_path / name)
+
+
+def test_a_cut_off_file_and_a_file_without_tensors_are_errors(tmp_path: Path) -> None:
+    torch.save(nn.Conv3d(4, 8, 3).state_dict(), tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"broken .*a\.pt"):
+        read_weights(tmp_path / "a.pt")
+    torch.save({"epoch": 3}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"hold named tensors, got \['epoch'\] in .*b\.pt"):
+        read_weights(tmp_path / "b.pt")
+    torch.save({"a": torch.tensor([float("nan")])}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"be finite, got NaN or infinity in \['a'\]"):
+        read_weights(tmp_path / "c.pt")
