@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST = 10.0  # bound on a Newton step in any potential; these are logarithms
+MAX_STEP = 10.0  # bound on a Newton step in any potential; these are logarithms
 
 
 class Plan(NamedTuple):
@@ -36,10 +36,20 @@ def partial_plan(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 1
         cost: (b, n, m) pairwise costs, finite.
         mass: share of the total mass to move, in (0, 1].
         epsilon: entropic softening, > 0, in units of the cost; towards 0 the plan becomes sparse.
-        steps: rounds of the solver, fixed; the residual of `solve` tells whether they sufficed.
+        steps: rounds of the solver, fixed; `solve` returns the residual that they leave.
 
     Returns:
         (b, n, m) plan, differentiable: rows sum to <= 1/n, columns to <= 1/m, all to ``mass``.
+
+    Raises:
+        ValueError: as `solve`.
+
+    Example:
+        >>> cost = torch.tensor([[[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]])
+        >>> partial_plan(cost, mass=2 / 3, epsilon=0.05)[0].mul(3).round(decimals=2)
+        tensor([[1., 0., 0.],
+                [0., 1., 0.],
+                [0., 0., 0.]])
     """
     return solve(cost, mass, epsilon, steps).log_plan.exp()
 
@@ -47,10 +57,21 @@ def partial_plan(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 1
 def solve(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 16) -> Plan:
     """The logarithm of `partial_plan`, in which no entry underflows, and the solver's residual.
 
-    Runs in float32 or better, also inside autocast; never waits for the device.
+    Runs in float32 or better, also inside autocast; never synchronises with the device.
+
+    Args:
+        cost: as in `partial_plan`.
+        mass: as in `partial_plan`.
+        epsilon: as in `partial_plan`.
+        steps: as in `partial_plan`.
 
     Raises:
         ValueError: ``cost`` is not (b, n, m), or another argument is out of range.
+
+    Example:
+        >>> plan = solve(torch.eye(3)[None], mass=0.9)
+        >>> (plan.residual < 1e-3).item(), round(plan.log_plan.exp().sum().item(), 3)
+        (True, 0.9)
     """
     if cost.ndim != 3 or 0 in cost.shape:
         raise ValueError(
@@ -125,8 +146,8 @@ def _potentials(
         missing = 1 / m - plan.sum(1)
         tied = (g >= bound) & (missing >= 0)
         step, step_h = _solve_columns(plan, f >= bound, tied, missing, mass - 1)
-        step = (step - step_h).clamp(-LONGEST, LONGEST)
-        step_h = step_h.clamp(-LONGEST, LONGEST)
+        step = (step - step_h).clamp(-MAX_STEP, MAX_STEP)
+        step_h = step_h.clamp(-MAX_STEP, MAX_STEP)
 
         f, g, h, fh = f[:, None], g[:, None], h[:, None], fh[:, None]  # (b, lengths, ...) from here
         rows = torch.minimum(lengths * step[:, None], bound - g).exp() @ plan.mT

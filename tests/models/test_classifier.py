@@ -10,7 +10,6 @@ from monai.networks.nets import DenseNet, SegResNet, UNet, ViT
 from running import free_port
 from torch import nn
 
-from med3dinsight_ext.losses.alignment import DeepSupervision
 from med3dinsight_ext.models.classifier import (
     Classifier,
     KNNHead,
@@ -228,17 +227,3 @@ def test_flips_are_undone_and_averaged(axes: tuple[int, ...]) -> None:
     for axis in axes:
         weight = (weight + weight.flip(axis + 2)) / 2
     assert torch.allclose(FlipInferer(inferer, axes)(volume, network), volume * weight, atol=1e-5)
-
-
-def test_deep_supervision_takes_every_form_of_levels() -> None:
-    loss = DeepSupervision(nn.MSELoss())
-    target = torch.rand(2, 1, 4, 4, 4)
-    levels = torch.rand(2, 3, 1, 4, 4, 4)  # DynUNet's
-    expected = sum(0.5**i * (levels[:, i] - target).square().mean() for i in range(3))
-    assert loss(levels, target) == pytest.approx(expected.item(), abs=1e-6)
-    assert loss(list(levels.unbind(1)), target) == pytest.approx(expected.item(), abs=1e-6)
-    assert loss(levels[:, 0], target) == pytest.approx(
-        (levels[:, 0] - target).square().mean().item(), abs=1e-6
-    )
-    coarse = torch.rand(2, 1, 2, 2, 2)
-    assert loss([levels[:, 0], coarse], target) > loss(levels[:, 0], target)
