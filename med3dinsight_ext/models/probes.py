@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import ignite.distributed as idist
 import torch
-from ignite.exceptions import NotComputableError
-from ignite.metrics import Metric
-from monai.metrics import compute_roc_auc
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,97 +71,3 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor, l2: float | None =
         l2: as in ``fit_linear``.
     """
     return fit_linear(train, labels, l2).to(test.dtype)(test).detach().softmax(1)
-
-
-def class_scores(probability: Tensor, labels: Tensor) -> dict[str, float]:
-    """Balanced accuracy and AUROC (one class against the rest, mean of the classes present).
-
-    Args:
-        probability: (m, classes).
-        labels: (m,) long; at least two classes.
-    """
-    present = labels.unique()
-    if len(present) < 2:
-        raise ValueError(
-            f"labels must hold two classes, got only class {present.tolist()}; "
-            "test on a split that has both"
-        )
-    if int(present.max()) >= probability.shape[1]:
-        raise ValueError(
-            f"test labels must be among the {probability.shape[1]} classes fitted, got class "
-            f"{int(present.max())}; put cases of it into the training split"
-        )
-    hit = (probability.argmax(1) == labels).double()
-    recall = torch.stack([hit[labels == c].mean() for c in present])
-    aucs = [compute_roc_auc(probability[:, c], (labels == c).long()) for c in present]
-    auroc = torch.tensor(aucs, dtype=torch.float64)
-    return {"balanced_accuracy": float(recall.mean()), "auroc": float(auroc.mean())}
-
-
-class Probe(Metric):
-    """Fits a probe on the rows marked ``fit`` and scores it on the others.
-
-    ``compute`` returns ``<prefix>_balanced_accuracy`` and ``<prefix>_auroc``.
-
-    Args:
-        output_transform: engine output to features (b, d), label (b,) and fit (b,) bool, where
-            one loader gives the training and the test cases.
-    """
-
-    prefix: str
-
-    def __init__(self, output_transform: Callable = lambda output: output) -> None:
-        super().__init__(output_transform, skip_unrolling=True)
-
-    def reset(self) -> None:
-        self.kept: list[tuple[Tensor, ...]] = []
-
-    def update(self, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        features, label, fit = (row.detach().as_subclass(Tensor).cpu() for row in output)
-        self.kept.append((features.float(), label.long().flatten(), fit.bool().flatten()))
-
-    def probability(self, train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def compute(self) -> dict[str, float]:
-        parts = [part for rank in idist.all_gather(self.kept) for part in rank]
-        if not parts:
-            raise NotComputableError("probed cases must be at least two, got none")
-        features, label, fit = (torch.cat(column) for column in zip(*parts, strict=True))
-        if fit.all() or not fit.any():
-            raise ValueError(
-                f"fit must mark some rows and leave some, got {int(fit.sum())} of {len(fit)}; "
-                "give the evaluator training and test cases"
-            )
-        scores = class_scores(
-            self.probability(features[fit], label[fit], features[~fit]), label[~fit]
-        )
-        return {f"{self.prefix}_{key}": value for key, value in scores.items()}
-
-
-class KNNProbe(Probe):
-    """``knn_probe`` as a metric."""
-
-    prefix = "knn"
-
-    def __init__(self, k: int = 20, output_transform: Callable = lambda output: output) -> None:
-        self.k = k
-        super().__init__(output_transform)
-
-    def probability(self, train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
-        return knn_probe(train, labels, test, self.k)
-
-
-class LinearProbe(Probe):
-    """``linear_probe`` as a metric."""
-
-    prefix = "linear"
-
-    def __init__(
-        self, l2: float | None = None, output_transform: Callable = lambda output: output
-    ) -> None:
-        self.l2 = l2
-        super().__init__(output_transform)
-
-    def probability(self, train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
-        return linear_probe(train, labels, test, self.l2)
