@@ -57,13 +57,8 @@ def partial_plan(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 1
 def solve(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 16) -> Plan:
     """The logarithm of `partial_plan`, in which no entry underflows, and the solver's residual.
 
-    Runs in float32 or better, also inside autocast; never synchronises with the device.
-
-    Args:
-        cost: as in `partial_plan`.
-        mass: as in `partial_plan`.
-        epsilon: as in `partial_plan`.
-        steps: as in `partial_plan`.
+    Arguments are those of `partial_plan`. It runs in float32 or better, also inside autocast, and
+    never synchronises with the device.
 
     Raises:
         ValueError: ``cost`` is not (b, n, m), or another argument is out of range.

@@ -50,22 +50,9 @@ def case_scores(
         >>> case_scores(prediction, label, (1.0, 1.0, 1.0), ["background", "liver"])
         {'liver': {'dice': 0.6666666865348816, 'nsd': 1.0, 'hd95': 1.0}}
     """
-    maps = [torch.as_tensor(x).as_subclass(Tensor).detach().cpu() for x in (prediction, label)]
-    if maps[0].shape != maps[1].shape or maps[0].ndim != 4 or len(maps[0]) != 1:
-        raise ValueError(
-            f"prediction and label must share one shape (1, x, y, z), got {tuple(maps[0].shape)} "
-            f"and {tuple(maps[1].shape)}; bring both to the image's grid (Invertd), "
-            "as class numbers (AsDiscreted)"
-        )
-    numbers = [x.short() for x in maps]
-    for name, x, n in zip(("prediction", "label"), maps, numbers, strict=True):
-        if not (n == x).all() or n.min() < 0 or n.max() >= len(names):
-            raise ValueError(
-                f"{name} must hold class numbers 0 to {len(names) - 1}, got {x.min():g} to "
-                f"{x.max():g}; name every class, and let AsDiscreted(argmax=True) make the map"
-            )
+    prediction, label = _class_maps(prediction, label, names)
     diagonal = math.hypot(*(n * mm for n, mm in zip(label.shape[1:], spacing, strict=True)))
-    prediction, label = _crop(*numbers)
+    prediction, label = _crop(prediction, label)
     scores = {}
     for number, name in enumerate(names[1:], 1):
         pair = [(x == number)[None] for x in (prediction, label)]
@@ -83,6 +70,25 @@ def case_scores(
                     "hd95": distance(*pair, True, percentile=95, spacing=spacing).item(),
                 }
     return scores
+
+
+def _class_maps(prediction: Tensor, label: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """Both maps as integers on the CPU, checked."""
+    maps = [torch.as_tensor(x).as_subclass(Tensor).detach().cpu() for x in (prediction, label)]
+    if maps[0].shape != maps[1].shape or maps[0].ndim != 4 or len(maps[0]) != 1:
+        raise ValueError(
+            f"prediction and label must share one shape (1, x, y, z), got {tuple(maps[0].shape)} "
+            f"and {tuple(maps[1].shape)}; bring both to the image's grid (Invertd), "
+            "as class numbers (AsDiscreted)"
+        )
+    numbers = [x.short() for x in maps]
+    for name, x, n in zip(("prediction", "label"), maps, numbers, strict=True):
+        if not (n == x).all() or n.min() < 0 or n.max() >= len(names):
+            raise ValueError(
+                f"{name} must hold class numbers 0 to {len(names) - 1}, got {x.min():g} to "
+                f"{x.max():g}; name every class, and let AsDiscreted(argmax=True) make the map"
+            )
+    return numbers
 
 
 def _crop(prediction: Tensor, label: Tensor) -> list[Tensor]:

@@ -12,14 +12,13 @@ from torch import nn
 
 from med3dinsight_ext.models.classifier import (
     Classifier,
-    KNNHead,
     LinearProbeInit,
     fit_head,
     grad_cam,
     pooled_features,
     probe,
 )
-from med3dinsight_ext.models.probes import fit_linear, knn_probe
+from med3dinsight_ext.models.probes import KNNHead, fit_linear, knn_probe
 from med3dinsight_ext.training.tta import FlipInferer
 
 SIZE = (32, 16, 24)

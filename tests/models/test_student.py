@@ -6,7 +6,7 @@ from fakes import PlainNet
 from monai.networks import nets
 from torch import Tensor, nn
 
-from med3dinsight_ext.models.features import as_grid, features_of, find_features
+from med3dinsight_ext.models.features import as_grid, extract_features, find_features
 from med3dinsight_ext.models.psat import PSAT
 from med3dinsight_ext.models.student import Student, StudentOutput, block_mask
 from med3dinsight_ext.training.inferers import SlidingTokens
@@ -45,7 +45,7 @@ def test_in_evaluation_the_network_stops_at_its_features() -> None:
     whole.network.up.register_forward_hook(lambda *_: reached.append(True))
     question = ask()
     assert whole(*question).reconstruction is None and not reached
-    features, output = features_of(whole.network, whole.features, question[0])
+    features, output = extract_features(whole.network, whole.features, question[0])
     assert output.shape == question[0].shape and reached
     assert torch.equal(features, whole.encode(question[0])[0])
 
@@ -64,7 +64,7 @@ def test_features_of_a_module_that_runs_at_many_depths_are_the_deepest() -> None
     found = find_features(network, SIZE, "act")
     assert found == ("act", 3, (8, 4, 12), 2)
     for stop in (False, True):
-        assert features_of(network, found, volume, stop)[0].shape == (1, 3, 8, 4, 12)
+        assert extract_features(network, found, volume, stop)[0].shape == (1, 3, 8, 4, 12)
 
 
 def test_a_window_is_asked_about_the_slices_in_it_alone() -> None:
