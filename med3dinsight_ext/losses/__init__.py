@@ -8,7 +8,7 @@ from med3dinsight_ext.losses.partial_transport import mahalanobis, partial_trans
 from med3dinsight_ext.losses.reconstruction import masked_mse
 from med3dinsight_ext.losses.regression import Residual, regression_loss
 from med3dinsight_ext.losses.siglip import siglip_loss
-from med3dinsight_ext.losses.transport import Plan, partial_plan, solve
+from med3dinsight_ext.losses.transport import Plan, solve
 
 __all__ = [
     "AlignmentLoss",
@@ -20,7 +20,6 @@ __all__ = [
     "info_nce_loss",
     "mahalanobis",
     "masked_mse",
-    "partial_plan",
     "partial_transport_loss",
     "regression_loss",
     "siglip_loss",

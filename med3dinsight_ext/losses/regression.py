@@ -37,12 +37,6 @@ class Residual(nn.Module):
     Args:
         length: d of the embeddings.
         bins: parts of the extent, each with its own mean.
-
-    Example:
-        >>> residual, plane = Residual(1), torch.tensor([0, 0])
-        >>> residual(torch.tensor([[5.0], [3.0]]), plane, torch.tensor([0.1, 0.1]))
-        tensor([[ 1.],
-                [-1.]])
     """
 
     total: Tensor

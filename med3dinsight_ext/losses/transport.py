@@ -29,44 +29,30 @@ class Plan(NamedTuple):
     residual: Tensor
 
 
-def partial_plan(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 16) -> Tensor:
+def solve(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 16) -> Plan:
     """Match the cheapest share of two uniform sets and leave the rest unmatched.
+
+    Runs in float32 or better, also inside autocast; never synchronises with the device.
 
     Args:
         cost: (b, n, m) pairwise costs, finite.
         mass: share of the total mass to move, in (0, 1].
         epsilon: entropic softening, > 0, in units of the cost; towards 0 the plan becomes sparse.
-        steps: rounds of the solver, fixed; `solve` returns the residual that they leave.
+        steps: rounds of the solver, fixed; the residual shows whether they sufficed.
 
     Returns:
-        (b, n, m) plan, differentiable: rows sum to <= 1/n, columns to <= 1/m, all to ``mass``.
-
-    Raises:
-        ValueError: as `solve`.
-
-    Example:
-        >>> cost = torch.tensor([[[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]])
-        >>> partial_plan(cost, mass=2 / 3, epsilon=0.05)[0].mul(3).round(decimals=2)
-        tensor([[1., 0., 0.],
-                [0., 1., 0.],
-                [0., 0., 0.]])
-    """
-    return solve(cost, mass, epsilon, steps).log_plan.exp()
-
-
-def solve(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 16) -> Plan:
-    """The logarithm of `partial_plan`, in which no entry underflows, and the solver's residual.
-
-    Arguments are those of `partial_plan`. It runs in float32 or better, also inside autocast, and
-    never synchronises with the device.
+        Logarithm of the plan, in which no entry underflows, differentiable; and the residual. Rows
+        of the plan sum to <= 1/n, columns to <= 1/m, all to ``mass``.
 
     Raises:
         ValueError: ``cost`` is not (b, n, m), or another argument is out of range.
 
     Example:
-        >>> plan = solve(torch.eye(3)[None], mass=0.9)
-        >>> (plan.residual < 1e-3).item(), round(plan.log_plan.exp().sum().item(), 3)
-        (True, 0.9)
+        >>> cost = torch.tensor([[[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]])
+        >>> solve(cost, mass=2 / 3, epsilon=0.05).log_plan[0].exp().mul(3).round(decimals=2)
+        tensor([[1., 0., 0.],
+                [0., 1., 0.],
+                [0., 0., 0.]])
     """
     if cost.ndim != 3 or 0 in cost.shape:
         raise ValueError(

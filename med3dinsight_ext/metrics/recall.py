@@ -40,12 +40,6 @@ def recall_at_k(
 
     Raises:
         ValueError: the shapes differ, or a row is not finite.
-
-    Example:
-        >>> tokens, group = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 0])
-        >>> recall_at_k(tokens, torch.eye(2), group, ks=(1, 2)).recall
-        tensor([[1., 1.],
-                [0., 1.]], dtype=torch.float64)
     """
     if tokens.shape != targets.shape:
         raise ValueError(

@@ -169,7 +169,7 @@ def test_wrong_settings_are_named() -> None:
 
 
 class Heads(nn.Module):
-    """As much of a student as has a gradient."""
+    """The parts of a student that have a gradient."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -120,7 +120,7 @@ def test_values_and_gradients_are_finite_at_extremes(loss: Any, start: str) -> N
 
 
 def test_leaving_a_wrong_pair_out_is_punished_and_epsilon_is_soft_by_default() -> None:
-    """Defect 8: with mass below one the pair that is dropped pulls harder, not less."""
+    """Defect 8: with mass below one the pair that is dropped has a larger gradient, not less."""
     y = unit(10, 16)
     z = y.clone()
     z[0] = unit(1, 16, seed=9)[0]  # the noisy pair

@@ -6,7 +6,7 @@ import torch
 from med3dinsight_ext.metrics.bootstrap import bootstrap, percentiles, resamples
 
 
-def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
+def test_bootstrap_has_its_nominal_coverage() -> None:
     g = torch.Generator().manual_seed(0)
     inside = 0
     for _ in range(200):

@@ -94,7 +94,7 @@ def test_a_constant_student_gets_chance(value: float, within: bool) -> None:
         assert result[f"r{k}"] == pytest.approx(result[f"r{k}_chance"], abs=1e-9)
 
 
-def test_knowing_only_plane_and_bin_is_chance_within() -> None:
+def test_plane_and_bin_alone_are_at_chance_within() -> None:
     tokens, targets, plane, position, *rest = pairs(400)
     place = depth_group(plane, position, 4)
     coarse = F.one_hot(place, 12).float()
@@ -122,7 +122,7 @@ def test_depth_bins_part_the_candidates(bins: int, candidates: float) -> None:
     assert result["candidates"] == candidates
 
 
-def test_knowing_only_the_modality_is_chance_within() -> None:
+def test_the_modality_alone_is_at_chance_within() -> None:
     tokens, targets, plane, position, _, volume = pairs(400)
     modality = torch.arange(400) % 3
     known = F.one_hot(modality, 3).float()
@@ -242,7 +242,7 @@ def test_decollated_output_is_an_error() -> None:
         Retrieval().update(([1], [2]))
 
 
-def test_reset_forgets() -> None:
+def test_reset_removes_the_slices() -> None:
     metric = Retrieval()
     metric.update(cohort())
     metric.reset()

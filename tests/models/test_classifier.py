@@ -93,7 +93,7 @@ def test_the_networks_names_are_kept() -> None:
     ],
     ids=lambda n: type(n).__name__,
 )
-def test_any_network_classifies_and_shows_where_it_looked(network: nn.Module) -> None:
+def test_any_network_classifies_and_has_activation_maps(network: nn.Module) -> None:
     torch.manual_seed(0)
     classifier = Classifier(network, 3, SIZE).eval()
     volume = torch.rand(1, 1, *SIZE)
@@ -101,7 +101,9 @@ def test_any_network_classifies_and_shows_where_it_looked(network: nn.Module) ->
     cam = grad_cam(classifier)
     heats = [cam(volume, number) for number in range(3)]
     assert all(heat.shape == volume.shape and heat.min() >= 0 for heat in heats)
-    assert max(heat.max() for heat in heats) == pytest.approx(1)  # one class at least speaks up
+    assert max(heat.max() for heat in heats) == pytest.approx(
+        1
+    )  # at least one class has activations
 
 
 def test_grad_cam_is_bright_where_the_class_is() -> None:

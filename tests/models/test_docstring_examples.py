@@ -27,7 +27,7 @@ def test_every_loss_and_network_has_an_example() -> None:
     found = {test.name for module in modules for test in finder.find(module) if test.examples}
     names = {
         "cosine_loss", "info_nce_loss", "siglip_loss", "partial_transport_loss", "masked_mse",
-        "regression_loss", "DeepSupervision", "AlignmentLoss", "partial_plan", "solve", "PSAT",
+        "regression_loss", "DeepSupervision", "AlignmentLoss", "solve", "PSAT",
         "Student", "Classifier", "bootstrap", "scores", "case_scores", "Retrieval",
     }  # fmt: skip
     assert not names - {name.rpartition(".")[2] for name in found}

@@ -67,7 +67,7 @@ def test_features_of_a_module_that_runs_at_many_depths_are_the_deepest() -> None
         assert extract_features(network, found, volume, stop)[0].shape == (1, 3, 8, 4, 12)
 
 
-def test_a_window_is_asked_about_the_slices_in_it_alone() -> None:
+def test_a_window_gets_the_slices_in_it_alone() -> None:
     """The token of a slice is the mean over the windows that it cuts, in each window's frame."""
     plane = torch.tensor([[0, 0, 2, 1], [0, 0, 2, 1]])
     position = torch.tensor([[0.1, 0.5, 0.9, 0.3], [0.7, 0.5, 0.6, 0.7]])
