@@ -37,9 +37,9 @@ class LossParts(NamedTuple):
 class AlignmentLoss(nn.Module):
     """Weighted sum of the image, text and reconstruction parts.
 
-    Image and text part compare slice tokens with the teacher's embeddings by one ``kind`` of loss;
-    slices with equal targets (drawn twice, or with the same caption) are no negatives of each
-    other. Under torch.distributed the pairs of all ranks count.
+    The image and text parts compare slice tokens with the teacher's embeddings by one ``kind`` of
+    loss; slices with equal targets (drawn twice, or with the same caption) are no negatives of
+    each other. Under torch.distributed the pairs of all ranks count.
 
     Args:
         kind: "siglip", "info_nce" (v1), "cosine", "regression" or "partial_transport" (v2).
@@ -118,7 +118,7 @@ class AlignmentLoss(nn.Module):
                 self.roots[name] = nn.Parameter(torch.eye(size))
         self.latest = LossParts(*torch.zeros(4))
 
-    def _of_pairs(
+    def _pair_loss(
         self, name: str, student: Tensor, teacher: Tensor, allowed: Tensor | None
     ) -> Tensor:
         """The chosen loss of n pairs of the "image" or "text" target."""
@@ -155,7 +155,7 @@ class AlignmentLoss(nn.Module):
         if self.negatives == "same_plane":
             near = (position[:, None] - position).abs() <= self.depth_window
             allowed = allowed & near & (plane[:, None] == plane)
-        return self._of_pairs(name, student, teacher, allowed)
+        return self._pair_loss(name, student, teacher, allowed)
 
     def forward(self, pred: StudentOutput, target: SliceTargets) -> Tensor:
         """Weighted sum of the parts, in float32 under any autocast; ``latest`` has the parts.

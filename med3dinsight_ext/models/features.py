@@ -17,7 +17,7 @@ from torch import Tensor, nn
 class Features(NamedTuple):
     """Location of a network's features.
 
-    Args:
+    Attributes:
         layer: path of the module that returns them, as in ``network.named_modules()``.
         channels: c.
         grid: (x, y, z).

@@ -16,7 +16,7 @@ from med3dinsight_ext.models.psat import PSAT
 class StudentOutput(NamedTuple):
     """Output of a student.
 
-    Args:
+    Attributes:
         tokens: one (b, s, d) tensor for each target space, not normalised.
         reconstruction: (b, 1, x, y, z); None in eval mode, or where the network's output is no
             volume.

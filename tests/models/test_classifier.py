@@ -19,7 +19,6 @@ from med3dinsight_ext.models.classifier import (
     probe,
 )
 from med3dinsight_ext.models.probes import KNNHead, fit_linear, knn_probe
-from med3dinsight_ext.training.tta import FlipInferer
 
 SIZE = (32, 16, 24)
 
@@ -213,18 +212,3 @@ def test_a_mode_that_does_not_go_with_the_head_is_an_error(tmp_path: Path) -> No
         with pytest.raises(ValueError, match=f"mode must be finetune, linear .*, got '{mode}'"):
             probe(classifier, loader(1), torch.device("cpu"), mode, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("axes", [(), (0,), (0, 2), (0, 1, 2)])
-def test_flips_are_undone_and_averaged(axes: tuple[int, ...]) -> None:
-    def network(x: torch.Tensor) -> torch.Tensor:
-        return x * torch.arange(float(x[0, 0].numel())).view(x.shape)
-
-    def inferer(x: torch.Tensor, net: nn.Module) -> torch.Tensor:
-        return net(x)
-
-    volume = torch.rand(1, 1, 3, 4, 5)
-    weight = network(torch.ones_like(volume))
-    for axis in axes:
-        weight = (weight + weight.flip(axis + 2)) / 2
-    assert torch.allclose(FlipInferer(inferer, axes)(volume, network), volume * weight, atol=1e-5)
