@@ -30,8 +30,9 @@ from planning import items_of  # noqa: E402
 from med3dinsight_ext.captions.sources import TemplateCaptions  # noqa: E402
 from med3dinsight_ext.data.datalists import take  # noqa: E402
 from med3dinsight_ext.embeddings.store import Store  # noqa: E402
+from med3dinsight_ext.metrics.classification import class_scores  # noqa: E402
 from med3dinsight_ext.models.classifier import pooled_features  # noqa: E402
-from med3dinsight_ext.models.probes import class_scores, linear_probe  # noqa: E402
+from med3dinsight_ext.models.probes import linear_probe  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 from med3dinsight_ext.teachers.teacher import bundled  # noqa: E402
 
