@@ -35,7 +35,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[0] / "tests")]
 import label_running  # noqa: E402
 
 from common import spread, timed, write  # noqa: E402
-from med3dinsight_ext.metrics.retrieval import bootstrap  # noqa: E402
+from med3dinsight_ext.metrics.bootstrap import bootstrap  # noqa: E402
 from med3dinsight_ext.metrics.segmentation import case_scores, mean_scores  # noqa: E402
 from med3dinsight_ext.monailabel.label_bundle import BUNDLE, label_bundle  # noqa: E402
 from med3dinsight_ext.monailabel.server import class_names  # noqa: E402

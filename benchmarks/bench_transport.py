@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
-from med3dinsight_ext.losses.alignment import partial_transport  # noqa: E402
+from med3dinsight_ext.losses.partial_transport import partial_transport_loss  # noqa: E402
 from med3dinsight_ext.losses.transport import solve  # noqa: E402
 
 GOAL = 1e-3  # largest error, in units of 1 / n
@@ -57,7 +57,7 @@ def nodes(loss: Tensor) -> int:
 def speed(repeats: int, n: int = 256, d: int = 512) -> dict[str, Any]:
     z, y = pairs(n, d)
     leaf = z.requires_grad_()
-    ours = lambda: partial_transport(leaf, y, 0.95, 0.03).backward()  # noqa: E731
+    ours = lambda: partial_transport_loss(leaf, y, 0.95, 0.03).backward()  # noqa: E731
     theirs = lambda: pots_loss(leaf, y).backward()  # noqa: E731
     ours(), theirs()  # the first call allocates memory
     both = [(timed(ours), timed(theirs)) for _ in range(repeats)]
@@ -67,7 +67,7 @@ def speed(repeats: int, n: int = 256, d: int = 512) -> dict[str, Any]:
         "ours_seconds": spread([a for a, _ in both]),
         "pot_seconds": spread([b for _, b in both]),
         "speedup": spread([b / a for a, b in both]),
-        "ours_recorded_operations": nodes(partial_transport(leaf, y, 0.95, 0.03)),
+        "ours_recorded_operations": nodes(partial_transport_loss(leaf, y, 0.95, 0.03)),
         "pot_recorded_operations": nodes(pots_loss(leaf, y)),
     }
 
@@ -122,10 +122,10 @@ def agreement() -> dict[str, Any]:
 def peak(n: int = 4096, d: int = 512) -> None:
     """Print the rise of a new process's peak memory by forward and backward at n, in MB."""
     z, y = pairs(64, d)
-    partial_transport(z.requires_grad_(), y).backward()  # loads the libraries
+    partial_transport_loss(z.requires_grad_(), y).backward()  # loads the libraries
     z, y = pairs(n, d)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    partial_transport(z.requires_grad_(), y, 0.95, 0.1).backward()
+    partial_transport_loss(z.requires_grad_(), y, 0.95, 0.1).backward()
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 

@@ -89,7 +89,8 @@ def file_hash(path: Path, place: str) -> str:
     if path.suffix == ".safetensors":
         return digest(load_file(path))
     if path.name.endswith(".nii.gz"):
-        return hashlib.sha256(np.asanyarray(nib.load(path).dataobj).tobytes()).hexdigest()[:16]
+        image: Any = nib.load(path)
+        return hashlib.sha256(np.asanyarray(image.dataobj).tobytes()).hexdigest()[:16]
     return hashlib.sha256(path.read_bytes().replace(place.encode(), b"")).hexdigest()[:16]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST = 10.0  # bound on a Newton step in any potential; these are logarithms
+MAX_STEP = 10.0  # bound on a Newton step in any potential; these are logarithms
 
 
 class Plan(NamedTuple):
@@ -29,28 +29,30 @@ class Plan(NamedTuple):
     residual: Tensor
 
 
-def partial_plan(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 16) -> Tensor:
+def solve(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 16) -> Plan:
     """Match the cheapest share of two uniform sets and leave the rest unmatched.
+
+    Runs in float32 or better, also inside autocast; never synchronises with the device.
 
     Args:
         cost: (b, n, m) pairwise costs, finite.
         mass: share of the total mass to move, in (0, 1].
         epsilon: entropic softening, > 0, in units of the cost; towards 0 the plan becomes sparse.
-        steps: rounds of the solver, fixed; the residual of `solve` tells whether they sufficed.
+        steps: rounds of the solver, fixed; the residual shows whether they sufficed.
 
     Returns:
-        (b, n, m) plan, differentiable: rows sum to <= 1/n, columns to <= 1/m, all to ``mass``.
-    """
-    return solve(cost, mass, epsilon, steps).log_plan.exp()
-
-
-def solve(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 16) -> Plan:
-    """The logarithm of `partial_plan`, in which no entry underflows, and the solver's residual.
-
-    Runs in float32 or better, also inside autocast; never waits for the device.
+        Logarithm of the plan, in which no entry underflows, differentiable; and the residual. Rows
+        of the plan sum to <= 1/n, columns to <= 1/m, all to ``mass``.
 
     Raises:
         ValueError: ``cost`` is not (b, n, m), or another argument is out of range.
+
+    Example:
+        >>> cost = torch.tensor([[[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]])
+        >>> solve(cost, mass=2 / 3, epsilon=0.05).log_plan[0].exp().mul(3).round(decimals=2)
+        tensor([[1., 0., 0.],
+                [0., 1., 0.],
+                [0., 0., 0.]])
     """
     if cost.ndim != 3 or 0 in cost.shape:
         raise ValueError(
@@ -125,8 +127,8 @@ def _potentials(
         missing = 1 / m - plan.sum(1)
         tied = (g >= bound) & (missing >= 0)
         step, step_h = _solve_columns(plan, f >= bound, tied, missing, mass - 1)
-        step = (step - step_h).clamp(-LONGEST, LONGEST)
-        step_h = step_h.clamp(-LONGEST, LONGEST)
+        step = (step - step_h).clamp(-MAX_STEP, MAX_STEP)
+        step_h = step_h.clamp(-MAX_STEP, MAX_STEP)
 
         f, g, h, fh = f[:, None], g[:, None], h[:, None], fh[:, None]  # (b, lengths, ...) from here
         rows = torch.minimum(lengths * step[:, None], bound - g).exp() @ plan.mT

@@ -1,4 +1,4 @@
-"""How well tokens find their slice among others."""
+"""Slice retrieval metrics: recall at k, its chance level and its interval."""
 
 from __future__ import annotations
 
@@ -11,20 +11,11 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from monai.handlers import from_engine
 from torch import Tensor
-from torch.nn import functional as F
+
+from med3dinsight_ext.metrics.bootstrap import bootstrap
+from med3dinsight_ext.metrics.recall import recall_at_k
 
 SPACES = ("image", "text")
-IDENTICAL = 1e-5  # two targets whose cosine is this close to 1 are one, e.g. the same caption
-TIE = 1e-6  # float32 noise of a cosine
-CHUNK = 2**22  # similarities held at once
-
-
-class Hits(NamedTuple):
-    """What each query found: recall and its chance level, (n, k) in [0, 1]; candidates (n,)."""
-
-    recall: Tensor
-    chance: Tensor
-    candidates: Tensor
 
 
 class Slices(NamedTuple):
@@ -38,36 +29,8 @@ class Slices(NamedTuple):
     volume: Tensor
 
 
-class Interval(NamedTuple):
-    """A mean and its bootstrap interval; ``low`` and ``high`` are NaN if there is one cluster."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def expected_recall(above: Tensor, tied: Tensor, right: Tensor, k: int) -> Tensor:
-    """Probability that a right candidate is among the first ``k`` when ties are broken at random.
-
-    Args:
-        above: (n,) wrong candidates that score higher than the best right one.
-        tied: (n,) wrong candidates that score the same.
-        right: (n,) right candidates with that score, >= 1.
-        k: places.
-
-    Returns:
-        (n,) float64: 1 - C(tied, k - above) / C(tied + right, k - above).
-    """
-    above, tied, right = above.double(), tied.double(), right.double()
-    miss = torch.ones_like(above)
-    for place in range(k):
-        wrong = ((tied - place) / (tied + right - place)).clamp(min=0)
-        miss = torch.where(place < k - above, miss * wrong, miss)
-    return 1 - miss
-
-
 def depth_group(plane: Tensor, position: Tensor, bins: int) -> Tensor:
-    """One number for each plane and depth bin, so that equal numbers may be compared.
+    """Number of each slice's plane and depth bin (n,); slices of one number are compared.
 
     Args:
         plane: (n,) long: 0 sagittal, 1 coronal, 2 axial.
@@ -75,77 +38,6 @@ def depth_group(plane: Tensor, position: Tensor, bins: int) -> Tensor:
         bins: equal parts of the extent.
     """
     return plane * bins + (position * bins).long().clamp(0, bins - 1)
-
-
-def hits(tokens: Tensor, targets: Tensor, group: Tensor, ks: Sequence[int] = (1, 5, 10)) -> Hits:
-    """Rank the targets of a query's own group by cosine similarity to its token.
-
-    A query's own target and those identical to it are right, all others wrong. Ties count at
-    their expected rank, so a student that says nothing is at chance, not first by sort order.
-    Chance is the expected recall of a random order; where captions repeat, always answering with
-    the commonest one can exceed it, which only a control (volume set to zero) shows.
-
-    Args:
-        tokens: (n, d) queries, any length.
-        targets: (n, d) candidates, row i belongs to query i.
-        group: (n,) long; only candidates with the query's number take part.
-        ks: places that count.
-    """
-    if tokens.shape != targets.shape:
-        raise ValueError(
-            f"tokens and targets must share one shape (n, d), got {tuple(tokens.shape)} and "
-            f"{tuple(targets.shape)}; build the student for this teacher's width"
-        )
-    for name, value in (("tokens", tokens), ("targets", targets)):
-        bad = int((~value.isfinite()).any(1).sum())
-        if bad:
-            raise ValueError(
-                f"{name} must be finite, got NaN or Inf in {bad} of {len(value)} rows; "
-                "look for the step where the loss diverged"
-            )
-    tokens, targets = F.normalize(tokens.float(), dim=1), F.normalize(targets.float(), dim=1)
-    recall = torch.zeros(len(tokens), len(ks), dtype=torch.float64, device=tokens.device)
-    chance, candidates = torch.zeros_like(recall), torch.zeros_like(group)
-    for number in group.unique():
-        members = (group == number).nonzero()[:, 0]
-        pool = targets[members]
-        for rows in members.split(max(1, CHUNK // len(members))):
-            score = tokens[rows] @ pool.mT
-            right = (targets[rows] @ pool.mT > 1 - IDENTICAL) | (rows[:, None] == members)
-            best = score.masked_fill(~right, -2).amax(1, keepdim=True)
-            above = (score > best + TIE).sum(1)
-            level = (score - best).abs() <= TIE
-            tied, first = (level & ~right).sum(1), (level & right).sum(1)
-            same = right.sum(1)
-            for column, k in enumerate(ks):
-                recall[rows, column] = expected_recall(above, tied, first, k)
-                chance[rows, column] = expected_recall(0 * same, len(members) - same, same, k)
-            candidates[rows] = len(members)
-    return Hits(recall, chance, candidates)
-
-
-def bootstrap(
-    values: Tensor, cluster: Tensor, draws: int = 1000, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Mean of ``values`` and its percentile interval when whole clusters are drawn again.
-
-    Args:
-        values: (n,) one a query, or one a volume.
-        cluster: (n,) long, what is independent: the volume, or the patient if one has several.
-        draws: resamplings.
-        level: share of them inside the interval, in (0, 1).
-        seed: of the resampling, which leaves the global random state alone.
-    """
-    values, cluster = values.double().cpu(), cluster.cpu()
-    _, index, count = cluster.unique(return_inverse=True, return_counts=True)
-    if len(count) < 2:
-        return Interval(float(values.mean()), float("nan"), float("nan"))
-    total = torch.zeros(len(count), dtype=torch.float64).index_add(0, index, values)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(count), (draws, len(count)), generator=generator)
-    means = total[drawn].sum(1) / count[drawn].sum(1)
-    low, high = means.quantile(torch.tensor([1 - level, 1 + level], dtype=torch.float64) / 2)
-    return Interval(float(values.mean()), float(low), float(high))
 
 
 def retrieval(
@@ -164,15 +56,15 @@ def retrieval(
     Queries with fewer than two candidates are left out.
 
     Args:
-        tokens: (n, d) student tokens.
+        tokens: (n, d) student tokens, of any length.
         targets: (n, d) teacher embeddings of the same slices.
         plane: (n,) long: 0 sagittal, 1 coronal, 2 axial.
         position: (n,) fraction of the extent, in [0, 1].
         modality: (n,) long.
-        volume: (n,) long, the clusters of ``bootstrap``.
-        within: only candidates of the same modality, plane and depth bin, so that knowing these
-            does not help; else all.
-        ks: places that count.
+        volume: (n,) long, the clusters of `bootstrap`.
+        within: only candidates of the same modality, plane and depth bin, so that these alone
+            do not help; else all.
+        ks: numbers of places that count.
         depth_bins: equal parts of the extent.
 
     Returns:
@@ -180,14 +72,15 @@ def retrieval(
         ``candidates`` (median of a query). Names that TensorBoard and MLflow accept.
 
     Raises:
-        NotComputableError: if no query has two candidates.
+        NotComputableError: no query has two candidates.
+        ValueError: as `recall_at_k`.
     """
     group = torch.zeros_like(plane)
     if within:
         group = depth_group(plane, position, depth_bins) + 3 * depth_bins * modality
-    found = hits(tokens, targets, group, ks)
-    asked = found.candidates >= 2
-    if not asked.any():
+    found = recall_at_k(tokens, targets, group, ks)
+    compared = found.candidates >= 2
+    if not compared.any():
         raise NotComputableError(
             f"retrieval must have a slice with two candidates, got {len(tokens)} slices of "
             f"{len(volume.unique())} volumes; evaluate more volumes or slices, or set "
@@ -195,19 +88,22 @@ def retrieval(
         )
     result: dict[str, float] = {}
     for column, k in enumerate(ks):
-        mean, low, high = bootstrap(found.recall[asked, column], volume[asked])
-        chance = float(found.chance[asked, column].mean())
+        mean, low, high = bootstrap(found.recall[compared, column], volume[compared])
+        chance = float(found.chance[compared, column].mean())
         result |= {f"r{k}": mean, f"r{k}_low": low, f"r{k}_high": high, f"r{k}_chance": chance}
-    median = float(found.candidates[asked].double().median())
-    return result | {"queries": float(asked.sum()), "candidates": median}
+    median = float(found.candidates[compared].double().median())
+    return result | {"queries": float(compared.sum()), "candidates": median}
 
 
 class SliceMetric(Metric):
-    """Keeps token, target, plane, position and volume of every valid slice, and joins the ranks.
+    """Base of metrics over all valid slices of all ranks.
 
     Args:
-        spaces: target spaces to keep, of ``SPACES``.
+        spaces: target spaces to collect, of ``SPACES``.
         output_transform: engine output to (StudentOutput, SliceTargets).
+
+    Raises:
+        ValueError: a space is not one of ``SPACES``.
     """
 
     def __init__(self, spaces: Sequence[str], output_transform: Callable) -> None:
@@ -253,14 +149,24 @@ class SliceMetric(Metric):
 
 
 class Retrieval(SliceMetric):
-    """R@k of slice → image or slice → text for the first of ``ks``, as one number to select by.
+    """Recall at the first of ``ks``, slice → image or slice → text; one number to select by.
 
     Args:
         target: "image" or "text".
         within: only candidates of the same modality, plane and depth bin; else all.
-        ks: places that count; ``compute`` returns the first, ``latest`` holds all.
+        ks: numbers of places; ``compute`` returns recall at the first, ``latest`` holds all.
         depth_bins: equal parts of the extent.
         output_transform: engine output to (StudentOutput, SliceTargets).
+
+    Example:
+        >>> from med3dinsight_ext.embeddings.targets import SliceTargets
+        >>> from med3dinsight_ext.models.student import StudentOutput
+        >>> unit, yes, zero = torch.eye(4)[None], torch.ones(1, 4).bool(), torch.zeros(1, 4)
+        >>> target = SliceTargets(unit, unit, yes, yes, zero.long(), zero, zero.long(), zero)
+        >>> metric = Retrieval("image")
+        >>> metric.update((StudentOutput({"joint": unit}, None, None), target))
+        >>> metric.compute(), metric.latest["r1_chance"]
+        (1.0, 0.25)
     """
 
     def __init__(
@@ -287,12 +193,12 @@ class Retrieval(SliceMetric):
 
 
 class RetrievalTable(SliceMetric):
-    """All of ``retrieval``, for every target and scope in which some slice has two candidates.
+    """Results of `retrieval` for every target and scope with a slice of two candidates.
 
     ``compute`` returns a flat dict, for instance ``image_within_r1_chance`` or ``text_all_r5``.
 
     Args:
-        ks: places that count.
+        ks: numbers of places that count.
         depth_bins: equal parts of the extent.
         output_transform: engine output to (StudentOutput, SliceTargets).
     """

@@ -1,4 +1,4 @@
-"""Scores of a segmentation, case by case and over the cases."""
+"""Segmentation metrics: Dice, NSD and HD95, of each case and over the cases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from monai.metrics import compute_dice, compute_surface_dice
 from monai.metrics import compute_hausdorff_distance as distance
 from torch import Tensor
 
-from med3dinsight_ext.metrics.retrieval import bootstrap
+from med3dinsight_ext.metrics.bootstrap import bootstrap
 
 SCORES = {"dice": "Dice", "nsd": "NSD", "hd95": "HD95 (mm)"}
 
@@ -27,23 +27,53 @@ def case_scores(
 ) -> dict[str, dict[str, float]]:
     """Dice, normalised surface Dice and 95th percentile Hausdorff distance of every class.
 
-    A class that neither map has gets NaN and does not count. A class that only one of them has
-    gets Dice 0, NSD 0, and the diagonal of the volume as its distance. Voxels at the border of the
-    volume belong to the surface. All numbers are MONAI's.
+    All are computed by MONAI. A class in neither map gets NaN and does not count. A class in only
+    one of them gets Dice 0, NSD 0, and the diagonal of the volume as its distance. Voxels at the
+    border of the volume belong to the surface.
 
     Args:
         prediction: (1, x, y, z) map of class numbers.
         label: the same, on the same grid.
         spacing: voxel size along x, y, z in mm.
         names: of the classes, by number; the first is the background and is not scored.
-        tolerance: mm that a surface may be off and still be right for NSD.
+        tolerance: distance in mm up to which NSD counts a surface as right.
 
     Returns:
         class name to ``dice`` and ``nsd`` in [0, 1] and ``hd95`` in mm.
 
     Raises:
-        ValueError: the shapes differ, or a map holds something else than the numbers of classes.
+        ValueError: the shapes differ, or a map holds other values than the classes' numbers.
+
+    Example:
+        >>> prediction, label = torch.zeros(2, 1, 4, 4, 4)
+        >>> label[:, :2], prediction[:, 1:2] = 1, 1
+        >>> case_scores(prediction, label, (1.0, 1.0, 1.0), ["background", "liver"])
+        {'liver': {'dice': 0.6666666865348816, 'nsd': 1.0, 'hd95': 1.0}}
     """
+    prediction, label = _class_maps(prediction, label, names)
+    diagonal = math.hypot(*(n * mm for n, mm in zip(label.shape[1:], spacing, strict=True)))
+    prediction, label = _crop(prediction, label)
+    scores = {}
+    for number, name in enumerate(names[1:], 1):
+        pair = [(x == number)[None] for x in (prediction, label)]
+        there = [bool(x.any()) for x in pair]
+        if not any(there):
+            scores[name] = dict.fromkeys(SCORES, math.nan)
+        elif not all(there):
+            scores[name] = {"dice": 0.0, "nsd": 0.0, "hd95": diagonal}
+        else:
+            with warnings.catch_warnings():  # MONAI 1.6 warns about a call of its own
+                warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
+                scores[name] = {
+                    "dice": compute_dice(*pair).item(),
+                    "nsd": compute_surface_dice(*pair, [tolerance], True, spacing=spacing).item(),
+                    "hd95": distance(*pair, True, percentile=95, spacing=spacing).item(),
+                }
+    return scores
+
+
+def _class_maps(prediction: Tensor, label: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """Both maps as integers on the CPU, checked."""
     maps = [torch.as_tensor(x).as_subclass(Tensor).detach().cpu() for x in (prediction, label)]
     if maps[0].shape != maps[1].shape or maps[0].ndim != 4 or len(maps[0]) != 1:
         raise ValueError(
@@ -58,31 +88,13 @@ def case_scores(
                 f"{name} must hold class numbers 0 to {len(names) - 1}, got {x.min():g} to "
                 f"{x.max():g}; name every class, and let AsDiscreted(argmax=True) make the map"
             )
-    diagonal = math.hypot(*(n * mm for n, mm in zip(label.shape[1:], spacing, strict=True)))
-    prediction, label = _crop(*numbers)
-    scores = {}
-    for number, name in enumerate(names[1:], 1):
-        pair = [(x == number)[None] for x in (prediction, label)]
-        there = [bool(x.any()) for x in pair]
-        if not any(there):
-            scores[name] = dict.fromkeys(SCORES, math.nan)
-        elif not all(there):
-            scores[name] = {"dice": 0.0, "nsd": 0.0, "hd95": diagonal}
-        else:
-            with warnings.catch_warnings():  # of MONAI 1.6 to itself
-                warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-                scores[name] = {
-                    "dice": compute_dice(*pair).item(),
-                    "nsd": compute_surface_dice(*pair, [tolerance], True, spacing=spacing).item(),
-                    "hd95": distance(*pair, True, percentile=95, spacing=spacing).item(),
-                }
-    return scores
+    return numbers
 
 
 def _crop(prediction: Tensor, label: Tensor) -> list[Tensor]:
-    """Cut both maps to what either marks, with a margin of one voxel where there is one.
+    """Both maps cropped to the foreground of either, with a margin of one voxel where there is one.
 
-    No surface changes: MONAI takes what lies outside a volume for background.
+    No surface changes: MONAI treats what lies outside a volume as background.
     """
     marked = (prediction[0] != 0) | (label[0] != 0)
     box = [slice(None)]
@@ -104,7 +116,7 @@ def mean_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def summary(
     rows: Sequence[Mapping[str, Mapping[str, float]]], draws: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """What the cases say together, ready for JSON.
+    """Statistics of each score over the cases, ready for JSON.
 
     Args:
         rows: ``case_scores`` of each case.
@@ -114,8 +126,8 @@ def summary(
     Returns:
         ``classes`` (class name to score to statistics) and ``mean`` (score to statistics, of each
         case's mean over its classes). Statistics are ``mean``, ``std`` (of a sample), ``median``,
-        ``low`` and ``high`` (95 % interval of the mean), and ``n``, the cases that count. What so
-        few cases do not define is None.
+        ``low`` and ``high`` (95 % interval of the mean), and ``n``, the cases that count; None
+        where there are too few cases to define them.
     """
 
     def statistics(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:

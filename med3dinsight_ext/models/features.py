@@ -1,11 +1,12 @@
-"""Any 3D network's deepest features, and the parameters that make them."""
+"""Deepest features of any 3D network, and the parameters that they depend on."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 
 
 class Features(NamedTuple):
-    """Where a network's features are: module path, channels, and grid (x, y, z).
+    """Location of a network's features.
 
-    call: which of the module's calls in one pass gives them, from 1; some networks use one
-    activation everywhere.
+    Attributes:
+        layer: path of the module that returns them, as in ``network.named_modules()``.
+        channels: c.
+        grid: (x, y, z).
+        call: which of the module's calls in one pass returns them, from 1: some networks use one
+            activation module throughout.
     """
 
     layer: str
@@ -27,8 +32,11 @@ class Features(NamedTuple):
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode afterwards."""
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Eval mode without gradient inside, every module's own mode afterwards.
+
+    MONAI's `eval_mode` returns all submodules to the mode of the whole.
+    """
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
@@ -39,8 +47,20 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def dry_run(network: nn.Module, size: Sequence[int]) -> Any:
+    """Output of ``network`` in eval mode for a volume (1, 1, x, y, z) of zeros."""
+    device = next(network.parameters(), torch.empty(0)).device
+    with eval_mode(network):
+        return network(torch.zeros(1, 1, *size, device=device))
+
+
+def first_output(output: Any) -> Any:
+    """A network's output, or the first of several, as of MONAI's ViT."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
 def token_grid(tokens: int, size: Sequence[int]) -> tuple[int, ...] | None:
-    """Grid of a flat token sequence: the input shrunk by one factor along every axis, if any."""
+    """Grid (x, y, z) of a flat token sequence: the input's size divided by one factor, or None."""
     tokens, size = int(tokens), [int(n) for n in size]  # under a trace they are tensors
     factor = (math.prod(size) / tokens) ** (1 / 3)
     grid = tuple(round(n / factor) for n in size)
@@ -52,7 +72,7 @@ def as_grid(output: Any, size: Sequence[int]) -> Tensor | None:
     """A module's output as features (b, c, x, y, z); None if it is no feature map of this input.
 
     Args:
-        output: (b, c, x, y, z) as it is, or ViT tokens (b, n, c), with or without a class token.
+        output: (b, c, x, y, z), or ViT tokens (b, n, c) with or without a class token.
         size: (x, y, z) of the network's input.
     """
     if not isinstance(output, Tensor):
@@ -69,7 +89,7 @@ def as_grid(output: Any, size: Sequence[int]) -> Tensor | None:
 
 
 def find_features(network: nn.Module, size: Sequence[int], layer: str = "auto") -> Features:
-    """The deepest spatial features of a network, by one dry run on zeros.
+    """Location of the deepest spatial features of a network, by one dry run on zeros.
 
     Deepest is the coarsest grid of more than one voxel; of several modules on that grid, the last
     to run outside the decoder. ``layer`` names a module instead.
@@ -80,7 +100,13 @@ def find_features(network: nn.Module, size: Sequence[int], layer: str = "auto") 
         layer: "auto", or a path as in ``network.named_modules()``.
 
     Raises:
-        ValueError: the network cannot take the input, ``layer`` is not in it or gives no features.
+        ValueError: the network cannot take the input, ``layer`` is not in it or returns no
+            features.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv3d(1, 8, 4, stride=4), nn.ConvTranspose3d(8, 1, 4, 4))
+        >>> find_features(network, (16, 16, 8))
+        Features(layer='0', channels=8, grid=(4, 4, 2), call=1)
     """
     modules = {name: module for name, module in network.named_modules() if name}
     if layer != "auto" and layer not in modules:
@@ -91,26 +117,16 @@ def find_features(network: nn.Module, size: Sequence[int], layer: str = "auto") 
     seen: list[Features] = []
     calls: Counter[str] = Counter()
 
-    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            calls[name] += 1
-            features = as_grid(output, size)
-            if (
-                features is not None
-                and features.shape[0] == 1
-                and math.prod(features.shape[2:]) > 1
-            ):
-                grid = tuple(features.shape[2:])
-                seen.append(Features(name, features.shape[1], grid, calls[name]))
-
-        return hook
+    def collect(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        calls[name] += 1
+        found = as_grid(output, size)
+        if found is not None and len(found) == 1 and math.prod(found.shape[2:]) > 1:
+            seen.append(Features(name, found.shape[1], tuple(found.shape[2:]), calls[name]))
 
     watched = modules if layer == "auto" else {layer: modules[layer]}
-    hooks = [module.register_forward_hook(look(name)) for name, module in watched.items()]
-    parameter = next(network.parameters(), torch.empty(0))
+    hooks = [m.register_forward_hook(partial(collect, name)) for name, m in watched.items()]
     try:
-        with evaluating(network):
-            network(torch.zeros(1, 1, *size, device=parameter.device))
+        dry_run(network, size)
     except Exception as error:
         raise ValueError(
             f"backbone must take (b, 1, {', '.join(map(str, size))}), but "
@@ -123,8 +139,8 @@ def find_features(network: nn.Module, size: Sequence[int], layer: str = "auto") 
     if not seen:
         raise ValueError(
             f"feature_layer must give features (b, c, x, y, z) or tokens (b, n, c), but "
-            f"{layer if layer != 'auto' else 'no module'} of {type(network).__name__} does; "
-            "name a module that returns them as feature_layer"
+            f"{'no module' if layer == 'auto' else layer} of {type(network).__name__} does"
+            f"{'' if layer == 'auto' else ' not'}; name a module that returns them as feature_layer"
         )
     coarsest = min(math.prod(features.grid) for features in seen)
     deepest = [i for i, features in enumerate(seen) if math.prod(features.grid) == coarsest]
@@ -139,21 +155,24 @@ def _grows(run: Sequence[Features]) -> bool:
     return any(math.prod(f.grid) > math.prod(run[0].grid) for f in same)
 
 
-class _Found(Exception):
-    """Ends a forward pass once the features are there."""
+class _Stop(Exception):
+    """Ends a forward pass early."""
 
 
-def features_of(
+def extract_features(
     network: nn.Module, found: Features, volume: Tensor, stop: bool = False
 ) -> tuple[Tensor, Any]:
     """Features (b, c, x', y', z') and the network's own output for volumes (b, 1, x, y, z).
 
     Args:
-        network: is run.
-        found: where its features are.
+        network: maps (b, 1, x, y, z) to anything.
+        found: from `find_features`.
         volume: (b, 1, x, y, z).
-        stop: once they are there, as what comes then would be wasted; the output is None, unless
-            the network is being traced or compiled.
+        stop: end the forward pass at the features; the output is then None, unless the network
+            is being traced or compiled.
+
+    Raises:
+        ValueError: the module does not return features for a volume of this size.
     """
     caught: list[Any] = []
     stop = stop and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
@@ -161,13 +180,13 @@ def features_of(
     def catch(_: nn.Module, __: Any, output: Any) -> None:
         caught.append(output)
         if stop and len(caught) == found.call:
-            raise _Found
+            raise _Stop
 
     hook = network.get_submodule(found.layer).register_forward_hook(catch)
     output = None
     try:
         output = network(volume)
-    except _Found:
+    except _Stop:
         pass
     finally:
         hook.remove()
@@ -183,7 +202,7 @@ def features_of(
 def encoder_parameters(network: nn.Module, size: Sequence[int], layer: str = "auto") -> list[str]:
     """Names of the parameters that the deepest features depend on, in the order in which they act.
 
-    Found by asking autograd in one dry run, so that it holds for any network.
+    They are those with a gradient in one dry run, whatever the network.
 
     Args:
         network: as in ``find_features``.
@@ -192,26 +211,24 @@ def encoder_parameters(network: nn.Module, size: Sequence[int], layer: str = "au
     """
     found = find_features(network, size, layer)
     order: dict[str, None] = {}
-    caught: list[Tensor] = []
-    module = network.get_submodule(found.layer)
-    hooks = [module.register_forward_hook(lambda _, __, output: caught.append(output))]
+
+    def record(names: list[str], _: nn.Module, __: Any) -> None:
+        order.update(dict.fromkeys(names))
+
+    hooks = []
     for prefix, module in network.named_modules():
         own = [f"{prefix}.{n}" if prefix else n for n, _ in module.named_parameters(recurse=False)]
-        hooks.append(
-            module.register_forward_pre_hook(
-                lambda _, __, own=own: order.update(dict.fromkeys(own))
-            )
-        )
+        hooks.append(module.register_forward_pre_hook(partial(record, own)))
     parameters = dict(network.named_parameters())
     device = next(iter(parameters.values())).device
     frozen = [value for value in parameters.values() if not value.requires_grad]
     try:
-        with evaluating(network), torch.enable_grad():
+        with eval_mode(network), torch.enable_grad():
             for value in frozen:
                 value.requires_grad_(True)
-            network(torch.zeros(1, 1, *size, device=device))
+            features, _ = extract_features(network, found, torch.zeros(1, 1, *size, device=device))
             grads = torch.autograd.grad(
-                caught[found.call - 1].sum(), list(parameters.values()), allow_unused=True
+                features.sum(), list(parameters.values()), allow_unused=True
             )
     finally:
         for hook in hooks:

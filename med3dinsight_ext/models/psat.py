@@ -33,6 +33,10 @@ def axis_code(position: Tensor) -> Tensor:
 def voxel_code(shape: Sequence[int], like: Tensor) -> Tensor:
     """Position code of every voxel of a grid: its x, y and z codes side by side.
 
+    Args:
+        shape: (x, y, z) of the grid.
+        like: tensor of the wanted type and device.
+
     Returns:
         (x * y * z, 6 * FREQUENCIES), in the order of ``flatten``.
     """
@@ -43,7 +47,7 @@ def voxel_code(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def slice_code(plane: Tensor, position: Tensor) -> Tensor:
-    """Position code of plane slices: the code of the cut axis, zeros for the two free axes.
+    """Position code of plane slices: the code of the cut axis, zeros for the other two.
 
     Args:
         plane: (b, s) long, 0 sagittal (cuts x), 1 coronal (y), 2 axial (z).
@@ -57,7 +61,14 @@ def slice_code(plane: Tensor, position: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One decoder layer (pre-norm): queries of a slice attend to each other, then to the volume."""
+    """One decoder layer (pre-norm): queries of a slice attend to each other, then to the volume.
+
+    Args:
+        hidden: width, divisible by ``heads``.
+        heads: attention heads.
+        ffn: width of the feed-forward layer.
+        dropout: in attention and feed-forward.
+    """
 
     def __init__(self, hidden: int, heads: int, ffn: int, dropout: float) -> None:
         super().__init__()
@@ -69,7 +80,7 @@ class Block(nn.Module):
         )
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Refined queries.
+        """Refined queries (b, s, q, hidden).
 
         Args:
             query: (b, s, q, hidden).
@@ -81,14 +92,16 @@ class Block(nn.Module):
         own = self.self_attention(own, own, own, need_weights=False)[0]
         query = query + rearrange(own, "(b s) q c -> b s q c", b=b)
         # One sequence of s * q queries: the memory is projected to keys and values once a volume.
-        seen = rearrange(self.cross_norm(query), "b s q c -> b (s q) c")
-        seen = self.cross_attention(seen, keys, values, need_weights=False)[0]
-        query = query + rearrange(seen, "b (s q) c -> b s q c", q=q)
+        read = rearrange(self.cross_norm(query), "b s q c -> b (s q) c")
+        read = self.cross_attention(read, keys, values, need_weights=False)[0]
+        query = query + rearrange(read, "b (s q) c -> b s q c", q=q)
         return query + self.ffn(self.ffn_norm(query))
 
 
 class PSAT(nn.Module):
-    """One token for each asked (plane, position) of a volume, read from its 3D features.
+    """Plane-Slice-Aware Transformer: one token for each (plane, position), read from 3D features.
+
+    A slice's token does not depend on the other slices of the call.
 
     Args:
         in_channels: channels of the features.
@@ -100,7 +113,18 @@ class PSAT(nn.Module):
         ffn: width of the feed-forward layers (paper: 1024).
         dropout: dropout in attention and feed-forward (paper: 0.1).
         readout: "mean" of a slice's queries, or "first" of them (paper).
-        positions: False asks about planes alone, an ablation: all slices of a plane get one token.
+        positions: False drops the position from the queries, an ablation: all slices of a plane
+            get one token.
+
+    Raises:
+        ValueError: ``readout`` is unknown, or ``hidden`` is not divisible by ``heads``.
+
+    Example:
+        >>> psat = PSAT(in_channels=32, out_channels=256)
+        >>> features = torch.zeros(1, 32, 6, 6, 4)
+        >>> plane, position = torch.tensor([[2, 2, 0]]), torch.tensor([[0.25, 0.75, 0.5]])
+        >>> psat(features, plane, position).shape  # two axial slices and a sagittal one
+        torch.Size([1, 3, 256])
     """
 
     def __init__(
@@ -143,10 +167,10 @@ class PSAT(nn.Module):
         """
         values = self.to_memory(rearrange(features, "b c x y z -> b (x y z) c"))
         keys = values + self.where(voxel_code(features.shape[2:], values))
-        asked = self.plane(plane)
+        code = self.plane(plane)
         if self.positions:
-            asked = asked + self.where(slice_code(plane, position.to(values.dtype)))
-        query = asked[:, :, None] + self.queries
+            code = code + self.where(slice_code(plane, position.to(values.dtype)))
+        query = code[:, :, None] + self.queries
         for block in self.blocks:
             query = block(query, keys, values)
         token = query[:, :, 0] if self.readout == "first" else query.mean(2)
@@ -154,10 +178,9 @@ class PSAT(nn.Module):
 
 
 class SlabPooling(nn.Module):
-    """In PSAT's place: the mean of the features where the slice cuts them, then a linear layer.
+    """Baseline for `PSAT`: mean of the features that the slice cuts, then a linear layer.
 
-    Between the centres of two feature planes it is their linear interpolation. It sees nothing
-    beside the slice, and has next to nothing to learn: what PSAT is measured against.
+    Between the centres of two feature planes the mean is their linear interpolation.
 
     Args:
         in_channels: channels of the features.
@@ -172,19 +195,19 @@ class SlabPooling(nn.Module):
         )
 
     def forward(self, features: Tensor, plane: Tensor, position: Tensor) -> Tensor:
-        """One (b, s, out_channels) token per plane slice; arguments as those of ``PSAT``."""
+        """One (b, s, out_channels) token per plane slice; arguments as those of `PSAT`."""
         means = [features.mean(other).mT for other in ((3, 4), (2, 4), (2, 3))]  # (b, n, c) an axis
-        found = torch.stack([interpolated(mean, position.to(mean)) for mean in means], 2)
-        cut = nn.functional.one_hot(plane, 3).to(found)
-        return self.to_token((cut[..., None] * found).sum(2))
+        rows = torch.stack([interpolated(mean, position.to(mean)) for mean in means], 2)
+        cut = nn.functional.one_hot(plane, 3).to(rows)
+        return self.to_token((cut[..., None] * rows).sum(2))
 
 
 def interpolated(rows: Tensor, position: Tensor) -> Tensor:
-    """Rows between rows, (b, s, c).
+    """Rows at fractional positions by linear interpolation, (b, s, c).
 
     Args:
         rows: (b, n, c), centred at (i + 0.5) / n.
-        position: (b, s) fraction of the extent; before the first centre it is the first row.
+        position: (b, s) fraction of the extent; outside the centres the nearest row counts.
     """
     last = rows.shape[1] - 1
     at = (position * (last + 1) - 0.5).clamp(0, last)[..., None]

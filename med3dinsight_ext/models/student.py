@@ -1,4 +1,4 @@
-"""Any 3D network as a student: its deepest features feed PSAT, its output reconstructs."""
+"""Any 3D network as a student: PSAT reads its deepest features, its output reconstructs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from med3dinsight_ext.models.features import features_of, find_features
+from med3dinsight_ext.models.features import extract_features, find_features, first_output
 from med3dinsight_ext.models.psat import PSAT
 
 
 class StudentOutput(NamedTuple):
-    """What a student says of a volume.
+    """Output of a student.
 
-    tokens: one (b, s, d) tensor for each target space, not normalised.
-    reconstruction: (b, 1, x, y, z); None in eval mode, or where the network's output is no volume.
-    mask: (b, 1, x, y, z) bool, True where the input was hidden; None if nothing was.
+    Attributes:
+        tokens: one (b, s, d) tensor for each target space, not normalised.
+        reconstruction: (b, 1, x, y, z); None in eval mode, or where the network's output is no
+            volume.
+        mask: (b, 1, x, y, z) bool, True where the input was hidden; None if nothing was.
     """
 
     tokens: dict[str, Tensor]
@@ -35,7 +37,7 @@ def block_mask(volume: Tensor, ratio: float, block: int) -> Tensor:
         block: side of a block in voxels; blocks at the far border may be smaller.
 
     Returns:
-        (b, 1, x, y, z) bool, True = hidden.
+        (b, 1, x, y, z) bool, True where hidden.
     """
     b, _, *size = volume.shape
     grid = [-(-n // block) for n in size]
@@ -48,21 +50,32 @@ def block_mask(volume: Tensor, ratio: float, block: int) -> Tensor:
 
 
 class Student(nn.Module):
-    """A 3D network, the PSAT that asks it about slices, and one head for each target space.
+    """A 3D network, a PSAT on its deepest features, and one linear head for each target space.
 
-    ``network`` is left as it is, so that its state dict is that of the same ``backbone`` in
-    fine-tuning. It is called once a volume, however many slices are asked for; in eval mode only as
-    far as its features.
+    ``network`` stays as it is, so that its state dict is that of the same ``backbone`` in
+    fine-tuning. It runs once a volume for any number of slices; in eval mode only up to its
+    features.
 
     Args:
         network: any module that maps (b, 1, x, y, z) to something.
-        psat: called with ``in_channels=`` the channels of the features, gives the PSAT.
+        psat: called with ``in_channels=`` the channels of the features, returns the PSAT.
         embedding_dims: name and length of each target space, {"image": d, "text": d} or
             {"joint": d}.
         patch_size: (x, y, z) of the input that the features are looked up with, in voxels.
         feature_layer: "auto" for the deepest features, or a module path in ``network``.
         mask_ratio: share of input blocks that are hidden in training, in [0, 1).
         mask_block: side of a hidden block, in voxels.
+
+    Raises:
+        ValueError: ``mask_ratio`` is out of range, or as `find_features`.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv3d(1, 8, 4, stride=4), nn.ConvTranspose3d(8, 1, 4, 4))
+        >>> student = Student(network, PSAT, {"image": 16}, patch_size=(16, 16, 8))
+        >>> plane, position = torch.tensor([[0, 2]]), torch.tensor([[0.5, 0.25]])
+        >>> output = student(torch.zeros(1, 1, 16, 16, 8), plane, position)
+        >>> output.tokens["image"].shape, output.reconstruction.shape
+        (torch.Size([1, 2, 16]), torch.Size([1, 1, 16, 16, 8]))
     """
 
     def __init__(
@@ -92,10 +105,10 @@ class Student(nn.Module):
 
     def encode(self, volume: Tensor) -> tuple[Tensor, Any]:
         """Features (b, c, x', y', z') of volumes (b, 1, x, y, z); in training the output, too."""
-        return features_of(self.network, self.features, volume, stop=not self.training)
+        return extract_features(self.network, self.features, volume, stop=not self.training)
 
     def forward(self, volume: Tensor, plane: Tensor, position: Tensor) -> StudentOutput:
-        """Tokens of the asked slices; in training a reconstruction, if the output is a volume.
+        """Tokens of the given slices; in training a reconstruction, if the output is a volume.
 
         Args:
             volume: (b, 1, x, y, z), intensities about [0, 1].
@@ -110,7 +123,6 @@ class Student(nn.Module):
         features, output = self.encode(shown)
         token = self.psat(features, plane, position)
         tokens = {name: head(token) for name, head in self.heads.items()}
-        if isinstance(output, (tuple, list)):
-            output = output[0]
+        output = first_output(output)
         whole = isinstance(output, Tensor) and output.shape == volume.shape
         return StudentOutput(tokens, output if whole else None, mask)

@@ -126,7 +126,7 @@ def test_an_absent_class_is_left_out_of_the_means() -> None:
 
 @pytest.mark.parametrize("chunk", [2**22, 7 * 60])
 def test_intervals_equal_drawing_one_by_one(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr("med3dinsight_ext.metrics.classification.CHUNK", chunk)
+    monkeypatch.setattr("med3dinsight_ext.metrics.bootstrap.CHUNK", chunk)
     probability, label = cases()
     state = torch.get_rng_state()
     result = scores(probability, label, NAMES, bootstraps=30, seed=5)

@@ -2,17 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ignite.exceptions import NotComputableError
 from torch import Tensor
 from torch.nn import functional as F
 
-from med3dinsight_ext.models.probes import (
-    KNNProbe,
-    LinearProbe,
-    class_scores,
-    knn_probe,
-    linear_probe,
-)
+from med3dinsight_ext.models.probes import knn_probe, linear_probe
 
 
 def blobs(n: int = 60, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -69,55 +62,3 @@ def test_linear_probe_works_without_gradient_and_with_a_constant_feature() -> No
     with torch.no_grad():
         got = linear_probe(features, labels, features)
     assert got.isfinite().all() and (got.argmax(1) == labels).double().mean() > 0.8
-
-
-def test_class_scores_of_hand_made_cases() -> None:
-    probability = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
-    got = class_scores(probability, torch.tensor([0, 0, 0, 1]))
-    assert got == {
-        "balanced_accuracy": pytest.approx((2 / 3 + 0) / 2),
-        "auroc": pytest.approx(2 / 3),
-    }
-
-
-def test_class_scores_skip_a_class_that_is_absent() -> None:
-    probability = torch.eye(3)[[0, 1, 1]]
-    got = class_scores(probability, torch.tensor([0, 1, 1]))
-    assert got == {"balanced_accuracy": 1.0, "auroc": 1.0}
-
-
-def test_one_class_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"two classes, got only class \[1\]"):
-        class_scores(torch.rand(3, 2), torch.ones(3, dtype=torch.long))
-
-
-def test_a_class_never_fitted_is_an_error() -> None:
-    with pytest.raises(ValueError, match="among the 2 classes fitted, got class 2"):
-        class_scores(torch.rand(3, 2), torch.tensor([0, 1, 2]))
-
-
-@pytest.mark.parametrize("probe", [KNNProbe(k=3), LinearProbe(l2=5.0)], ids=["knn", "linear"])
-def test_probe_metric_fits_on_the_marked_rows_only(probe: KNNProbe | LinearProbe) -> None:
-    features, labels = blobs(n=90)
-    fit = torch.arange(90) % 3 != torch.arange(90) // 30  # two of three cases, every class in both
-    probe.reset()
-    for rows in torch.arange(90).split(40):
-        probe.update((features[rows], labels[rows], fit[rows]))
-    chosen = {
-        "knn": lambda *a: knn_probe(*a, k=3),
-        "linear": lambda *a: linear_probe(*a, l2=5.0),
-    }[probe.prefix]
-    expected = class_scores(chosen(features[fit], labels[fit], features[~fit]), labels[~fit])
-    assert probe.compute() == {f"{probe.prefix}_{k}": v for k, v in expected.items()}
-
-
-def test_probe_without_test_cases_is_an_error() -> None:
-    probe = KNNProbe()
-    probe.update((torch.rand(4, 2), torch.arange(4), torch.ones(4)))
-    with pytest.raises(ValueError, match="fit must mark some rows and leave some, got 4 of 4"):
-        probe.compute()
-
-
-def test_probe_without_cases_is_an_error() -> None:
-    with pytest.raises(NotComputableError, match="probed cases"):
-        LinearProbe().compute()

@@ -11,17 +11,17 @@ def psat() -> PSAT:
     return PSAT(5, out_channels=7, hidden=16, layers=2, heads=4, queries=3, ffn=24).eval()
 
 
-def ask(b: int, s: int) -> tuple[torch.Tensor, torch.Tensor]:
+def slices(b: int, s: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(3, (b, s)), torch.rand(b, s)
 
 
 def test_a_token_for_each_slice_from_an_uneven_grid(psat: PSAT) -> None:
-    plane, position = ask(2, 4)
+    plane, position = slices(2, 4)
     assert psat(torch.randn(2, 5, 3, 1, 4), plane, position).shape == (2, 4, 7)
 
 
 def test_adding_and_permuting_slices_leaves_the_others_tokens(psat: PSAT) -> None:
-    features, (plane, position) = torch.randn(1, 5, 3, 2, 4), ask(1, 6)
+    features, (plane, position) = torch.randn(1, 5, 3, 2, 4), slices(1, 6)
     tokens = psat(features, plane, position)
     order = torch.randperm(6)
     assert torch.allclose(
@@ -33,13 +33,13 @@ def test_adding_and_permuting_slices_leaves_the_others_tokens(psat: PSAT) -> Non
 def test_features_are_left_as_they_were(psat: PSAT) -> None:
     features = torch.randn(1, 5, 3, 2, 4)
     before = features.clone()
-    psat(features, *ask(1, 2))
+    psat(features, *slices(1, 2))
     assert torch.equal(features, before)
 
 
 def test_permuting_the_voxels_changes_the_token(psat: PSAT) -> None:
     """Defect 3: without a position code on the memory, a slice can be found by content only."""
-    features, question = torch.randn(1, 5, 4, 4, 4), ask(1, 2)
+    features, question = torch.randn(1, 5, 4, 4, 4), slices(1, 2)
     shuffled = features.flatten(2)[..., torch.randperm(64)].view_as(features)
     assert (psat(features, *question) - psat(shuffled, *question)).abs().max() > 1e-3
 
@@ -87,7 +87,7 @@ def test_paper_sizes_are_arguments() -> None:
 def test_first_readout_reads_the_first_query() -> None:
     torch.manual_seed(0)
     psat = PSAT(4, 8, 16, 0, 4, 2, 8, readout="first")
-    features, question = torch.randn(1, 4, 2, 2, 2), ask(1, 1)
+    features, question = torch.randn(1, 4, 2, 2, 2), slices(1, 1)
     before = psat(features, *question)
     with torch.no_grad():
         psat.queries[1] += 5
@@ -137,14 +137,14 @@ def test_between_rows_pooling_interpolates_as_numpy_does() -> None:
         assert np.allclose(found[0, :, c].numpy(), expected, atol=1e-5)
 
 
-def test_pooling_of_a_slice_knows_nothing_of_the_others() -> None:
+def test_pooling_of_a_slice_is_independent_of_the_others() -> None:
     pooling, features = SlabPooling(4, 6), torch.randn(1, 4, 1, 5, 3)
     plane, position = torch.tensor([[0, 1, 2, 1]]), torch.rand(1, 4)
     tokens = pooling(features, plane, position)
     for i in range(4):
         alone = pooling(features, plane[:, i : i + 1], position[:, i : i + 1])
         assert torch.allclose(alone[:, 0], tokens[:, i], atol=1e-6)
-    features[..., 2] += 9  # the last of three planes; a slice in the first sees none of it
+    features[..., 2] += 9  # the last of three planes; a slice in the first does not depend on it
     low = pooling(features, torch.tensor([[2]]), torch.tensor([[0.1]]))
     features[..., 2] -= 9
     assert torch.allclose(

@@ -6,10 +6,9 @@ from fakes import PlainNet
 from monai.networks import nets
 from torch import Tensor, nn
 
-from med3dinsight_ext.models.features import as_grid, features_of, find_features
+from med3dinsight_ext.models.features import as_grid, extract_features, find_features
 from med3dinsight_ext.models.psat import PSAT
-from med3dinsight_ext.models.student import Student, StudentOutput, block_mask
-from med3dinsight_ext.training.inferers import SlidingTokens
+from med3dinsight_ext.models.student import Student, block_mask
 
 SIZE = (32, 16, 48)
 SMALL = partial(PSAT, hidden=16, heads=4, ffn=16, layers=1)
@@ -45,7 +44,7 @@ def test_in_evaluation_the_network_stops_at_its_features() -> None:
     whole.network.up.register_forward_hook(lambda *_: reached.append(True))
     question = ask()
     assert whole(*question).reconstruction is None and not reached
-    features, output = features_of(whole.network, whole.features, question[0])
+    features, output = extract_features(whole.network, whole.features, question[0])
     assert output.shape == question[0].shape and reached
     assert torch.equal(features, whole.encode(question[0])[0])
 
@@ -64,30 +63,7 @@ def test_features_of_a_module_that_runs_at_many_depths_are_the_deepest() -> None
     found = find_features(network, SIZE, "act")
     assert found == ("act", 3, (8, 4, 12), 2)
     for stop in (False, True):
-        assert features_of(network, found, volume, stop)[0].shape == (1, 3, 8, 4, 12)
-
-
-def test_a_window_is_asked_about_the_slices_in_it_alone() -> None:
-    """The token of a slice is the mean over the windows that it cuts, in each window's frame."""
-    plane = torch.tensor([[0, 0, 2, 1], [0, 0, 2, 1]])
-    position = torch.tensor([[0.1, 0.5, 0.9, 0.3], [0.7, 0.5, 0.6, 0.7]])
-    asked = []
-
-    def tell(patch: Tensor, plane: Tensor, position: Tensor) -> StudentOutput:
-        asked.append(plane.shape[1])
-        start = patch[:, 0, 0, 0, 0, None]  # where the window begins along x
-        return StudentOutput(
-            {"image": torch.stack([position, start + 0 * position], 2)}, None, None
-        )
-
-    volume = torch.arange(48.0).view(1, 1, 48, 1, 1).expand(2, 1, 48, 16, 16)
-    out = SlidingTokens((32, 16, 16), 0.5)(volume, tell, plane, position).tokens["image"]
-    assert asked == [4, 4]  # in the windows at 0 and 16 of either volume
-    want = torch.tensor([[4.8 / 32, 0], [(24 / 32 + 8 / 32) / 2, 8], [0.9, 8], [0.3, 8]])
-    assert torch.allclose(out[0], want)
-    asked.clear()
-    SlidingTokens((32, 16, 16), 0.5)(volume[:1], tell, plane[:1], position[:1])
-    assert asked == [4, 3]
+        assert extract_features(network, found, volume, stop)[0].shape == (1, 3, 8, 4, 12)
 
 
 def test_network_keeps_its_names_and_weights() -> None:

@@ -1,0 +1,39 @@
+"""SigLIP's sigmoid loss over the pairs of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from med3dinsight_ext.losses.pairs import check_pairs, cosine_matrix, excluded
+
+
+def siglip_loss(
+    student: Tensor, teacher: Tensor, log_scale: Tensor, bias: Tensor, allowed: Tensor | None = None
+) -> Tensor:
+    """Binary cross-entropy of every pair, summed over a slice's pairs (arXiv:2303.15343).
+
+    Args:
+        student: (n, d) with n >= 2, of any length.
+        teacher: (n, d), of any length.
+        log_scale: () logarithm of the factor on the cosine.
+        bias: () added to the logit.
+        allowed: (n, n) bool, the pairs that count as negatives; the diagonal always counts.
+
+    Raises:
+        ValueError: as `check_pairs`.
+
+    Example:
+        >>> zero = torch.zeros(())
+        >>> loss = siglip_loss(torch.eye(3), torch.zeros(3, 3), zero, zero)
+        >>> torch.allclose(loss, 3 * torch.tensor(2.0).log())  # three undecided pairs a slice
+        True
+    """
+    check_pairs(student, teacher)
+    logits = cosine_matrix(student, teacher) * log_scale.exp() + bias
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    loss = -F.logsigmoid(torch.where(own, logits, -logits))
+    if allowed is not None:
+        loss = loss.masked_fill(excluded(allowed), 0)
+    return loss.sum() / len(logits)
