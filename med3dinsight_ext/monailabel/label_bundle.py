@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from med3dinsight_ext.io.configs import with_shared
-from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.files import move, write_atomic
 from med3dinsight_ext.training.weights import read_weights
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "seg-finetune"
@@ -59,7 +59,7 @@ def label_bundle(
     for name, content in {**merged, "metadata": metadata}.items():
         (draft / "configs" / f"{name}.json").write_text(as_json(content), "utf-8")
     write_atomic(draft / "models" / "model.pt", lambda path: path.write_bytes(saved(state)))
-    draft.rename(folder)
+    move(draft, folder)
     print(f"wrote {folder}; python -m med3dinsight_ext label --studies DIR --bundles {folder}")
 
 

@@ -18,6 +18,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from med3dinsight_ext.io.configs import with_shared
+from med3dinsight_ext.io.files import move
 from med3dinsight_ext.monailabel.label_bundle import (
     as_json,
     channel_names,
@@ -295,8 +296,8 @@ def write(folder: Path, files: Mapping[str, bytes], large: Iterable[str]) -> Non
                 entry = zipfile.ZipInfo(f"{folder.name}/{path}")  # of 1980
                 entry.external_attr = 0o644 << 16
                 archive.writestr(entry, files[path])
-        draft.rename(folder)
-        draft.with_name(f"{folder.name}.zip").rename(folder.with_name(f"{folder.name}.zip"))
+        move(draft, folder)
+        move(draft.with_name(f"{folder.name}.zip"), folder.with_name(f"{folder.name}.zip"))
 
 
 def push(folder: str, repo: str, dry_run: bool = True) -> None:

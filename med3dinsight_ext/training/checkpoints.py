@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
+from med3dinsight_ext.io.files import write_atomic
+
 logger = logging.getLogger(__name__)
 
 
 class KeepingDiskSaver(DiskSaver):
-    """Replaces a file in one step; ignite's ``DiskSaver`` deletes the old one first."""
+    """Replaces a file by ``write_atomic``; ignite's ``DiskSaver`` deletes the old one first."""
 
     def __init__(self, dirname: str | Path) -> None:
-        super().__init__(str(dirname), atomic=True, create_dir=True, require_empty=False)
+        super().__init__(str(dirname), create_dir=True, require_empty=False)
+
+    def __call__(
+        self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None
+    ) -> None:
+        if idist.get_rank() == self.save_on_rank:
+            write_atomic(Path(self.dirname) / filename, partial(torch.save, checkpoint))
 
     def remove(self, filename: str) -> None:
         """Nothing: the next save has the same name."""
