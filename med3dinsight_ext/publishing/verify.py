@@ -493,12 +493,22 @@ def _format(root: Path) -> str:
     return _settle(faults, f"{', '.join(FORMAT)} have nothing against {len(files)} files")
 
 
+def _not_finite(content: Any) -> list[str]:
+    """As ``training.weights.not_finite``, of whatever a file holds."""
+    named = content.items() if isinstance(content, Mapping) else ()
+    return [str(name) for name, value in named
+            if isinstance(value, Tensor) and not value.isfinite().all()]  # fmt: skip
+
+
 def _tensors_only(root: Path) -> str:
     names, faults = _paths(root), []
     weights = [name for name in names if name.lower().endswith(CHECKPOINTS)]
     for name in weights:
         try:
-            torch.load(root / name, map_location="cpu", weights_only=True)
+            content = torch.load(root / name, map_location="cpu", weights_only=True)
+            if name != "models/model.pt":  # which has a check of its own
+                faults += [f"{name} has {key} with values that are not finite"
+                           for key in _not_finite(content)]  # fmt: skip
         except pickle.UnpicklingError as error:
             what = re.search(r"GLOBAL (\S+)", str(error))
             faults.append(
@@ -590,7 +600,7 @@ class _Bundle:
               f"{tuple(value.shape)}" for name, value in due.items()
               if name in state and state[name].shape != value.shape),
             *(f"models/model.pt has {name} with values that are not finite"
-              for name, value in state.items() if not value.isfinite().all()),
+              for name in _not_finite(state)),
         ]  # fmt: skip
 
 

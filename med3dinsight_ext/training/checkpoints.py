@@ -15,6 +15,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
 from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.training.weights import not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             f"weights in {path} must fit the network of this config; merge the backbone overlay "
             f"they were trained with into config_file: {error}"
         ) from error
-    if bad := [name for name, value in network.state_dict().items() if not value.isfinite().all()]:
+    if bad := not_finite(network.state_dict()):
         raise ValueError(
             f"weights must be finite, got NaN or infinity in {bad[:3]} of {path}; train again with "
             "a lower learning_rate"
