@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from evidence import results
 from fakes import teacher, volume
 from ignite.engine import Engine
 from torch import nn
 
+from evidence import results
 from med3dinsight_ext.captions.answer_log import AnswerLog
 from med3dinsight_ext.captions.sources import TemplateCaptions
 from med3dinsight_ext.embeddings.store import Store
