@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from med3dinsight_ext.data.slicing import MODALITIES
+from med3dinsight_ext.io.claims import npz_array
 
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | dict.fromkeys(
@@ -130,7 +131,8 @@ def _sections(source: Path) -> dict[str, list]:
         return {name: [known | _as_dict(row) for row in content[name]] for name in names}
     if source.suffix == ".npz":
         with np.load(source) as arrays:
-            labels = {k[:-7]: arrays[k] for k in arrays.files if k.endswith("_labels")}
+            names = [name for name in arrays.files if name.endswith("_labels")]
+        labels = {name[:-7]: npz_array(source, name) for name in names}
         file = source.resolve()
         rows = {
             name: [

@@ -26,9 +26,7 @@ class KeepingDiskSaver(DiskSaver):
     def __init__(self, dirname: str | Path) -> None:
         super().__init__(str(dirname), create_dir=True, require_empty=False)
 
-    def __call__(
-        self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None
-    ) -> None:
+    def __call__(self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None) -> None:
         if idist.get_rank() == self.save_on_rank:
             write_atomic(Path(self.dirname) / filename, partial(torch.save, checkpoint))
 

@@ -63,7 +63,10 @@ BAD = {
     "text": (lambda p: text_file(p / "v.nii.gz"), "be readable NIfTI"),
     "absent": (lambda p: str(p / "v.nii.gz"), "be readable NIfTI, got FileNotFoundError"),
     "truncated .nii.gz": (lambda p: cut_short(p / "v.nii.gz"), "be readable, got EOFError"),
-    "truncated .nii": (lambda p: cut_short(p / "v.nii"), "be readable"),
+    "truncated .nii": (
+        lambda p: cut_short(p / "v.nii"),
+        "header must claim what its file can hold",
+    ),
     "nan": (lambda p: with_value(p / "v.nii.gz", np.nan), "be finite, got 1 NaN"),
     "infinite": (lambda p: with_value(p / "v.nii.gz", np.inf), "be finite, got 1 NaN or inf"),
     "4D": (lambda p: nifti(p / "v.nii", np.ones((3, 4, 5, 2))), r"be 3D, got shape \(3, 4, 5, 2\)"),
