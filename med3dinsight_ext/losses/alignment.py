@@ -64,7 +64,8 @@ class AlignmentLoss(nn.Module):
         >>> from med3dinsight_ext.models.student import StudentOutput
         >>> unit, yes, zero = torch.eye(4)[None], torch.ones(1, 4).bool(), torch.zeros(1, 4)
         >>> volume = torch.zeros(1, 1, 2, 2, 2)
-        >>> target = SliceTargets(unit, -unit, yes, yes, zero.long(), zero, zero.long(), volume)
+        >>> plane = modality = patient = zero.long()
+        >>> target = SliceTargets(unit, -unit, yes, yes, plane, zero, modality, volume, patient)
         >>> loss = AlignmentLoss("cosine", text_weight=0.5)
         >>> loss(StudentOutput({"joint": unit}, volume + 2, None), target)
         tensor(5.)

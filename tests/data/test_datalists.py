@@ -294,6 +294,15 @@ def test_a_split_matches_folders(tmp_path: Path) -> None:
     assert [i["image"] for i in datalist(tmp_path, split=file, subset="test")] == paths[2:]
 
 
+def test_the_id_of_a_split_is_the_patient_of_its_images(tmp_path: Path) -> None:
+    for name in ("p1/CT", "p1/PT", "p2/CT"):
+        nifti(tmp_path / f"{name}.nii.gz")
+    file = split(tmp_path, development=["p1", "p2"])
+    items = datalist(tmp_path, split=file, subset="development")
+    assert [item["patient"] for item in items] == ["p1", "p1", "p2"]
+    assert [len(part) for part in hold_out(items, 0.5)] in ([2, 1], [1, 2])
+
+
 def test_a_split_matches_patients(tmp_path: Path) -> None:
     rows = [{"image": nifti(tmp_path / f"{i}.nii"), "patient": f"p{i // 2}"} for i in range(4)]
     (tmp_path / "list.json").write_text(json.dumps(rows))
