@@ -127,8 +127,8 @@ def from_file(folder: Path, captioned: Callable[[Place], bool]) -> FileCaptions:
     return FileCaptions(path)
 
 
-def teacher() -> Teacher:
-    return Teacher(FakeImages(), Words())
+def teacher(texts: TextTower | None = None) -> Teacher:
+    return Teacher(FakeImages(), texts or Words())
 
 
 def some(place: Place) -> bool:
@@ -196,12 +196,14 @@ def seen(volume: Tensor, plane: int, position: float, source: Tensor) -> tuple[i
     return constant[0], int(axes[constant[0], 0])
 
 
-def check(targets: SliceTargets, row: int, number: int, items: list[dict]) -> list[Place]:
+def check(
+    targets: SliceTargets, row: int, number: int, items: list[dict], texts: TextTower | None = None
+) -> list[Place]:
     """Check a row of a batch against its own pixels; the places of its captions."""
     image = items[number]["image"]
     source = read_volume(image).as_tensor()
     slots, known = embeddings_of(image)
-    texts = teacher().encode_text([text_of(place) for place in PLACES])
+    known_texts = teacher(texts).encode_text([text_of(place) for place in PLACES])
     found = []
     for s in targets.valid[row].nonzero().flatten().tolist():
         here = seen(
@@ -209,7 +211,7 @@ def check(targets: SliceTargets, row: int, number: int, items: list[dict]) -> li
         )
         assert slots[nearest(targets.image[row, s], known)] == here
         if targets.has_text[row, s]:
-            place = PLACES[nearest(targets.text[row, s], texts)]
+            place = PLACES[nearest(targets.text[row, s], known_texts)]
             assert place == (number, *here)
             found.append(place)
         else:
@@ -259,6 +261,26 @@ def test_no_caption_of_a_file_is_lost(by_file: Filled) -> None:
         targets = sampled(by_file, number, MOVES["flip"], None)
         found = check(targets, 0, number, by_file.items)
         assert sorted(found) == [place for place in PLACES if place[0] == number and some(place)]
+
+
+class SixWords(Words):
+    """In the space of the images."""
+
+    def embed(self, texts: list[str]) -> Tensor:
+        return super().embed(texts)[:, :6]
+
+
+def test_captions_that_are_similar_enough_stay_with_their_slices(
+    items: list[dict], tmp_path: Path
+) -> None:
+    captions = from_file(Path(items[0]["image"]).parent, some)
+    store = Store(tmp_path, Teacher(FakeImages(), SixWords(), joint=True), captions, per_plane=5)
+    for number, item in enumerate(store.fill(items)):
+        sample = SampleTargetsd("image", store.embedding_dims, None, min_similarity=0.0)
+        data = sample({**item, "image": read_volume(item["image"])})
+        batch = {key: value[None] for key, value in data.items() if isinstance(value, Tensor)}
+        found = check(PrepareSlices()(batch)[1], 0, number, items, SixWords())
+        assert 5 < len(found) < sum(place[0] == number and some(place) for place in PLACES) - 5
 
 
 def test_a_model_s_refusals_and_answers_are_recorded_at_their_slices(by_model: Filled) -> None:
