@@ -35,7 +35,7 @@ from torch import Tensor
 from med3dinsight_ext.captions.captioner import Captioner
 from med3dinsight_ext.captions.cleaning import clean_caption
 from med3dinsight_ext.captions.multimodal import SliceRequest
-from med3dinsight_ext.captions.sources import FileCaptions
+from med3dinsight_ext.captions.sources import FileCaptions, TemplateCaptions
 from med3dinsight_ext.data import slicing
 from med3dinsight_ext.data.slicing import PLANES
 from med3dinsight_ext.data.volumes import ReadVolumed, read_volume
@@ -147,6 +147,21 @@ def by_file(items: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Fill
     return Filled(store, store.fill(items))
 
 
+class Numbered(TemplateCaptions):
+    """A template's captions, whose embeddings are kept from volume to volume."""
+
+    def caption(self, item: dict, plane: Any, position: Any) -> list[str | None]:
+        number = int(Path(item["image"]).name[0])
+        pairs = zip(plane.tolist(), position.tolist(), strict=True)
+        return [text_of((number, p, int(t * SIZE[p]))) for p, t in pairs]
+
+
+@pytest.fixture(scope="module")
+def by_template(items: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Filled:
+    store = Store(tmp_path_factory.mktemp("template"), teacher(), Numbered(), per_plane=5)
+    return Filled(store, store.fill(items))
+
+
 @pytest.fixture(scope="module")
 def by_model(items: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Filled:
     """Answers out of order, some refused; killed twice and resumed, in shards, then as a whole."""
@@ -244,7 +259,7 @@ MOVES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("source", ["by_file", "by_model"])
+@pytest.mark.parametrize("source", ["by_file", "by_model", "by_template"])
 @pytest.mark.parametrize("slices", [None, 5, 60])
 @pytest.mark.parametrize("move", MOVES)
 def test_a_target_belongs_to_the_slice_that_the_volume_shows_there(
