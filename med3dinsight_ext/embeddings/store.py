@@ -46,6 +46,30 @@ class Store:
 
     Raises:
         ValueError: ``planes`` is empty or names an unknown plane.
+
+    Examples:
+        >>> import tempfile, nibabel, numpy, safetensors.torch
+        >>> from med3dinsight_ext import TemplateCaptions
+        >>> from med3dinsight_ext.teachers.towers import ImageTower, TextTower
+        >>> class Pixels(ImageTower):
+        ...     size, mean, std, fingerprint = 8, [0.0] * 3, [1.0] * 3, "pixels"
+        ...     def embed(self, pixels):
+        ...         return pixels.mean(1).flatten(1)
+        >>> class Lengths(TextTower):
+        ...     fingerprint, fits = "lengths", lambda self, text: True
+        ...     def embed(self, texts):
+        ...         return torch.tensor([[len(text), 1.0] for text in texts])
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> image = f"{folder.name}/mr.nii.gz"
+        >>> volume = numpy.random.default_rng(0).random((8, 9, 10))
+        >>> nibabel.save(nibabel.Nifti1Image(volume, numpy.eye(4)), image)
+        >>> teacher = Teacher(Pixels(), Lengths())
+        >>> store = Store(f"{folder.name}/store", teacher, TemplateCaptions(), per_plane=2)
+        >>> store.embedding_dims
+        {'image': 64, 'text': 2}
+        >>> items = store.fill([{"image": image, "modality": "MR"}])
+        >>> safetensors.torch.load_file(items[0]["targets"])["text"].shape
+        torch.Size([6, 2])
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class AlignmentLoss(nn.Module):
     Raises:
         ValueError: an argument is out of range, or ``dims`` is missing.
 
-    Example:
+    Examples:
         >>> from med3dinsight_ext.embeddings.targets import SliceTargets
         >>> from med3dinsight_ext.models.student import StudentOutput
         >>> unit, yes, zero = torch.eye(4)[None], torch.ones(1, 4).bool(), torch.zeros(1, 4)
