@@ -26,7 +26,7 @@ CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 
 def on_files(files: Files, config: Any) -> Files:
     """Pages of the navigation and the files that they link to, under their own paths."""
-    theme = [file for file in files if file.generated_by]
+    theme = [file for file in files if file.src_dir != config.docs_dir]
     made = {f"{REFERENCE}/{name}.md": text for name, text in reference().items()}
     pages = [name for name in entries(config.nav) if name not in made]
     linked = {target for page in pages for target in links(page) if (ROOT / target).is_file()}
@@ -80,5 +80,5 @@ def intro(folder: str) -> list[str]:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """TeX between dollar signs as MathML, which browsers draw without a script."""
     parts = CODE.split(markdown)
-    parts[::2] = [EQUATION.sub(lambda found: convert(found[1]), part) for part in parts[::2]]
+    parts[::2] = [EQUATION.sub(lambda found: f"<span>{convert(found[1])}</span>", part) for part in parts[::2]]
     return "".join(parts)
