@@ -19,11 +19,12 @@ from monai.data import MetaTensor
 
 from med3dinsight_ext.data import datalists, slicing
 from med3dinsight_ext.data.demo_cohort import make_cohort
+from med3dinsight_ext.io.bundles import bundles_dir
 from med3dinsight_ext.metrics.retrieval import depth_group
 from med3dinsight_ext.reports import report
 from med3dinsight_ext.training.history import read_history
 
-BUNDLES = Path(__file__).parents[1] / "bundles"
+BUNDLES = bundles_dir()
 PROMPTS = (
     "T1 brain MRI through the cerebellum and brainstem",
     "frontal lobes",

@@ -1,16 +1,30 @@
-"""Root causes of errors."""
+"""Causes and messages of errors."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, then what it was raised from, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def root_cause(error: BaseException) -> BaseException:
     """The first error of a chain; MONAI wraps it in "Failed to evaluate"."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    *_, last = causes(error)
+    return last
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that is not blank, or the name of its type."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+def summary(error: BaseException) -> str:
+    """Type and first line of an error."""
+    return f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no text'}"

@@ -21,6 +21,7 @@ import torch
 from monai.bundle import ConfigParser, ckpt_export, onnx_export
 from torch import Tensor, nn
 
+from med3dinsight_ext.io.errors import summary
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.training.engine import load_weights
 
@@ -145,7 +146,7 @@ def _first_right(
                 call = way.read(made)
                 errors = [_apart(call(volumes[:b]), truth[b - 1]) for b in range(1, way.batch + 1)]
             except Exception as error:  # whatever the converters and runtimes raise
-                failed[way.name] = reason(error)
+                failed[way.name] = summary(error)
                 differs |= isinstance(error, Differs)
                 continue
             write_atomic(path, partial(shutil.copyfile, made))
@@ -253,12 +254,6 @@ def _name(network: nn.Module) -> str:
     inner = getattr(network, "network", None)
     name = type(network).__name__
     return f"{name} of {type(inner).__name__}" if isinstance(inner, nn.Module) else name
-
-
-def reason(error: Exception) -> str:
-    """Kind and first line of an error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no text'}"
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -1,0 +1,88 @@
+"""The bundles that come with the package, and their config files."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from pathlib import Path
+
+NAMES = {"segmentation": "label_names", "classification": "class_names"}  # keys of configs
+BUNDLES = ("pretrain", "seg-finetune", "cls-finetune")
+SHARED = ("shared", "backbones")  # folders beside the bundles
+WRITTEN = ("models", "eval", "store", "features", "mlruns", "__pycache__")  # by runs
+
+
+def bundles_dir() -> Path:
+    """Folder of the bundles: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "bundles"
+    return inside if inside.is_dir() else package.with_name("bundles")
+
+
+def kind_of(bundle: Path) -> str:
+    """A bundle's task, whatever overlays hold: a key of ``NAMES``, or "pretraining"."""
+    own = json.loads((bundle / "configs" / "inference.json").read_text("utf-8"))
+    return next((kind for kind, key in NAMES.items() if key in own), "pretraining")
+
+
+def config_files(bundle: Path, name: str) -> list[Path]:
+    """The config files that make up a config of a bundle; the later ones win.
+
+    Args:
+        bundle: folder of the bundle.
+        name: "train", "inference", ...
+    """
+    folder = bundle.absolute().parent / "shared"
+    files = [folder / "train.json"] if name == "train" else []
+    if name == "train" and kind_of(bundle) in NAMES:
+        files.append(folder / "finetune.json")
+    return [*filter(Path.is_file, files), bundle / "configs" / f"{name}.json"]
+
+
+def backbone_files(bundle: Path) -> list[Path]:
+    """The overlays that choose a bundle's network."""
+    shared = sorted((bundle.absolute().parent / "backbones").glob("*.yaml"))
+    return shared + sorted((bundle / "configs").glob("backbone_*.yaml"))
+
+
+def train_option(bundle: Path) -> str:
+    """Option of ``python -m monai.bundle run`` that trains a bundle."""
+    files = [str(path) for path in config_files(bundle, "train")]
+    return f"--config_file {files[0]}" if len(files) == 1 else f'--config_file "{files}"'
+
+
+def bundles() -> None:
+    """Print the train config and the backbone overlays of each bundle."""
+    for name in BUNDLES:
+        bundle = bundles_dir() / name
+        print(f"{name}\n  {train_option(bundle)}\n  backbones:")
+        for path in backbone_files(bundle):
+            print(f"    {path}")
+
+
+def init(target: str, bundle: str | None = None) -> None:
+    """Copy the bundles for editing.
+
+    Args:
+        target: new or empty folder.
+        bundle: name of the only one to copy; by default all of them.
+
+    Raises:
+        ValueError: the folder is not empty, or there is no such bundle.
+    """
+    folder = Path(target)
+    if bundle is not None and bundle not in BUNDLES:
+        near = difflib.get_close_matches(str(bundle), BUNDLES, 1)
+        advice = f"did you mean {near[0]}?" if near else f"one of {', '.join(BUNDLES)}"
+        raise ValueError(f"bundle must be the name of a bundle, got {bundle}; {advice}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"target must be a new or empty folder, got {target}; choose another")
+    ignored = shutil.ignore_patterns(*WRITTEN)
+    names = [bundle] if bundle else BUNDLES
+    for name in (*names, *SHARED):
+        if (source := bundles_dir() / name).is_dir():
+            shutil.copytree(source, folder / name, ignore=ignored)
+    print(f"wrote {folder}; train with")
+    for name in names:
+        print(f"  python -m monai.bundle run {train_option(folder / name)}")
