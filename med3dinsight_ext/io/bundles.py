@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
+from itertools import groupby
 from pathlib import Path
 
 NAMES = {"segmentation": "label_names", "classification": "class_names"}  # keys of configs
@@ -56,9 +57,9 @@ def bundles() -> None:
     """Print the train config and the backbone overlays of each bundle."""
     for name in BUNDLES:
         bundle = bundles_dir() / name
-        print(f"{name}\n  {train_option(bundle)}\n  backbones:")
-        for path in backbone_files(bundle):
-            print(f"    {path}")
+        print(f"{name}\n  {train_option(bundle)}")
+        for folder, paths in groupby(backbone_files(bundle), key=lambda path: path.parent):
+            print(f"  backbones in {folder}: {' '.join(path.name for path in paths)}")
 
 
 def init(target: str, bundle: str | None = None) -> None:

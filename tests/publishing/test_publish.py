@@ -24,8 +24,11 @@ from torch import Tensor, nn
 
 from med3dinsight_ext.publishing import publish as publishing
 from med3dinsight_ext.publishing import vendoring as vendor
-from med3dinsight_ext.publishing.card import read_card, read_scores
-from med3dinsight_ext.publishing.publish import check_places, publish, push, traces
+from med3dinsight_ext.publishing.card import read_card
+from med3dinsight_ext.publishing.publish import check_places, publish, traces
+from med3dinsight_ext.publishing.push import push
+from med3dinsight_ext.publishing.scores import read_scores
+from med3dinsight_ext.publishing.zoo import imports
 
 SMALL: dict[str, Any] = {
     "spacing": [2.0] * 3, "patch_size": [32, 16, 24],
@@ -429,7 +432,7 @@ def test_large_files_are_listed_with_their_hash_and_not_packed(
     [
         ({"name": "Balls"}, "name must be task_modality in lower case, got Balls"),
         ({"name": "3_segmentation"}, "name must be task_modality in lower case, got 3_"),
-        ({"name": "ball_mr"}, "name must tell the task, got ball_mr; add one of .*segmentation"),
+        ({"name": "ball_mr"}, "name must contain the task, got ball_mr; add one of .*segmentation"),
         ({"changes": 2}, "changes must be text, got 2; say what is new"),
         ({"changes": " "}, "changes must be text, got ' '"),
         ({"changes": ()}, r"changes must be text, got \(\)"),
@@ -550,7 +553,7 @@ def test_a_card_that_cannot_be_read_is_an_error(content: str, message: str, tmp_
 
 def test_imports_in_functions_count_and_those_for_type_checkers_do_not() -> None:
     code = "if TYPE_CHECKING:\n  import a\nelse:\n  import b\ndef f():\n  import c\n"
-    found = [node.names[0].name for node in vendor.imports(ast.parse(code))]
+    found = [node.names[0].name for node in imports(ast.parse(code))]
     assert found == ["b", "c"]
 
 
@@ -559,7 +562,7 @@ def test_without_the_formatters_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "black", None)
     with pytest.raises(ValueError, match=r'got no black; pip install -e ".\[publish\]"'):
-        vendor.vendored.__wrapped__("slicing")
+        vendor.formatted.__wrapped__(Path(vendor.__file__))
 
 
 def test_a_dry_push_lists_the_files_and_sends_nothing(
@@ -604,5 +607,5 @@ def test_a_folder_whose_card_lost_its_licence_is_not_pushed(tmp_path: Path) -> N
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "metadata.json").write_text("{}")
     (tmp_path / "README.md").write_text("---\nlibrary_name: monai\n---\n")
-    with pytest.raises(ValueError, match="must tell its license"):
+    with pytest.raises(ValueError, match="must have a license"):
         push(str(tmp_path), "ann/ball")
