@@ -98,10 +98,10 @@ def parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     try:
         with redirect_stderr(text):
             help_asked = {"-h", "--help"} & {*arguments}
-            Fire(scope[node.name], ["--help"] if help_asked else list(arguments), name)
+            Fire(scope[node.name], ["--", "--help"] if help_asked else list(arguments), name)
     except FireExit as ended:
         if not ended.code:
-            print(text.getvalue().partition("\n\n")[2].rstrip())
+            print("NAME" + text.getvalue().partition("NAME")[2].rstrip())
             raise SystemExit(0) from None
         fault = text.getvalue().partition("ERROR: ")[2].partition("\n")[0]
         fault = fault.replace("The function received no value for", "no value for")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from med3dinsight_ext.publishing import publish as publishing
 from med3dinsight_ext.publishing import vendoring as vendor
 from med3dinsight_ext.publishing.card import read_card
-from med3dinsight_ext.publishing.publish import check_places, publish, traces
+from med3dinsight_ext.publishing.publish import check_places, publish, traces, without_reports
 from med3dinsight_ext.publishing.push import push
 from med3dinsight_ext.publishing.scores import read_scores
 from med3dinsight_ext.publishing.zoo import imports
@@ -555,6 +555,29 @@ def test_imports_in_functions_count_and_those_for_type_checkers_do_not() -> None
     code = "if TYPE_CHECKING:\n  import a\nelse:\n  import b\ndef f():\n  import c\n"
     found = [node.names[0].name for node in imports(ast.parse(code))]
     assert found == ["b", "c"]
+
+
+def test_templates_travel_with_the_module_that_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = tmp_path / "med3dinsight_ext" / "reports"
+    (room / "templates").mkdir(parents=True)
+    (room / "templates" / "page.html").write_text("<p>")
+    (room / "page.py").write_text("path = __file__ + 'templates'\npath = ('templates',)\n")
+    (room / "plain.py").write_text("path = 1\n")
+    monkeypatch.setattr(vendor, "SOURCE", tmp_path / "med3dinsight_ext")
+    assert list(vendor.vendored(["med3dinsight_ext.reports.plain"])) == [
+        "med3dinsight_ext/reports/plain.py"
+    ]
+    found = vendor.vendored(["med3dinsight_ext.reports.page"])
+    assert found["med3dinsight_ext/reports/templates/page.html"] == "<p>" and len(found) == 2
+
+
+def test_handlers_that_draw_are_not_published() -> None:
+    writer = {"_target_": "med3dinsight_ext.training.inferers.TokenWriter"}
+    figures = {"_target_": "med3dinsight_ext.reports.text.TextFigures"}
+    assert without_reports([writer, figures, "@other"]) == [writer, "@other"]
+    assert without_reports({"write": writer, "draw": figures}) == {"write": writer}
 
 
 def test_without_the_formatters_the_error_says_what_to_install(

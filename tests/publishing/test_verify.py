@@ -209,6 +209,18 @@ def odd_network(root: Path, source: str = ODD) -> None:
         edit(root / "configs" / name, network_def={"_target_": "med3dinsight_ext.odd.Odd"})
 
 
+def flat_package(root: Path) -> None:
+    """The layout of folders that were published before the package had sub-packages."""
+    package = root / "med3dinsight_ext"
+    (package / "training" / "engine.py").rename(package / "workflow.py")
+    (package / "data" / "volumes.py").rename(package / "volumes.py")
+    for name in ("training", "data"):
+        shutil.rmtree(package / name)
+    for name in ("configs/inference.json", "configs/train.json"):
+        replace(name, "ext.training.engine", "ext.workflow")(root)
+        replace(name, "ext.data.volumes", "ext.volumes")(root)
+
+
 def odd_network_that_says_so(root: Path) -> None:
     odd_network(root)
     readmes("Text.", "TorchScript: not supported, for it is odd.")(root)
@@ -347,6 +359,7 @@ WITHIN: dict[str, tuple[Callable[[Path], Any], dict[str, str]]] = {
         {"TorchScript": "model.ts and network_def differ by 1.0e+00 on (1, 1, 8, 8, 8)"},
     ),
     "excluded": (odd_network_that_says_so, {}),
+    "flat": (flat_package, {}),
 }  # fmt: skip
 
 
