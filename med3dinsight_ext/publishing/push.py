@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from med3dinsight_ext.publishing.checks.folder import METADATA, file_names
+from med3dinsight_ext.publishing.checks.folder import METADATA, PublishedFolder
 
 
 def push(folder: str, repo: str, dry_run: bool = True) -> None:
@@ -37,7 +37,7 @@ def push(folder: str, repo: str, dry_run: bool = True) -> None:
     for key, value in (("library_name", card.library_name), ("license", card.license)):
         if not value:
             raise ValueError(f"README.md must have a {key} between dashes, got none in {folder}")
-    paths = file_names(root)
+    paths = PublishedFolder(root).names()
     for path in paths:
         print(f"{(root / path).stat().st_size:>12,}  {path}")
     scores = {score.metric_type: score.metric_value for score in card.eval_results or ()}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from med3dinsight_ext.publishing.checks import code, contents, documents, network
-from med3dinsight_ext.publishing.checks.folder import Check, outcome
+from med3dinsight_ext.publishing.checks.folder import Check, PublishedFolder, outcome
 
 SOURCE = Path(__file__).parents[2]
 CHILD = """
@@ -25,7 +25,7 @@ from med3dinsight_ext.publishing.checks.network import write_report
 del sys.path[0]
 write_report(*json.load(sys.stdin))
 """
-FILE_CHECKS: dict[str, Callable[[Path], str]] = {
+FILE_CHECKS: dict[str, Callable[[PublishedFolder], str]] = {
     "files": documents.check_files, "name": documents.check_name,
     "README sections": documents.check_readme, "version": documents.check_version,
     "packages": code.check_packages, "large files": contents.check_large,
@@ -76,9 +76,10 @@ def checks(folder: str, schema: str | None = None) -> Iterator[Check]:
 
 def file_checks(root: Path, schema: str | None = None) -> Iterator[Check]:
     """The checks that need only the files; arguments as in ``checks``."""
+    folder = PublishedFolder(root)
     for name, check in FILE_CHECKS.items():
-        yield outcome(name, check, root)
-    yield outcome("schema", documents.check_schema, root, schema)
+        yield outcome(name, check, folder)
+    yield outcome("schema", documents.check_schema, folder, schema)
 
 
 def network_checks(root: Path) -> Iterator[Check]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,17 +24,17 @@ pytestmark = [
         Version(version("setuptools")) < Version("77"), reason="pip install 'setuptools>=77'"
     ),
 ]
+SOURCES = ("med3dinsight_ext", "bundles", "setup.py", "setup.cfg", "pyproject.toml", "README.md",
+           "LICENSE")  # fmt: skip
 
 
 def installed(folder: Path) -> tuple[Path, list[str]]:
     """Python of a new environment with the wheel and this environment's packages; its files."""
     words = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT,
-                            capture_output=True, check=True, text=True).stdout  # fmt: skip
-    for name in filter(None, listed.split("\0")):  # a build writes into its folder
-        if (ROOT / name).is_file():
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    for name in SOURCES:  # a copy, as a build writes into its folder
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (folder / "source").mkdir(exist_ok=True)
+        copy(ROOT / name, folder / "source" / name)
     models = folder / "source" / "bundles" / "pretrain" / "models"
     models.mkdir(exist_ok=True)
     (models / "model.pt").touch()

@@ -19,10 +19,8 @@ from packaging.version import InvalidVersion, Version
 from med3dinsight_ext.publishing.checks.folder import (
     METADATA,
     PACKAGES,
+    PublishedFolder,
     Skipped,
-    file_names,
-    needed_names,
-    read_metadata,
     settle,
 )
 from med3dinsight_ext.publishing.zoo import LINE, NAMED_OTHERWISE, PACKAGE, PINS, imported
@@ -43,17 +41,17 @@ FORMAT: dict[str, tuple[str, ...]] = {  # the zoo's settings
 }  # fmt: skip
 
 
-def check_packages(root: Path) -> str:
+def check_packages(folder: PublishedFolder) -> str:
     """Exact pins cover everything that configs and code import."""
-    metadata = read_metadata(root)
+    metadata = folder.metadata()
     pins = {name: metadata.get(key) for name, key in PINS.items()}
     for key in PACKAGES:
         pins |= {canonicalize_name(name): pin for name, pin in metadata.get(key, {}).items()}
     faults = [f"{METADATA} pins {name} to {pin}, which is not an exact version"
               for name, pin in pins.items() if not _exact(pin)]  # fmt: skip
-    files = file_names(root, ".py")
-    wanted = {name: file for file in files for name in imported((root / file).read_text("utf-8"))}
-    tops = {name.split(".")[0]: where for name, where in {**needed_names(root), **wanted}.items()}
+    files = folder.names(".py")
+    wanted = {name: file for file in files for name in imported(folder.text(file))}
+    tops = {name.split(".")[0]: where for name, where in {**folder.needed(), **wanted}.items()}
     here = (Path(file).parts[0].removesuffix(".py") for file in files)
     own = {PACKAGE, *sys.stdlib_module_names, *here}
     third = {top: where for top, where in tops.items() if top not in own}
@@ -82,27 +80,27 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def check_syntax(root: Path) -> str:
+def check_syntax(folder: PublishedFolder) -> str:
     """Python 3.10 can read every Python file."""
-    files, faults = file_names(root, ".py"), []
+    files, faults = folder.names(".py"), []
     for name in files:
         try:
-            ast.parse((root / name).read_text("utf-8"), feature_version=(3, 10))
+            ast.parse(folder.text(name), feature_version=(3, 10))
         except SyntaxError as error:
             faults.append(f"{name}:{error.lineno} {error.msg}")
     return settle(faults, f"{len(files)} files")
 
 
-def check_format(root: Path) -> str:
+def check_format(folder: PublishedFolder) -> str:
     """The zoo's formatters and linter accept every Python file."""
-    files, faults = file_names(root, ".py"), []
+    files, faults = folder.names(".py"), []
     missing = [tool for tool in FORMAT if importlib.util.find_spec(tool) is None]
     with tempfile.TemporaryDirectory() as scratch:  # away from the settings of a folder above
         copy = Path(scratch).resolve()
         (copy / "none.toml").touch()
         for name in files:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(root / name, copy / name)
+            shutil.copyfile(folder.root / name, copy / name)
         for tool in [tool for tool in FORMAT if tool not in missing] if files else []:
             ended = subprocess.run(
                 [sys.executable, "-m", tool, *FORMAT[tool], *files], cwd=copy, text=True,

@@ -7,15 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from med3dinsight_ext.publishing.checks.folder import (
-    METADATA,
-    Skipped,
-    config_name,
-    file_names,
-    large_entries,
-    read_metadata,
-    settle,
-)
+from med3dinsight_ext.publishing.checks.folder import METADATA, PublishedFolder, Skipped, settle
 from med3dinsight_ext.publishing.zoo import NAME, TASKS, VERSION
 
 FILES = (
@@ -28,33 +20,35 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def check_files(root: Path) -> str:
+def check_files(folder: PublishedFolder) -> str:
     """Mandatory files are there, not empty, and inside of the folder."""
-    listed, faults = large_entries(root), []
-    due = [*FILES, config_name(root, "configs/inference") or "configs/inference.json"]
-    for name in dict.fromkeys([*due, *file_names(root)]):
-        path = root / name
+    listed, faults = folder.large(), []
+    due = [*FILES, folder.find("configs/inference") or "configs/inference.json"]
+    for name in dict.fromkeys([*due, *folder.names()]):
+        path = folder.root / name
         if not path.is_file():
             faults += [f"{name} is missing"] if name not in listed else []
-        elif not path.resolve().is_relative_to(root):
+        elif not path.resolve().is_relative_to(folder.root):
             faults.append(f"{name} lies outside of the bundle; put the file in the link's place")
         elif name in due and not path.read_bytes()[:80].strip():
             faults.append(f"{name} is empty")
     return settle(faults, f"all {len(due)} are there")
 
 
-def check_name(root: Path) -> str:
+def check_name(folder: PublishedFolder) -> str:
     """The folder's name has the zoo's form and names a task."""
-    if not re.fullmatch(NAME, root.name):
-        raise ValueError(f"{root.name} is not lower-case words joined by underscores; rename it")
-    if not any(task in root.name for task in TASKS):
-        raise ValueError(f"{root.name} names no task; add one of {', '.join(TASKS)}")
-    return root.name
+    if not re.fullmatch(NAME, folder.root.name):
+        raise ValueError(
+            f"{folder.root.name} is not lower-case words joined by underscores; rename it"
+        )
+    if not any(task in folder.root.name for task in TASKS):
+        raise ValueError(f"{folder.root.name} names no task; add one of {', '.join(TASKS)}")
+    return folder.root.name
 
 
-def check_readme(root: Path) -> str:
+def check_readme(folder: PublishedFolder) -> str:
     """Both READMEs have the zoo's sections in its order."""
-    path = root / "docs" / "README.md"
+    path = folder.root / "docs" / "README.md"
     if not path.is_file():
         raise ValueError("docs/README.md is missing")
     text = path.read_text("utf-8")
@@ -65,15 +59,15 @@ def check_readme(root: Path) -> str:
     if not faults and order != list(SECTIONS):
         late = next(got for got, due in zip(order, SECTIONS, strict=True) if got != due)
         faults = [f"docs/README.md has {late} out of the order {', '.join(SECTIONS)}"]
-    card = root / "README.md"
+    card = folder.root / "README.md"
     if card.is_file() and not card.read_text("utf-8").rstrip().endswith(text.strip()):
         faults.append("README.md does not end with the text of docs/README.md")
     return settle(faults, f"{len(SECTIONS)} sections in the zoo's order")
 
 
-def check_version(root: Path) -> str:
+def check_version(folder: PublishedFolder) -> str:
     """The version has three numbers and an entry in the changelog."""
-    metadata = read_metadata(root)
+    metadata = folder.metadata()
     now, log = str(metadata.get("version")), metadata.get("changelog", {})
     faults = []
     if not re.fullmatch(VERSION, now):
@@ -87,9 +81,9 @@ def check_version(root: Path) -> str:
     return settle(faults, f"{now}: {log.get(now)}")
 
 
-def check_schema(root: Path, schema: str | None) -> str:
+def check_schema(folder: PublishedFolder, schema: str | None) -> str:
     """metadata.json fits the zoo's JSON schema, a file."""
-    metadata = read_metadata(root)
+    metadata = folder.metadata()
     url = metadata.get("schema")
     if not url or not isinstance(url, str):
         raise ValueError(f"{METADATA} names no schema, which the zoo would download")

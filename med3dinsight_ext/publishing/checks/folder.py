@@ -58,59 +58,65 @@ def settle(faults: Sequence[str], good: str) -> str:
     return good
 
 
-def file_names(root: Path, ending: str = "") -> list[str]:
-    """Files of a bundle with an ending, relative."""
-    found = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file())
-    return [path.as_posix() for path in found
-            if not IGNORED & set(path.parts) and path.name.endswith(ending)]  # fmt: skip
+class PublishedFolder:
+    """Files of a published folder; errors name them.
 
+    Args:
+        root: its path.
+    """
 
-def read_config(root: Path, name: str) -> dict[str, Any]:
-    """Content of a JSON or YAML file of a bundle; errors name it."""
-    try:
-        return dict(ConfigParser.load_config_file(root / name))
-    except Exception as error:
-        raise ValueError(f"{name} cannot be read: {cause(error)}") from None
+    def __init__(self, root: Path) -> None:
+        self.root = root
 
+    def names(self, ending: str = "") -> list[str]:
+        """Files with an ending, relative."""
+        found = (path.relative_to(self.root) for path in sorted(self.root.rglob("*"))
+                 if path.is_file() and path.name.endswith(ending))  # fmt: skip
+        return [path.as_posix() for path in found if not IGNORED & set(path.parts)]
 
-def read_metadata(root: Path) -> dict[str, Any]:
-    """Content of metadata.json; errors name it."""
-    if not (root / METADATA).is_file():
-        raise ValueError(f"{METADATA} is missing")
-    metadata = read_config(root, METADATA)
-    for key in ("changelog", *PACKAGES, "network_data_format"):
-        if not isinstance(metadata.get(key, {}), dict):
-            raise ValueError(f"{METADATA} has {key} {metadata[key]}, which is no mapping")
-    return metadata
+    def text(self, name: str) -> str:
+        return (self.root / name).read_text("utf-8")
 
+    def read(self, name: str) -> dict[str, Any]:
+        """Content of a JSON or YAML file."""
+        try:
+            return dict(ConfigParser.load_config_file(self.root / name))
+        except Exception as error:
+            raise ValueError(f"{name} cannot be read: {cause(error)}") from None
 
-def read_configs(root: Path) -> dict[str, Any]:
-    """Contents of all configs of a bundle by their names."""
-    names = [f"configs/{path.name}" for path in sorted((root / "configs").glob("*"))
-             if path.suffix[1:] in SUFFIXES and path.name != "metadata.json"]  # fmt: skip
-    return {name: read_config(root, name) for name in names}
+    def metadata(self) -> dict[str, Any]:
+        """Content of metadata.json."""
+        if not (self.root / METADATA).is_file():
+            raise ValueError(f"{METADATA} is missing")
+        metadata = self.read(METADATA)
+        for key in ("changelog", *PACKAGES, "network_data_format"):
+            if not isinstance(metadata.get(key, {}), dict):
+                raise ValueError(f"{METADATA} has {key} {metadata[key]}, which is no mapping")
+        return metadata
 
+    def configs(self) -> dict[str, Any]:
+        """Contents of all configs by their names."""
+        names = [f"configs/{path.name}" for path in sorted((self.root / "configs").glob("*"))
+                 if path.suffix[1:] in SUFFIXES and path.name != "metadata.json"]  # fmt: skip
+        return {name: self.read(name) for name in names}
 
-def needed_names(root: Path) -> dict[str, str]:
-    """Modules and targets that the configs of a bundle name, in full, and where."""
-    return {name: f"{file} {place}" for file, config in read_configs(root).items()
-            for place, name in needed(config)}  # fmt: skip
+    def needed(self) -> dict[str, str]:
+        """Modules and targets that the configs name, in full, and where."""
+        return {name: f"{file} {place}" for file, config in self.configs().items()
+                for place, name in needed(config)}  # fmt: skip
 
+    def find(self, name: str) -> str | None:
+        """The first of NAME.json, NAME.yaml, NAME.yml that is there."""
+        found = (f"{name}.{suffix}" for suffix in SUFFIXES)
+        return next((path for path in found if (self.root / path).is_file()), None)
 
-def config_name(root: Path, name: str) -> str | None:
-    """The first of NAME.json, NAME.yaml, NAME.yml that is there."""
-    found = (f"{name}.{suffix}" for suffix in SUFFIXES)
-    return next((path for path in found if (root / path).is_file()), None)
-
-
-def large_entries(root: Path) -> dict[str, dict[str, Any]]:
-    """Entries of large_files by their path."""
-    name = config_name(root, "large_files")
-    if name is None:
-        return {}
-    entries = read_config(root, name).get("large_files")
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in entries
-    ):
-        raise ValueError(f"{name} holds no list large_files of entries with a path")
-    return {entry["path"]: entry for entry in entries}
+    def large(self) -> dict[str, dict[str, Any]]:
+        """Entries of large_files by their path."""
+        if (name := self.find("large_files")) is None:
+            return {}
+        entries = self.read(name).get("large_files")
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in entries
+        ):
+            raise ValueError(f"{name} holds no list large_files of entries with a path")
+        return {entry["path"]: entry for entry in entries}

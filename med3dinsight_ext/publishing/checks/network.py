@@ -18,13 +18,10 @@ from torch import Tensor, nn
 
 from med3dinsight_ext.publishing.checks.folder import (
     METADATA,
+    PublishedFolder,
     Skipped,
     cause,
-    config_name,
-    needed_names,
     outcome,
-    read_config,
-    read_metadata,
     settle,
 )
 from med3dinsight_ext.publishing.zoo import NO_TORCHSCRIPT, PACKAGE
@@ -65,7 +62,7 @@ class _VendoredOnly:
         return spec
 
 
-class Bundle:
+class Bundle(PublishedFolder):
     """A bundle whose network is built.
 
     Args:
@@ -74,20 +71,20 @@ class Bundle:
     """
 
     def __init__(self, root: Path, scratch: Path) -> None:
-        self.root = root
+        super().__init__(root)
         self.scratch = scratch
 
     @cached_property
     def meta(self) -> str:
-        read_metadata(self.root)
+        self.metadata()
         return str(self.root / METADATA)
 
     @cached_property
     def config(self) -> str:
-        name = config_name(self.root, "configs/inference")
+        name = self.find("configs/inference")
         if name is None:
             raise ValueError("configs/inference.json is missing")
-        read_config(self.root, name)
+        self.read(name)
         return str(self.root / name)
 
     @cached_property
@@ -134,7 +131,7 @@ def check_weights(bundle: Bundle) -> str:
 
 def check_in_out(bundle: Bundle) -> str:
     """The network takes and returns what metadata.json describes."""
-    data, faults = read_metadata(bundle.root).get("network_data_format", {}), []
+    data, faults = bundle.metadata().get("network_data_format", {}), []
     try:
         for side in ("inputs", "outputs"):
             for name, part in data[side].items():
@@ -204,8 +201,8 @@ def check_properties(bundle: Bundle) -> str:
     """The configs have the keys that MONAI's workflows require."""
     logs = bundle.root / "configs" / "logging.conf"
     jobs = {"infer": bundle.config}
-    if (train := config_name(bundle.root, "configs/train")) is not None:
-        read_config(bundle.root, train)
+    if (train := bundle.find("configs/train")) is not None:
+        bundle.read(train)
         jobs["train"] = str(bundle.root / train)
     faults = []
     for kind, path in jobs.items():
@@ -219,7 +216,7 @@ def check_properties(bundle: Bundle) -> str:
 
 def check_targets(bundle: Bundle) -> str:
     """What the configs name of the package imports, and so does every vendored module."""
-    ours = {name: where for name, where in needed_names(bundle.root).items()
+    ours = {name: where for name, where in bundle.needed().items()
             if name.split(".")[0] == PACKAGE}  # fmt: skip
     modules = {}
     for path in sorted((bundle.root / PACKAGE).rglob("*.py")):
