@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import io
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +17,7 @@ from fire import Fire
 from fire.core import FireExit
 
 from med3dinsight_ext import __version__
-from med3dinsight_ext.io.errors import causes
+from med3dinsight_ext.io.errors import advice, causes
 
 PROGRAM = "python -m med3dinsight_ext"
 COMMANDS = {
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name == "--version":
         print(__version__)
     elif name not in COMMANDS:
-        stop(2, f"unknown command {name}", advice(name, COMMANDS, PROGRAM))
+        stop(2, f"unknown command {name}", advice(name, COMMANDS, f"see {PROGRAM} --help"))
     else:
         given = parsed(name, rest[:-1])
         module, _, function = COMMANDS[name].rpartition(".")
@@ -80,14 +79,15 @@ def parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Keyword arguments of a command, which is parsed but not imported.
 
     Raises:
-        SystemExit: help was asked for, or an argument is missing or unknown.
+        SystemExit: after help, or for a missing or unknown argument.
     """
     node = definition(name)
     known = [f"--{argument.arg}" for argument in node.args.args]
+    see = f"see {PROGRAM} {name} --help"
     for flag in (word.partition("=")[0].replace("-", "_") for word in arguments):
         option = flag.replace("__", "--", 1)
         if flag.startswith("__") and option not in (*known, "--help", "--") and not node.args.kwarg:
-            stop(2, f"unknown flag {option}", advice(option, known, f"{PROGRAM} {name}"))
+            stop(2, f"unknown flag {option}", advice(option, known, see))
     given: list[dict[str, Any]] = []
     scope: dict[str, Any] = {"given": given}
     node.body = [*node.body[:1], *ast.parse("given.append(locals())").body]
@@ -105,7 +105,7 @@ def parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
             raise SystemExit(0) from None
         fault = text.getvalue().partition("ERROR: ")[2].partition("\n")[0]
         fault = fault.replace("The function received no value for", "no value for")
-        stop(2, fault[:1].lower() + fault[1:], f"see {PROGRAM} {name} --help")
+        stop(2, fault[:1].lower() + fault[1:], see)
     found = given[-1]
     return found | found.pop(node.args.kwarg.arg) if node.args.kwarg else found
 
@@ -117,12 +117,6 @@ def definition(name: str) -> ast.FunctionDef:
     assert spec is not None and spec.origin is not None
     nodes = ast.parse(Path(spec.origin).read_text("utf-8")).body
     return next(n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == function)
-
-
-def advice(given: str, known: Iterable[str], program: str) -> str:
-    """The nearest known word, or where to find them."""
-    near = difflib.get_close_matches(given, list(known), 1)
-    return f"did you mean {near[0]}?" if near else f"see {program} --help"
 
 
 def stop(code: int, fault: str, hint: str = "") -> NoReturn:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import shutil
 from itertools import groupby
 from pathlib import Path
+
+from med3dinsight_ext.io.errors import advice
 
 NAMES = {"segmentation": "label_names", "classification": "class_names"}  # keys of configs
 BUNDLES = ("pretrain", "seg-finetune", "cls-finetune")
@@ -22,7 +23,7 @@ def bundles_dir() -> Path:
 
 
 def kind_of(bundle: Path) -> str:
-    """A bundle's task, whatever overlays hold: a key of ``NAMES``, or "pretraining"."""
+    """A bundle's task, which overlays do not change: a key of ``NAMES``, or "pretraining"."""
     own = json.loads((bundle / "configs" / "inference.json").read_text("utf-8"))
     return next((kind for kind, key in NAMES.items() if key in own), "pretraining")
 
@@ -74,9 +75,8 @@ def init(target: str, bundle: str | None = None) -> None:
     """
     folder = Path(target)
     if bundle is not None and bundle not in BUNDLES:
-        near = difflib.get_close_matches(str(bundle), BUNDLES, 1)
-        advice = f"did you mean {near[0]}?" if near else f"one of {', '.join(BUNDLES)}"
-        raise ValueError(f"bundle must be the name of a bundle, got {bundle}; {advice}")
+        hint = advice(bundle, BUNDLES, f"one of {', '.join(BUNDLES)}")
+        raise ValueError(f"bundle must be the name of a bundle, got {bundle}; {hint}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"target must be a new or empty folder, got {target}; choose another")
     ignored = shutil.ignore_patterns(*WRITTEN)

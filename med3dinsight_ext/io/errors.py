@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -23,6 +24,12 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message that is not blank, or the name of its type."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+def advice(word: object, known: Iterable[str], otherwise: str) -> str:
+    """The nearest known word as a question, or ``otherwise``."""
+    near = difflib.get_close_matches(str(word), list(known), 1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def summary(error: BaseException) -> str:

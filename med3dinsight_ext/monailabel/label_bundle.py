@@ -29,8 +29,8 @@ def label_bundle(
     """Write a seg-finetune bundle for MONAI Label, which reads no overlays.
 
     Args:
-        target: new folder; its name is the model's, and with clicks must contain "deepedit", which
-            tells the viewers to offer points.
+        target: new folder; its name is the model's, and with clicks must contain "deepedit", by
+            which viewers offer points.
         weights: model.pt of a training with the same overlays.
         overlays: config files that it was trained with, separated by commas: backbone, label names.
         click: it was trained with click.yaml.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from monai.bundle import ConfigParser
 
+from med3dinsight_ext.io.errors import advice
 from med3dinsight_ext.publishing.zoo import NO_TORCHSCRIPT, PACKAGE, PINS
 
 METADATA = ("task", "description", "authors", "copyright", "data_source", "references",
@@ -49,9 +49,8 @@ def read_card(path: str | Path | None) -> dict[str, Any]:
         raise ValueError(f"card must be a mapping, got {type(card).__name__} in {path}")
     for key, value in card.items():
         if key not in KEYS:
-            near = difflib.get_close_matches(str(key), KEYS, 1)
-            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(KEYS)}"
-            raise ValueError(f"card must have known keys, got {key}; {advice}")
+            hint = advice(key, KEYS, f"known are {', '.join(KEYS)}")
+            raise ValueError(f"card must have known keys, got {key}; {hint}")
         kind = list if key == "references" else str
         if not isinstance(value, kind):
             raise ValueError(f"card {key} must be a {kind.__name__}, got {value!r}")

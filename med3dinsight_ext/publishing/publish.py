@@ -170,9 +170,9 @@ def release_configs(
     for stem, config in merged.items():
         own = plain[stem]
         config |= {key: own[key] for key in PLACES if key in own}
-        given, asked = own.get("teacher"), config.get("teacher")
-        if isinstance(given, dict) and isinstance(asked, dict) and "_disabled_" in given:
-            asked.setdefault("_disabled_", given["_disabled_"])
+        given, merged_teacher = own.get("teacher"), config.get("teacher")
+        if isinstance(given, dict) and isinstance(merged_teacher, dict) and "_disabled_" in given:
+            merged_teacher.setdefault("_disabled_", given["_disabled_"])
     if kind_of(source) == "pretraining" and "handlers" in merged["inference"]:
         merged["inference"]["handlers"] = without_reports(merged["inference"]["handlers"])
     paths = {stem: source / "configs" / f"{stem}.json" for stem in OVERLAYS}
@@ -236,9 +236,9 @@ def torchscript_fault(network: nn.Module) -> str:
     """Why TorchScript cannot take a network, in a line; "" if it can."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated; the Zoo asks for it
+            warnings.simplefilter("ignore")  # TorchScript is deprecated; the Model Zoo uses it
             torch.jit.script(network.eval())
-    except Exception as error:  # whatever its compiler runs into
+    except Exception as error:  # of its compiler
         return re.sub(r"0x[0-9a-f]+", "0x…", first_line(error)).rstrip(":")
     return ""
 
@@ -258,7 +258,7 @@ def traces(network: nn.Module, image: Mapping[str, Any]) -> bool:
             trace = torch.jit.trace(network.eval(), torch.zeros(shape), check_trace=False)
             other = torch.rand(shape, generator=generator)
             return torch.allclose(trace(other), network(other), rtol=1e-4, atol=1e-4)
-    except Exception:  # whatever its tracer runs into
+    except Exception:  # of its tracer
         return False
 
 

@@ -80,8 +80,8 @@ def _classification(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[list
         flat |= {f"auroc_{name}": row["auroc"] for name, row in per_class.items()}
     rows = [["score", "cases", "all classes", *per_class]]
     for key, title in titles.items():
-        told = several or key != "auroc"
-        cells = [_interval(row.get(key) if told else None, None, None)
+        shown = several or key != "auroc"
+        cells = [_interval(row.get(key) if shown else None, None, None)
                  for row in per_class.values()]  # fmt: skip
         ends = found[key], found[f"{key}_low"], found[f"{key}_high"]
         rows.append([title, str(found["n"]), _interval(*ends), *cells])
@@ -97,7 +97,7 @@ def _retrieval(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[list[str]
     rows = [["retrieval", "slices", "recall", "volume set to zero", "chance"]]
     for name in names:
         recall = _interval(*(student[name + end] for end in ("", "_low", "_high")))
-        asked = f"{student[name.rpartition('_')[0] + '_queries']:.0f}"
+        queries = f"{student[name.rpartition('_')[0] + '_queries']:.0f}"
         others = (_interval(x, None, None) for x in (zero[name], student[f"{name}_chance"]))
-        rows.append([name.replace("_r", " R@").replace("_", " "), asked, recall, *others])
+        rows.append([name.replace("_r", " R@").replace("_", " "), queries, recall, *others])
     return {name: student[name] for name in names}, rows

@@ -44,7 +44,7 @@ def kcenter_greedy(features: Tensor, labelled: Sequence[int]) -> int:
 class Features:
     """Deepest features of a bundle's network, pooled over a volume, kept on disk by content.
 
-    The weights are those at the time of construction, whatever is trained afterwards.
+    The weights are those at the time of construction.
 
     Args:
         bundle: folder with inference.json and model.pt; what is kept goes into its ``features``.

@@ -234,7 +234,7 @@ def check_targets(bundle: Bundle) -> str:
 
 
 def _resolve(name: str) -> None:
-    """Import what a dotted name says; ``pkgutil.resolve_name`` hides why a module failed."""
+    """Import a dotted name; ``pkgutil.resolve_name`` hides why a module failed."""
     parts = name.split(".")
     found: Any = importlib.import_module(parts[0])
     for depth, part in enumerate(parts[1:], 2):
