@@ -26,7 +26,7 @@ ABSOLUTE = re.compile(  # how a config names a place; "~5 mm" is none
 )
 PERSONAL = re.compile(
     r"""(?<![\w.}>)\]*%~/-])  # inside a longer path, a placeholder's or a URL
-        (?:/(?:home|Users|folder.root|mnt|media|scratch|Volumes)/\w
+        (?:/(?:home|Users|root|mnt|media|scratch|Volumes)/\w
           |[A-Za-z]:(?:\\{1,2}|/)[\w.-]+(?:\\{1,2}|/)\w
           |file:/{2,3}\w|~/\w)[^\s'"`,)]*
     """,
