@@ -29,7 +29,9 @@ def kind_of(bundle: Path) -> str:
 
 
 def config_files(bundle: Path, name: str) -> list[Path]:
-    """The config files that make up a config of a bundle; the later ones win.
+    """The config files that make up a config of a bundle, its own first.
+
+    MONAI reads metadata.json and logging.conf from the folder of the first one.
 
     Args:
         bundle: folder of the bundle.
@@ -39,13 +41,14 @@ def config_files(bundle: Path, name: str) -> list[Path]:
     files = [folder / "train.json"] if name == "train" else []
     if name == "train" and kind_of(bundle) in NAMES:
         files.append(folder / "finetune.json")
-    return [*filter(Path.is_file, files), bundle / "configs" / f"{name}.json"]
+    return [bundle / "configs" / f"{name}.json", *filter(Path.is_file, files)]
 
 
 def backbone_files(bundle: Path) -> list[Path]:
-    """The overlays that choose a bundle's network."""
+    """The overlays that choose a bundle's network; shared ones name their bundles in line 2."""
     shared = sorted((bundle.absolute().parent / "backbones").glob("*.yaml"))
-    return shared + sorted((bundle / "configs").glob("backbone_*.yaml"))
+    fitting = [path for path in shared if bundle.name in path.read_text("utf-8").splitlines()[1]]
+    return fitting + sorted((bundle / "configs").glob("backbone_*.yaml"))
 
 
 def train_option(bundle: Path) -> str:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from med3dinsight_ext.io.bundles import BUNDLES, bundles_dir, config_files, init, kind_of
+from med3dinsight_ext.io.bundles import (
+    BUNDLES,
+    backbone_files,
+    bundles_dir,
+    config_files,
+    init,
+    kind_of,
+)
 
 
 def bundle_with(folder: Path, name: str, **inference: object) -> Path:
@@ -19,12 +26,12 @@ def bundle_with(folder: Path, name: str, **inference: object) -> Path:
 @pytest.mark.parametrize(
     ("inference", "stems"),
     [
-        ({}, ["shared/train", "b/configs/train"]),
-        ({"label_names": []}, ["shared/train", "shared/finetune", "b/configs/train"]),
-        ({"class_names": []}, ["shared/train", "shared/finetune", "b/configs/train"]),
+        ({}, ["b/configs/train", "shared/train"]),
+        ({"label_names": []}, ["b/configs/train", "shared/train", "shared/finetune"]),
+        ({"class_names": []}, ["b/configs/train", "shared/train", "shared/finetune"]),
     ],
 )
-def test_shared_files_come_before_a_bundles_own(
+def test_shared_files_follow_a_bundles_own(
     inference: dict[str, object], stems: list[str], tmp_path: Path
 ) -> None:
     bundle = bundle_with(tmp_path, "b", **inference)
@@ -33,6 +40,14 @@ def test_shared_files_come_before_a_bundles_own(
         (tmp_path / "shared" / f"{name}.json").touch()
     assert config_files(bundle, "train") == [tmp_path / f"{stem}.json" for stem in stems]
     assert config_files(bundle, "inference") == [bundle / "configs" / "inference.json"]
+
+
+def test_backbones_are_those_that_name_the_bundle(tmp_path: Path) -> None:
+    bundle = bundle_with(tmp_path, "seg-finetune")
+    (tmp_path / "backbones").mkdir()
+    for name, bundles in {"unet": "pretrain, seg-finetune", "vit": "pretrain"}.items():
+        (tmp_path / "backbones" / f"{name}.yaml").write_text(f"# A\n# Bundles: {bundles}.\n")
+    assert backbone_files(bundle) == [tmp_path / "backbones" / "unet.yaml"]
 
 
 def test_without_shared_files_a_config_is_one_file(tmp_path: Path) -> None:
