@@ -1,4 +1,4 @@
-"""Overrides on the command line, checked before anything runs."""
+"""Checks of command-line overrides."""
 
 from __future__ import annotations
 

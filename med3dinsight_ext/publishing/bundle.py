@@ -76,7 +76,7 @@ def _check_overlay(path: str) -> None:
 
 
 def channel_names(kind: str, config: Mapping[str, Any]) -> list[str]:
-    """Names of what a network returns, one a channel.
+    """Names of a network's output channels.
 
     Args:
         kind: from ``kind_of``.

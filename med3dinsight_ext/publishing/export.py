@@ -90,7 +90,7 @@ def export(folder: str) -> None:
 class ExportMethod(NamedTuple):
     """One attempt at a format.
 
-    name: what it is called in the report.
+    name: its name in the report.
     batch: largest batch that it is compared on; 2 stands for any.
     write: makes the file at a path.
     read: makes a function of volumes from it.
@@ -166,7 +166,7 @@ def _first_right(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracer's warnings, as what they warn of is measured, and without its graphs."""
+    """Silence the tracer: its warnings are about differences that are measured here."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -178,7 +178,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _without_paths(path: Path) -> None:
-    """Drop the notes of which source line made what: they name folders of this machine."""
+    """Remove source locations, which name folders of this machine."""
     if path.suffix == ".onnx":
         import onnx
 

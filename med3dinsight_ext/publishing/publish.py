@@ -51,10 +51,10 @@ def publish(
     version: str = "0.1.0", changes: str | Sequence[str] = "first version",
     large_files_url: str = "",
 ) -> None:  # fmt: skip
-    """Write ``out``/``name``, a bundle that runs where nothing of ours is, and ``name``.zip.
+    """Write ``out``/``name``, a bundle that runs without this package, and ``name``.zip.
 
-    The same input gives the same bytes. Settings that say where things lie on this machine
-    (``PLACES``) are the bundle's own again.
+    The same input gives the same bytes. Paths of this machine (``PLACES``) are reset to the
+    bundle's defaults.
 
     Args:
         bundle: pretrain, seg-finetune or cls-finetune, or a folder made of one.
@@ -66,8 +66,8 @@ def publish(
         metrics: JSON that ``evaluate`` wrote: eval/metrics.json, of pretrain eval/retrieval.json.
         card: YAML file about the model; its keys are ``card.KEYS``.
         version: of the model, three numbers.
-        changes: what is new in it.
-        large_files_url: where files over 25 MB will lie, each at this URL and its path.
+        changes: entry of the changelog.
+        large_files_url: location of files over 25 MB, each at this URL and its path.
 
     Raises:
         ValueError: something is missing, does not fit together, or names a place on this machine.
@@ -110,7 +110,7 @@ def check_names(source: Path, folder: Path, click: bool, version: str) -> None:
 
 
 def change_text(changes: object) -> str:
-    """What is new in a version; the command line makes a tuple of "a, b" and a number of "2"."""
+    """Entry of the changelog; the command line parses "a, b" as a tuple and "2" as a number."""
     text = ", ".join(map(str, changes)) if isinstance(changes, (list, tuple)) else changes
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"changes must be text, got {changes!r}; say what is new in this version")
@@ -164,7 +164,7 @@ def contents(
 def release_configs(
     source: Path, overlays: str | Sequence[str], click: bool
 ) -> dict[str, dict[str, Any]]:
-    """Configs by their stems: overlays merged, places of this machine and drawings left out."""
+    """Configs by their stems: overlays merged, without paths of this machine and drawings."""
     merged = merged_configs(source, overlays, click)
     plain = merged_configs(source, (), False)
     for stem, config in merged.items():
@@ -184,7 +184,7 @@ def release_configs(
 
 
 def without_reports(handlers: Any) -> Any:
-    """Handlers, a list or a mapping by names, without those that draw what others have written."""
+    """Handlers, a list or a mapping by names, without those that draw figures."""
 
     def draws(handler: Any) -> bool:
         target = handler.get("_target_") if isinstance(handler, Mapping) else None
@@ -198,7 +198,7 @@ def without_reports(handlers: Any) -> Any:
 def student_state(
     config: Mapping[str, Any], weights: Path, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """State of the student that lies beside a pre-trained network's weights.
+    """State of the student in the file beside a pre-trained network's weights.
 
     Args:
         config: inference config of pretrain.

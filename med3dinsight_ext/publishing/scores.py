@@ -17,7 +17,7 @@ class Scores(NamedTuple):
 
 
 def read_scores(path: str | Path | None, kind: str, classes: Sequence[str] = ()) -> Scores:
-    """What a bundle's own ``evaluate`` found.
+    """Scores that a bundle's ``evaluate`` wrote.
 
     Args:
         path: eval/metrics.json of the two fine-tuning bundles, eval/retrieval.json of pretrain.
