@@ -1,4 +1,4 @@
-"""Import hook for MONAI Label 0.8.5 beside a CPU build of torch and beside pydicom 3.
+"""Import hook that lets MONAI Label 0.8.5 run beside a CPU build of torch and beside pydicom 3.
 
 - torchvision registers Python implementations for operators that only its compiled part defines.
   That part does not load beside a torch it was not compiled for, and there is no CPU build of it
