@@ -80,5 +80,7 @@ def intro(folder: str) -> list[str]:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """TeX between dollar signs as MathML, which browsers draw without a script."""
     parts = CODE.split(markdown)
-    parts[::2] = [EQUATION.sub(lambda found: f"<span>{convert(found[1])}</span>", part) for part in parts[::2]]
+    parts[::2] = [
+        EQUATION.sub(lambda found: f"<span>{convert(found[1])}</span>", part) for part in parts[::2]
+    ]
     return "".join(parts)
