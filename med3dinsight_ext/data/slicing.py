@@ -129,7 +129,7 @@ def choose(
         tensor([0, 0, 1, 1, 2, 2])
     """
     if per_plane < 1:
-        raise ValueError(f"per_plane must be at least 1, got {per_plane}; ask for more slices")
+        raise ValueError(f"per_plane must be at least 1, got {per_plane}; raise it")
     generator = torch.Generator().manual_seed(seed)
     planes, positions = [], []
     for plane, filled in enumerate(usable(volume)):
@@ -192,6 +192,6 @@ def cut(
     shape = [max(1, round(size * mm / max(across, up))) for mm in (up, across)]
     low, high = slices.min(), slices.max()
     slices = F.interpolate(slices, shape, mode="bilinear", antialias=True)
-    slices.clamp_(low, high)  # the weights sum to one but for rounding, and teachers want [0, 1]
+    slices.clamp_(low, high)  # the weights sum to one but for rounding, and teachers take [0, 1]
     top, left = ((size - n) // 2 for n in shape)
     return F.pad(slices, (left, size - shape[1] - left, top, size - shape[0] - top))

@@ -226,7 +226,7 @@ class Store:
         print(f"view their captions: python -m med3dinsight_ext captions {self.root}")
 
     def plan(self, items: Sequence[dict[str, Any]], shard: str | None = None) -> dict[str, float]:
-        """Print and return what ``fill`` would make, without reading a volume.
+        """Print and return the amount of work for ``fill``, without reading a volume.
 
         Slices and calls are upper bounds from the headers of at most 200 volumes, since nearly
         empty slices are left out later. A volume that no run has read yet counts as missing.
@@ -240,7 +240,7 @@ class Store:
         """
         self.captioner.check_items(items)
         items = part_of(items, shard)
-        hashed = {item["image"]: self._hashes.knows(_file(item)) for item in items}
+        hashed = {item["image"]: self._hashes.has(_file(item)) for item in items}
         missing = [i for i in items if not hashed[i["image"]] or not self.path(i).exists()]
         sample = missing[:: -(-len(missing) // 200) or 1]
         slices = calls = unreadable = 0

@@ -53,7 +53,7 @@ class AlignmentLoss(nn.Module):
         dims: length of each target space, {"image": d, …}, for the Mahalanobis matrices and for
             "regression".
         negatives: "all", or "same_plane": only slices of the same plane and nearby depth, which
-            plane and position cannot tell apart.
+            plane and position cannot distinguish.
         depth_window: with "same_plane", the largest difference of position, in (0, 1].
 
     Raises:

@@ -512,7 +512,7 @@ def test_the_page_has_each_arm_and_each_failed_run(smoke: Smoke) -> None:
     tables.draw(smoke.root)
     results.remove("smoke", ["odd"], smoke.results)
     assert "| scratch_matched | " in page and "- odd: ValueError: why" in page
-    assert "**Not known yet**" in page and "judged on development cases" in page
+    assert "**Not known yet**" in page and "scored on development cases" in page
     (figure,) = (smoke.root / "figures").glob("*.png")
     assert f"figures/{figure.name}" in page
 
