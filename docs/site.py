@@ -77,8 +77,22 @@ def intro(folder: str) -> list[str]:
     return [found] if found else []
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def public_names() -> str:
+    """Table of the public names and the modules that they are imported from."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+    rows = [
+        f"| `{alias.name}` | `{node.module}` |"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith(PACKAGE.name)
+        for alias in node.names
+    ]
+    return "\n".join(["", "| name | imported from |", "|---|---|", *sorted(rows), ""])
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """TeX between dollar signs as MathML, which browsers draw without a script."""
+    if page.file.src_uri == f"{REFERENCE}/index.md":
+        return markdown + public_names()
     parts = CODE.split(markdown)
     parts[::2] = [
         EQUATION.sub(lambda found: f"<span>{convert(found[1])}</span>", part) for part in parts[::2]
