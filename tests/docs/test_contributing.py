@@ -50,6 +50,8 @@ for bundle, listed in {"pretrain": True, "seg-finetune": False, "cls-finetune": 
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
     folder = tmp_path_factory.mktemp("contribution")
     for name in ("med3dinsight_ext", "bundles", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.pt", "store", "eval")
