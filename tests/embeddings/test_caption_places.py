@@ -298,6 +298,20 @@ def test_captions_that_are_similar_enough_stay_with_their_slices(
         assert 5 < len(found) < sum(place[0] == number and some(place) for place in PLACES) - 5
 
 
+def test_a_recorded_similarity_is_that_of_the_slice_and_its_caption(
+    items: list[dict], tmp_path: Path
+) -> None:
+    captions = from_file(Path(items[0]["image"]).parent, some)
+    joint = Teacher(FakeImages(), SixWords(), joint=True)
+    item = Store(tmp_path, joint, captions, per_plane=5).fill(items)[0]
+    slots, known = embeddings_of(item["image"])
+    rows = json.loads(Path(item["targets"]).with_suffix(".json").read_text())["slices"]
+    for row in (row for row in rows if row["caption"]):
+        image = known[slots.index((PLANES.index(row["plane"]), row["index"]))]
+        expected = float(image @ joint.encode_text([row["caption"]])[0])
+        assert row["similarity"] == pytest.approx(expected, abs=2e-3)
+
+
 def test_a_model_s_refusals_and_answers_are_recorded_at_their_slices(by_model: Filled) -> None:
     for number in range(COUNT):
         path = Path(by_model.items[number]["targets"]).with_suffix(".json")
