@@ -122,7 +122,7 @@ def confusion_counts(prediction: Tensor, label: Tensor, names: Sequence[str]) ->
     maps = _class_maps(prediction, label, names)
     k, voxels = len(names), maps[0].numel()
     found, truth = (x[0].numpy().astype(np.int32) for x in _crop(*maps))
-    counts = np.zeros(k * k, np.int64)
+    counts: np.ndarray = np.zeros(k * k, np.int64)
     for slab, right in zip(found, truth, strict=True):  # bincount makes int64 of what it counts
         counts += np.bincount((right * k + slab).ravel(), minlength=k * k)
     counts[0] += voxels - found.size
