@@ -179,11 +179,13 @@ def orientation(cohort: Cohort) -> list[Finding]:
     """
     found = []
     for modality, records in cohort.groups().items():
+        grids = [record.grid for record in records]
+        likeness = np.stack([asymmetry(grids, axis) for axis in range(3)])
+        likeness[[not tells(row) for row in likeness]] = 1
+        worst = likeness.argmin(0)  # the other axes of a mirrored volume may look odd too
         for axis, (low, high) in enumerate(SIDES):
-            likeness = asymmetry([record.grid for record in records], axis)
-            if not tells(likeness):
-                continue
-            if wrong := [r for r, x in zip(records, likeness, strict=True) if x <= MIRRORED]:
+            suspect = (worst == axis) & (likeness[axis] <= MIRRORED)
+            if wrong := [records[i] for i in np.flatnonzero(suspect)]:
                 text = f"{modality} is like the cohort with {low} and {high} exchanged"
                 remedy = "Look at the image; correct its affine or reorient the voxels."
                 found.append(Finding("warning", "orientation", text, _files(wrong), remedy))
@@ -236,7 +238,8 @@ def _hu_fault(record: Record) -> tuple[str, str, str] | None:
         if _share(record, 864, 1184) > 0.05:
             return "error", "CT is offset by 1024 (water near 1024)", "Subtract 1024."
         return "note", "CT has no air", "Right for a crop inside the body, else check the units."
-    if _share(record, -200, 200) < 0.01:
+    # the denominator leaves out padding, which some scanners set to -2000
+    if _share(record, -200, 200) < 0.06 * _share(record, -1500, 4000):
         return (
             "error",
             "CT has no soft tissue between -200 and 200 HU",

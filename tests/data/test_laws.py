@@ -33,7 +33,7 @@ def body(seed: int) -> tuple[np.ndarray, np.ndarray]:
     image[ball((x, 0, 0.8), (y, 0, 0.7))] = 0
     image[image == 0] += 100 * random.normal(size=SHAPE)[image == 0]
     image[ball((x, 0.35, 0.3), (y, 0.1, 0.4), (z, -0.2, 0.5))] += 400
-    image[ball((x, 0, 0.15), (y, -0.45, 0.15))] += 1000
+    image[ball((x, 0, 0.12), (y, -0.45, 0.12))] += 1000
     image[ball((x, 0, 0.5), (y, 0, 0.4), (z, 0.9, 0.4))] = -800
     label = np.zeros(SHAPE, np.uint8)
     label[5:9, 8:12, 8:13], label[17:21, 8:12, 7:12] = 1, 2
