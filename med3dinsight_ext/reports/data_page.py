@@ -18,7 +18,7 @@ from med3dinsight_ext.data.cohort import Cohort, Record
 from med3dinsight_ext.data.laws import LEVELS, Finding
 from med3dinsight_ext.data.slicing import cut, window
 from med3dinsight_ext.data.volumes import read_volume
-from med3dinsight_ext.reports.figures import class_colors
+from med3dinsight_ext.reports.figures import CLASS_COLORS, class_colors
 from med3dinsight_ext.reports.pages import write_page
 
 PIXELS = 128  # side of a plane in a thumbnail
@@ -45,9 +45,8 @@ def write_data_page(
     shown = [[name for name in finding.files if name in records][:SHOWN] for finding in found]
     wanted = sorted({*sample, *sum(shown, [])})
     modality = {r.name: group for group, members in cohort.groups().items() for r in members}
-    colors = class_colors(list(cohort.names or [str(n) for n in range(64)])[1:])
     pictures = {
-        name: thumbnail(records[name], modality[name], list(colors.values()))
+        name: thumbnail(records[name], modality[name])
         for name in tqdm(wanted, "Drawing", unit="volume", disable=None)
     }
     count = {level: sum(finding.level == level for finding in found) for level in LEVELS}
@@ -60,11 +59,11 @@ def write_data_page(
     write_page(
         path, "data.html", title=title, facts=facts, findings=list(zip(found, shown, strict=True)),
         sample=sample, pictures=pictures, records=records, listed=LISTED,
-        colors=colors if cohort.names else {},
+        colors=class_colors(list(cohort.names or ())[1:]),
     )  # fmt: skip
 
 
-def thumbnail(record: Record, modality: str, colors: Sequence[str]) -> str:
+def thumbnail(record: Record, modality: str) -> str:
     """The three planes side by side as a JPEG data URI, with the label's classes in colour.
 
     They are cut through the middle, or where the label marks most.
@@ -72,33 +71,36 @@ def thumbnail(record: Record, modality: str, colors: Sequence[str]) -> str:
     Args:
         record: of the volume.
         modality: CT, MR or PET.
-        colors: of the classes from 1 on.
     """
     volume = read_volume(record.item["image"])
-    try:
-        shown = window(volume, modality)[:1]
-    except ValueError:  # a CT that is no CT
+    shown = window(volume, modality)[:1]
+    if shown.min() == shown.max():  # a CT in other units
         shown = window(volume, "MR")
-    if modality == "CT" and shown.min() == shown.max():
-        shown = window(volume, "MR")
-    label = read_volume(record.item["label"]) if record.labels and record.labels.voxels else None
+    classes = sorted(record.labels.voxels) if record.labels else []
+    label = _label(record) if classes else None
     planes = []
     for plane in range(3):
-        place = _fullest(label, plane) if label is not None else 0.5
-        position, spacing = torch.tensor([place]), volume.pixdim.tolist()
-        grey = cut(shown, spacing, plane, position, PIXELS)[0, 0]
+        position = torch.tensor([0.5 if label is None else _fullest(label, plane)])
+        grey = cut(shown, record.spacing, plane, position, PIXELS)[0, 0]
         image = grey.numpy()[..., None].repeat(3, 2)
-        classes = sorted(record.labels.voxels) if label is not None and record.labels else []
-        for number in classes:
-            mask = torch.as_tensor(label == number)
-            area = cut(mask.float(), spacing, plane, position, PIXELS)[0, 0].numpy() >= 0.5
-            color = np.array(to_rgb(colors[(number - 1) % len(colors)]))
+        for number in classes if label is not None else []:
+            mask = torch.as_tensor(label == number).float()
+            area = cut(mask, record.spacing, plane, position, PIXELS)[0, 0].numpy() >= 0.5
+            color = np.array(to_rgb(CLASS_COLORS[(number - 1) % len(CLASS_COLORS)]))
             image[area] = 0.45 * image[area] + 0.55 * color
         planes.append(image)
     file = io.BytesIO()
     pixels = (np.concatenate(planes, 1) * 255).round().astype(np.uint8)
     Image.fromarray(pixels).save(file, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _label(record: Record) -> Tensor | None:
+    """The label map; None if it has one value everywhere."""
+    try:
+        return read_volume(record.item["label"])
+    except ValueError:
+        return None
 
 
 def _fullest(label: Tensor, plane: int) -> float:
