@@ -44,17 +44,17 @@ def alarms(cohort: Cohort, found: Sequence[Finding]) -> dict[str, Any]:
 
 
 def mirrors(cohort: Cohort) -> dict[str, Any]:
-    """For each modality and axis: whether it can be told, and the share of mirrored cases found.
+    """For each modality and axis the share of mirrored cases found, None if it cannot be told.
 
     A fingerprint that is mirrored has its likeness negated.
     """
-    result = {}
+    result: dict[str, Any] = {}
     for modality, records in cohort.groups().items():
+        result[modality] = {}
         for axis, sides in enumerate(SIDES):
             likeness = asymmetry([record.grid for record in records], axis)
-            told = tells(likeness)
-            share = float((-likeness <= MIRRORED).mean()) if told else None
-            result[f"{modality} {' and '.join(sides)}"] = {"told": told, "found": share}
+            share = float((-likeness <= MIRRORED).mean()) if tells(likeness) else None
+            result[modality][" and ".join(sides)] = share
     return result
 
 

@@ -50,10 +50,10 @@ def findings(cohort: Cohort) -> list[Finding]:
 
 def usable_files(cohort: Cohort) -> list[Finding]:
     """Every image and label can be read, and every id of the split has an image."""
-    found = [
-        Finding("error", "usable files", message, [name], "Repair the file or leave it out.")
-        for name, message in cohort.faults.items()
-    ]
+    found = []
+    for name, message in cohort.faults.items():
+        text, _, remedy = message.rpartition("; ")
+        found.append(Finding("error", "usable files", text, [name], f"{remedy.capitalize()}."))
     if cohort.lost:
         text = f"ids of the split match no image: {', '.join(cohort.lost[:10])}"
         found.append(Finding("error", "usable files", text, [], "Correct the split."))
