@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 ALIKE = 0.85  # correlation of the details of near-duplicates
 ASYMMETRY = 0.4  # median likeness of a cohort that is asymmetric enough to tell
-AGREE = 0.85  # share of such a cohort with a likeness above 0
+AGREE = 0.9  # share of such a cohort with a likeness above 0
 FEWEST = 8  # volumes to compare one with
 BLOCK = 128  # volumes that are compared with all at once
 
