@@ -29,7 +29,7 @@ def text_strokes(volume: np.ndarray) -> int:
         stack: np.ndarray = volume.take(index, axis)
         low, high = stack.min(axis), stack.max(axis)
         marks = (low > 0.6) & (high - low < 1e-3)
-        h, w = (n // 4 for n in marks.shape)
+        h, w = (max(1, n // 4) for n in marks.shape)
         for rows in (slice(0, h), slice(-h, None)):
             for columns in (slice(0, w), slice(-w, None)):
                 corner = marks[rows, columns].astype(np.int8)

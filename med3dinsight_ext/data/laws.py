@@ -53,7 +53,8 @@ def usable_files(cohort: Cohort) -> list[Finding]:
     found = []
     for name, message in cohort.faults.items():
         text, _, remedy = message.rpartition("; ")
-        found.append(Finding("error", "usable files", text, [name], f"{remedy.capitalize()}."))
+        remedy = f"{remedy[:1].upper()}{remedy[1:]}."
+        found.append(Finding("error", "usable files", text, [name], remedy))
     if cohort.lost:
         text = f"ids of the split match no image: {', '.join(cohort.lost[:10])}"
         found.append(Finding("error", "usable files", text, [], "Correct the split."))

@@ -12,6 +12,7 @@ import pytest
 
 from med3dinsight_ext.data import laws
 from med3dinsight_ext.data.cohort import Cohort, read_cohort
+from med3dinsight_ext.data.identity import text_strokes
 from med3dinsight_ext.data.laws import Finding, findings
 from med3dinsight_ext.data.likeness import near_pairs
 
@@ -119,6 +120,7 @@ def test_a_label_beside_its_image_is_an_error(folder: Path) -> None:
     save(folder / "labels" / "2.nii", body(2)[1], (3.0, 3.0, 5.0))
     finding = only(laws.usable_files(cohort(folder)))
     assert finding.files == images(2) and "lie where its image lies" in finding.text
+    assert finding.remedy.startswith("Resample it, or copy the image's affine")
 
 
 @pytest.mark.parametrize(("to", "level"), [(1, "warning"), (9, "error")])
@@ -296,6 +298,12 @@ def test_text_in_a_corner_is_found_and_a_line_is_not(folder: Path) -> None:
     change(folder / "images" / "5.nii", line)
     finding = only(laws.burnt_in_text(cohort(folder)))
     assert finding.files == images(4) and finding.text.startswith("possible")
+
+
+def test_three_voxels_are_too_few_for_text() -> None:
+    volume = np.zeros((32, 3, 32))
+    volume[:, :, :8] = np.indices((3, 8)).sum(0) % 2
+    assert text_strokes(volume) == 0
 
 
 @pytest.mark.parametrize(
