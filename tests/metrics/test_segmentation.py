@@ -261,7 +261,7 @@ def test_swapped_organs_are_seen_at_a_glance(tmp_path: Path) -> None:
     truth = [c.get_paths()[0].vertices[:, 0].min() for c in axial.collections]
     assert left < right and truth[0] > truth[1]  # each fill lies in the other's outline
     for name, color in zip(names[1:], CLASS_COLORS, strict=False):
-        assert f'style="background:{color}"></span>&#8288;{name}' in page
+        assert f'style="color:{color}">■</span>&nbsp;{name}' in page
 
 
 def test_slices_are_cut_through_the_worst_class(tmp_path: Path) -> None:
