@@ -318,6 +318,29 @@ def exports(result: Result) -> str:
     )
 
 
+def data_laws(result: Result) -> str:
+    """Section of bench_data_laws.py."""
+    real, planted, mirrored = [], [], []
+    for name, row in result["real"].items():
+        found = ", ".join(f"{law} ({n})" if n else law for law, n in row["files"].items())
+        real.append([name, row["volumes"], found or "none", f"{row['seconds_per_volume']:.3f}"])
+        for modality, axes in row["mirrored"].items():
+            shares = [f"{100 * x:.0f} %" if x is not None else "–" for x in axes.values()]
+            mirrored.append([name, modality, *shares])
+    for name, faults in result["planted"].items():
+        for fault in faults:
+            laws = dict.fromkeys(": ".join(x.split(": ")[:2]) for x in fault["findings"])
+            planted.append([name, fault["fault"], ", ".join(laws) or "**nothing**"])
+    return fill(
+        "data_laws",
+        where=where(result),
+        memory=result["peak_memory_MiB"],
+        real=table(real),
+        planted=table(planted),
+        mirrored=table(mirrored),
+    )
+
+
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "pretrain": pretrain,
     "captions": captions,
@@ -332,6 +355,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "finetune_speed": finetune_speed,
     "backbones": backbones,
     "exports": exports,
+    "data_laws": data_laws,
 }
 
 

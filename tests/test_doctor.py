@@ -15,7 +15,26 @@ def test_it_lists_requirements_and_checks_the_data(
     needs = ["torch>=2", "never-there>=3", 'other>=1; extra == "test"']
     monkeypatch.setattr(module, "requires", lambda _: needs)
     with pytest.raises(SystemExit, match="pip install 'never-there>=3'"):
-        doctor(str(write_volumes(tmp_path / "data", 2) / "segmentation.json"))
+        source = write_volumes(tmp_path / "data", 2) / "segmentation.json"
+        doctor(str(source), page=str(tmp_path / "page.html"))
     out = capsys.readouterr().out
-    assert "2 volumes, all readable; modality" in out and "other" not in out
+    assert "2 volumes readable, 0 faults; modality" in out and "other" not in out
     assert [line.split()[-1] for line in out.splitlines() if line.startswith("torch ")] == ["ok"]
+
+
+def test_a_broken_law_is_printed_and_makes_the_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "requires", lambda _: [])
+    source, page = write_volumes(tmp_path / "data", 2) / "segmentation.json", tmp_path / "page.html"
+    with pytest.raises(SystemExit) as stop:
+        doctor(str(source), label_names=["background"], page=str(page))
+    assert stop.value.code == 1
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("error"))
+    assert "named values: label value 1 is not one of 0 to 0 [2:" in line
+    assert "named values" in page.read_text(encoding="utf-8")
+
+
+def test_label_names_must_be_a_list(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="label_names must be a list, got 'liver'; write it like"):
+        doctor(str(tmp_path), label_names="liver")

@@ -111,6 +111,25 @@ def datalist(
     return _subset(items, root, Path(split), subset) if split else items
 
 
+def subset_names(source: str | Path) -> list[str]:
+    """Names that ``subset`` may have without a split file: the sections of a source.
+
+    Empty for a source without sections: a folder, a JSON list, a JSONL or CSV file.
+    """
+    return [name for name in _sections(Path(source)) if name != "all"]
+
+
+def split_lists(split: str | Path) -> dict[str, list[str]]:
+    """The lists of ids of a split file by their names."""
+    return {name: x for name, x in dict(_read_json(Path(split))).items() if isinstance(x, list)}
+
+
+def item_ids(item: dict, root: Path) -> set[str]:
+    """What a split file may call an item: its patient, file name or a folder on its path."""
+    path = Path(os.path.relpath(item["image"], os.path.abspath(root)))
+    return {str(item.get("patient")), _stem(path), *path.parts[:-1]}
+
+
 def _sections(source: Path) -> dict[str, list]:
     """Rows of a source as written, in named sections; the first one is the default."""
     if source.is_dir():
@@ -185,7 +204,7 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
 
 def _subset(items: list[dict], root: Path, split: Path, subset: str | None) -> list[dict]:
     """The items of one list of a split file, which is checked as a whole."""
-    lists = {name: ids for name, ids in dict(_read_json(split)).items() if isinstance(ids, list)}
+    lists = split_lists(split)
     if subset not in lists:
         raise ValueError(f"subset must be one of {list(lists)} in {split}, got {subset!r}")
     count = Counter(id_ for ids in lists.values() for id_ in ids)
@@ -193,10 +212,10 @@ def _subset(items: list[dict], root: Path, split: Path, subset: str | None) -> l
         raise ValueError(f"split must name each id once, got {twice} again in {split}")
     chosen, found = [], set()
     for item in items:
-        path = Path(os.path.relpath(item["image"], os.path.abspath(root)))
-        ids = count.keys() & {str(item.get("patient")), _stem(path), *path.parts[:-1]}
+        ids = count.keys() & item_ids(item, root)
         found |= ids
         if len(homes := {name for name, members in lists.items() if ids & set(members)}) > 1:
+            path = os.path.relpath(item["image"], os.path.abspath(root))
             raise ValueError(f"split must keep an image in one list, got {path} in {sorted(homes)}")
         if subset in homes:
             chosen.append({"patient": min(ids), **item})

@@ -1,4 +1,4 @@
-"""Segmentation metrics: Dice, NSD and HD95, of each case and over the cases."""
+"""Segmentation metrics: Dice, NSD, HD95 and the confusion of classes."""
 
 from __future__ import annotations
 
@@ -103,6 +103,70 @@ def _crop(prediction: Tensor, label: Tensor) -> list[Tensor]:
         if len(index):
             box.append(slice(max(0, int(index[0]) - 1), int(index[-1]) + 2))
     return [x[tuple(box)] for x in (prediction, label)]
+
+
+def confusion_counts(prediction: Tensor, label: Tensor, names: Sequence[str]) -> np.ndarray:
+    """Voxels of each class of the label by the class that is predicted.
+
+    Args:
+        prediction: (1, x, y, z) map of class numbers.
+        label: the same, on the same grid.
+        names: of the classes, by number; the first is the background.
+
+    Returns:
+        (classes, classes) int64: rows are the label's classes, columns the prediction's.
+
+    Raises:
+        ValueError: as ``case_scores``.
+    """
+    maps = _class_maps(prediction, label, names)
+    k, voxels = len(names), maps[0].numel()
+    found, truth = (x[0].numpy().astype(np.int32) for x in _crop(*maps))
+    counts: np.ndarray = np.zeros(k * k, np.int64)
+    for slab, right in zip(found, truth, strict=True):  # bincount makes int64 of what it counts
+        counts += np.bincount((right * k + slab).ravel(), minlength=k * k)
+    counts[0] += voxels - found.size
+    return counts.reshape(k, k)
+
+
+def confusion(counts: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Shares of each class's voxels that are predicted as each class, ready for JSON.
+
+    Args:
+        counts: (classes, classes) from ``confusion_counts``, summed over the cases.
+        names: of the classes, the first is the background.
+
+    Returns:
+        ``classes``; ``voxels``, the counts; ``share``, each row divided by its sum (None for a
+        class without a voxel); ``confused`` and ``missed``, the largest share of a class that is
+        predicted as another class and as background: ``label``, ``prediction`` and ``share``, or
+        None where there is none.
+    """
+    total = counts.sum(1, keepdims=True)
+    share = counts / total.clip(1)
+
+    def largest(table: np.ndarray) -> dict[str, Any] | None:
+        i, j = (int(x) for x in np.unravel_index(table.argmax(), table.shape))
+        value = float(table[i, j])
+        return {"label": names[i], "prediction": names[j], "share": value} if value > 0 else None
+
+    between, missed = np.zeros_like(share), np.zeros_like(share)
+    between[1:, 1:] = share[1:, 1:] * ~np.eye(len(names) - 1, dtype=bool)
+    missed[1:, 0] = share[1:, 0]
+    rows = [row.tolist() if n else None for row, n in zip(share, total[:, 0], strict=True)]
+    return {
+        "classes": list(names),
+        "voxels": counts.tolist(),
+        "share": rows,
+        "confused": largest(between),
+        "missed": largest(missed),
+    }
+
+
+def worst_class(scores: Mapping[str, Mapping[str, float]]) -> str | None:
+    """The class of a case with the lowest Dice, the first if several have it; None if none does."""
+    dice = {name: row["dice"] for name, row in scores.items() if not math.isnan(row["dice"])}
+    return min(dice, key=dice.__getitem__) if dice else None
 
 
 def mean_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,11 @@ INK = "#1d2530"  # text and axes; becomes the page's own text colour in the HTML
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"  # colours of Okabe and Ito
 SKY, ORANGE = "#56B4E9", "#E69F00"
 PLANE_COLORS = (BLUE, VERMILION, GREEN)
+# Okabe and Ito's, then the ones farthest from all before under each kind of colour blindness.
+CLASS_COLORS = (
+    BLUE, ORANGE, GREEN, "#CC79A7", SKY, VERMILION, "#F0E442", "#8800FF", "#663311", "#BBEE99",
+    "#4422AA", "#553366", "#00FFDD", "#BB55FF", "#EE0055", "#CCAA55", "#771133", "#99FF77",
+)  # fmt: skip
 DASHED: dict[str, Any] = {"linestyle": (0, (3, 2)), "linewidth": 1}
 STYLE: dict[str, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"), INK),
@@ -32,6 +39,15 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.8,
     "text.parse_math": False,  # a caption may hold dollar signs
 }
+
+
+def class_colors(names: Sequence[str]) -> dict[str, str]:
+    """The colour of each class in figures and tables; it repeats after ``len(CLASS_COLORS)``.
+
+    Args:
+        names: of the classes without the background, in the order of their numbers.
+    """
+    return dict(zip(names, cycle(CLASS_COLORS)))
 
 
 def draw_image(ax: Axes, image: np.ndarray, title: str, color: str, width: float) -> None:

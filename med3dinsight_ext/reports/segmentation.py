@@ -10,15 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 from ignite.engine import Engine, Events
 
-from med3dinsight_ext.metrics.segmentation import SCORES, case_scores, summary
-from med3dinsight_ext.reports.figures import save_png
+from med3dinsight_ext.metrics.segmentation import (
+    SCORES,
+    case_scores,
+    confusion,
+    confusion_counts,
+    mean_scores,
+    summary,
+    worst_class,
+)
+from med3dinsight_ext.reports.figures import class_colors, save_png
 from med3dinsight_ext.reports.formatting import case_names, number
 from med3dinsight_ext.reports.pages import write_csv, write_page, write_text
 from med3dinsight_ext.reports.segmentation_figures import Case, boxes, overlays, three_slices
 
 DIGITS = {"dice": 3, "nsd": 3, "hd95": 1}
+LOWEST = 10  # cases in the page's table
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +40,8 @@ class SegmentationReport:
     (1, x, y, z) class numbers on the grid of the image's file, and ``image``, whose meta names that
     file. A repeated file, as when a sampler pads the ranks, counts once. All ranks get the results
     in ``engine.state.metrics`` (``dice``, ``nsd``, ``hd95``, ``dice_<class>``), the first writes
-    ``cases.csv``, ``metrics.json``, ``boxes.png``, ``overlays.png`` and ``report.html``.
+    ``cases.csv``, ``metrics.json`` (with the ``confusion`` of classes over all cases and the
+    ``worst_class`` of each case), ``boxes.png``, ``overlays.png`` and ``report.html``.
 
     Args:
         output_dir: folder to write to.
@@ -74,7 +85,11 @@ class SegmentationReport:
                 scores = case_scores(prediction, label, spacing, self.label_names, self.tolerance)
             except ValueError as error:
                 raise ValueError(f"{error}; case {image}") from error
-            self.cases.append(Case(image, scores, three_slices(prediction, label)))
+            counts = confusion_counts(prediction, label, self.label_names)
+            worst = worst_class(scores)
+            shown = self.label_names.index(worst, 1) if worst else 0
+            slices = three_slices(prediction, label, shown)
+            self.cases.append(Case(image, scores, counts, slices))
 
     def write(self, engine: Engine) -> None:
         every = [case for rank in idist.all_gather(self.cases) for case in rank]
@@ -96,25 +111,46 @@ class SegmentationReport:
             for label, row in case.scores.items():
                 table.append([name, case.image, label, *(row[key] for key in SCORES)])
         write_csv(self.output_dir / "cases.csv", table)
-        result = {"cases": len(cases), "tolerance_mm": self.tolerance, **found}
+        mixed = confusion(np.sum([case.counts for case in cases], 0), self.label_names)
+        worst = lowest(cases, names)
+        result = {
+            "cases": len(cases), "tolerance_mm": self.tolerance, **found,
+            "confusion": mixed, "worst_class": {row["case"]: row["class"] for row in worst},
+        }  # fmt: skip
         text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
         write_text(self.output_dir / "metrics.json", text)
         figures = {"boxes": boxes(cases), "overlays": overlays(cases, names)}
         for name, figure in figures.items():
             save_png(self.output_dir / f"{name}.png", figure)
-        facts: dict[str, object] = {"Cases": len(cases), "Classes": ", ".join(self.label_names[1:])}
-        means = {}
-        for key, name in SCORES.items():
-            stats = found["mean"][key]
-            means[name], low, high = (
-                number(stats[k], DIGITS[key]) for k in ("mean", "low", "high")
-            )
-            facts[f"Mean {name}"] = f"{means[name]} (95 % interval {low} to {high})"
-        facts["NSD tolerance"] = f"{self.tolerance:g} mm"
         page = self.output_dir / "report.html"
         write_page(
-            page, "segmentation.html", title=self.title, facts=facts, found=found,
-            scores=SCORES, digits=DIGITS, **figures,
+            page, "segmentation.html", title=self.title, facts=self.facts(len(cases), found),
+            found=found, scores=SCORES, digits=DIGITS, confusion=mixed, worst=worst[:LOWEST],
+            colors=class_colors(self.label_names[1:]), **figures,
         )  # fmt: skip
+        means = {SCORES[key]: number(found["mean"][key]["mean"], DIGITS[key]) for key in SCORES}
         text = ", ".join(f"{name} {mean}" for name, mean in means.items())
         logger.info(f"mean of {len(cases)} cases: {text}; wrote {page}")
+
+    def facts(self, cases: int, found: Mapping[str, Any]) -> dict[str, object]:
+        """The table at the top of the page."""
+        facts: dict[str, object] = {"Cases": cases, "Classes": ", ".join(self.label_names[1:])}
+        for key, name in SCORES.items():
+            stats = found["mean"][key]
+            mean, low, high = (number(stats[k], DIGITS[key]) for k in ("mean", "low", "high"))
+            facts[f"Mean {name}"] = f"{mean} (95 % interval {low} to {high})"
+        return facts | {"NSD tolerance": f"{self.tolerance:g} mm"}
+
+
+def lowest(cases: Sequence[Case], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Each case that has a score: ``case``, ``dice`` (mean), ``class`` and ``class_dice`` (worst).
+
+    Lowest mean Dice first.
+    """
+    rows = []
+    for name, case in zip(names, cases, strict=True):
+        if worst := worst_class(case.scores):
+            dice = mean_scores(case.scores)["dice"]
+            class_dice = case.scores[worst]["dice"]
+            rows.append({"case": name, "dice": dice, "class": worst, "class_dice": class_dice})
+    return sorted(rows, key=lambda row: row["dice"])

@@ -1,4 +1,4 @@
-"""Figures of segmentation scores: outlines on images, box plots, and trainings compared."""
+"""Figures of segmentation scores: classes on images, box plots, and trainings compared."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FixedLocator, ScalarFormatter
 from monai.data import MetaTensor
 from monai.transforms import Orientation
@@ -19,37 +23,45 @@ from torch import Tensor
 
 from med3dinsight_ext.data.slicing import PLANES, cut, window
 from med3dinsight_ext.data.volumes import guess_modality, read_volume
-from med3dinsight_ext.metrics.segmentation import SCORES, mean_scores
+from med3dinsight_ext.metrics.segmentation import SCORES, mean_scores, worst_class
 from med3dinsight_ext.reports.figures import (
     BLUE,
     GREEN,
     INK,
-    ORANGE,
-    SKY,
     STYLE,
     VERMILION,
+    class_colors,
     draw_image,
 )
 from med3dinsight_ext.reports.formatting import number, short
 
 SIZE = 320  # pixels of an overlay's side
-OUTLINES = {"label": (SKY, 2.8), "prediction": (ORANGE, 1.1)}  # in the order of drawing
+FILL = 0.5  # opacity of the prediction
+GREY = "#8a94a0"  # of what stands for every class in a legend
 
 
 class Case(NamedTuple):
-    """One scored image: its path, ``case_scores``, and ``three_slices``, packed."""
+    """One scored image.
+
+    image: path.
+    scores: from ``case_scores``.
+    counts: from ``confusion_counts``.
+    slices: from ``three_slices``.
+    """
 
     image: str
     scores: dict[str, dict[str, float]]
+    counts: np.ndarray
     slices: bytes
 
 
-def three_slices(prediction: Tensor, label: MetaTensor) -> bytes:
+def three_slices(prediction: Tensor, label: MetaTensor, label_class: int = 0) -> bytes:
     """The slice of each plane, in RAS, where the label (else the prediction) marks most.
 
     Args:
         prediction: (1, x, y, z) map of class numbers.
         label: the same; its affine counts for both.
+        label_class: the one to look for; 0 for all.
 
     Returns:
         An ``.npz``: ``position`` (3,) in [0, 1], ``spacing`` (3,) in mm, and under the name of
@@ -58,7 +70,8 @@ def three_slices(prediction: Tensor, label: MetaTensor) -> bytes:
     pair = [torch.as_tensor(x).as_subclass(Tensor).cpu().short() for x in (label, prediction)]
     both = Orientation("RAS", labels=None)(MetaTensor(torch.cat(pair), affine=label.affine))
     volume = both.as_tensor()
-    marked = volume[0] != 0 if volume[0].any() else volume[1] != 0
+    found = volume == label_class if label_class else volume != 0
+    marked = found[0] if found[0].any() else found[1]
     kept: dict[str, Any] = {"spacing": both.pixdim.numpy(), "position": []}
     for plane, name in enumerate(PLANES):
         count = marked.sum([axis for axis in range(3) if axis != plane])
@@ -83,21 +96,21 @@ def examples(cases: Sequence[Case]) -> dict[str, int]:
 
 @rc_context(STYLE)
 def overlays(cases: Sequence[Case], names: Sequence[str]) -> Figure:
-    """Best, median and worst case in three planes: the image with both outlines on it.
+    """Best, median and worst case in three planes: prediction filled, label outlined.
 
-    The images are read again from their files.
+    A class has one colour in both. The images are read again from their files.
 
     Args:
         cases: at least one.
         names: of the cases.
     """
     chosen = examples(cases)
+    colors = class_colors(list(cases[0].scores))
     figure = Figure((7.4, 2.85 * len(chosen) + 0.35), layout="constrained")
     parts = figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]
+    drawn = set[int]()
     for part, (which, i) in zip(parts, chosen.items(), strict=True):
-        name = names[i]
-        dice = mean_scores(cases[i].scores)["dice"]
-        text = f"{which}: {short(name, 60)}, Dice {number(dice)}"
+        text = f"{which}: {short(names[i], 40)}, {dice_text(cases[i])}"
         part.suptitle(text, x=0.01, ha="left", fontsize=9.5, weight="bold")
         image = read_volume(cases[i].image)
         shown = window(image, guess_modality(image))[:1]  # of CT the soft tissue
@@ -107,17 +120,56 @@ def overlays(cases: Sequence[Case], names: Sequence[str]) -> Figure:
             picture = cut(shown, image.pixdim.tolist(), plane, where, SIZE)[0, 0]
             draw_image(ax, picture.numpy(), f"{PLANES[plane]} {where.item():.2f}", INK, 0.6)
             pair = torch.from_numpy(kept[PLANES[plane]])
-            for marks, (color, width) in zip(pair, OUTLINES.values(), strict=True):
-                for label in marks.unique()[marks.unique() > 0]:
-                    mask = (marks == label)[None].float()
-                    flat = cut(mask, kept["spacing"], plane, torch.tensor([0.5]), SIZE)[0, 0]
-                    if flat.min() < 0.5 < flat.max():  # else too thin to show, or everywhere
-                        ax.contour(flat, [0.5], colors=color, linewidths=width)
-    lines = [Line2D([], [], color=color, linewidth=width) for color, width in OUTLINES.values()]
-    figure.legend(lines, list(OUTLINES), loc="outside upper right", ncols=2, fontsize=8)
+            drawn |= set(pair.unique().tolist()) - {0}
+            draw_classes(ax, pair, kept["spacing"], plane, list(colors.values()))
+    add_legend(figure, {name: c for n, (name, c) in enumerate(colors.items(), 1) if n in drawn})
     listing = "; ".join(f"{which.lower()} {names[i]}" for which, i in chosen.items())
-    figure.set_label(f"Outlines of label and prediction on the image: {listing}")
+    figure.set_label(f"Prediction (filled) and label (outlined) on the image: {listing}")
     return figure
+
+
+def dice_text(case: Case) -> str:
+    """Mean Dice of a case and, of several classes, the one with the lowest."""
+    text = f"Dice {number(mean_scores(case.scores)['dice'])}"
+    worst = worst_class(case.scores)
+    if worst is None or len(case.scores) == 1:
+        return text
+    return f"{text}; worst class {short(worst, 24)} {number(case.scores[worst]['dice'])}"
+
+
+def draw_classes(
+    ax: Axes, pair: Tensor, spacing: Sequence[float], plane: int, colors: Sequence[str]
+) -> None:
+    """Draw one slice of a prediction as fills and of its label as outlines.
+
+    Args:
+        ax: that shows the image.
+        pair: (2, x, y, z) label and prediction, one voxel thick across the plane.
+        spacing: of x, y, z in mm.
+        plane: that is cut.
+        colors: of the classes from 1 on.
+    """
+    halo = [Stroke(linewidth=2.6, foreground="black"), Normal()]
+    for n in pair.unique()[pair.unique() > 0].tolist():
+        masks = (pair == n).float()
+        truth, found = cut(masks, spacing, plane, torch.tensor([0.5]), SIZE)[0].numpy()
+        color = colors[n - 1]
+        fill = np.zeros((*found.shape, 4))
+        fill[..., :3], fill[..., 3] = to_rgb(color), FILL * (found >= 0.5)
+        ax.imshow(fill, interpolation="nearest")
+        if truth.min() < 0.5 < truth.max():  # else too thin to show, or everywhere
+            outline = ax.contour(truth, [0.5], colors=color, linewidths=1.3)
+            outline.set_path_effects(halo)
+
+
+def add_legend(figure: Figure, colors: Mapping[str, str]) -> None:
+    """Add the colours of classes, and what fill and outline mean, below a figure."""
+    marks: list[Any] = [
+        Patch(facecolor=(GREY, FILL), label="prediction (fill)"),
+        Line2D([], [], color=GREY, linewidth=1.3, label="label (outline)"),
+    ]
+    marks += [Patch(facecolor=color, label=short(name, 24)) for name, color in colors.items()]
+    figure.legend(handles=marks, loc="outside lower left", ncols=5, fontsize=8)
 
 
 @rc_context(STYLE)
@@ -127,6 +179,7 @@ def boxes(cases: Sequence[Case]) -> Figure:
     HD95 is linear up to 1 mm and logarithmic above, as a missed class costs a whole diagonal.
     """
     classes = list(cases[0].scores)
+    colors = class_colors(classes)
     figure = Figure((7.4, 0.9 + 0.42 * len(classes)), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for ax, (key, title) in zip(panels, SCORES.items(), strict=True):
@@ -137,10 +190,10 @@ def boxes(cases: Sequence[Case]) -> Figure:
                 continue
             low, middle, high = np.quantile(x, [0.25, 0.5, 0.75])
             ax.plot([x.min(), low, np.nan, high, x.max()], [y] * 5, color=INK, linewidth=0.8)
-            ax.barh(y, high - low, 0.56, low, facecolor=(SKY, 0.45), edgecolor=INK)
+            ax.barh(y, high - low, 0.56, low, facecolor=(colors[name], 0.45), edgecolor=INK)
             ax.plot([middle] * 2, [y - 0.28, y + 0.28], color=INK, linewidth=2.2)
             spread = y + 0.36 * (np.arange(len(x)) * 0.618 % 1 - 0.5)  # so that equals part
-            ax.plot(x, spread, ".", color=VERMILION, markersize=5)
+            ax.plot(x, spread, ".", color=INK, markersize=4, alpha=0.6)
         ax.set_title(title)
     panels[0].set(yticks=range(len(classes)), ylim=(len(classes) - 0.5, -0.5))
     panels[0].set_yticklabels([short(name, 24) for name in classes])

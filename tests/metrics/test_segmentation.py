@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
+from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from monai.data import DataLoader, MetaTensor
 from monai.engines import SupervisedEvaluator
@@ -19,7 +20,14 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surf
 from monai.networks import one_hot
 from monai.transforms import AsDiscreted, Orientation
 
-from med3dinsight_ext.metrics.segmentation import case_scores, summary
+from med3dinsight_ext.metrics.segmentation import (
+    case_scores,
+    confusion,
+    confusion_counts,
+    summary,
+    worst_class,
+)
+from med3dinsight_ext.reports.figures import CLASS_COLORS
 from med3dinsight_ext.reports.formatting import case_names
 from med3dinsight_ext.reports.segmentation import SegmentationReport
 from med3dinsight_ext.reports.segmentation_figures import overlays, three_slices
@@ -127,6 +135,35 @@ def test_what_is_no_class_number_is_an_error(bad: float) -> None:
         case_scores(box(number=1) * bad, box(), (1, 1, 1), NAMES)
 
 
+def test_confusion_counts_equal_a_count_by_hand() -> None:
+    g = torch.Generator().manual_seed(0)
+    label, prediction = torch.zeros(2, 1, *SHAPE).long()
+    for volume in (label, prediction):
+        volume[:, 2:6, 3:8, 1:4] = torch.randint(3, (1, 4, 5, 3), generator=g)
+    found = confusion_counts(prediction, label, NAMES)
+    pairs = [(i, j) for i in range(3) for j in range(3)]
+    expected = [int(((label == i) & (prediction == j)).sum()) for i, j in pairs]
+    assert found.ravel().tolist() == expected and found.sum() == label.numel()
+
+
+def test_confusion_is_the_share_of_the_labels_class() -> None:
+    found = confusion(np.array([[90, 10, 0], [2, 6, 2], [0, 0, 0]]), NAMES)
+    assert found["share"] == [[0.9, 0.1, 0.0], [0.2, 0.6, 0.2], None]
+    assert found["confused"] == {"label": "liver", "prediction": "a < b", "share": 0.2}
+    assert found["missed"] == {"label": "liver", "prediction": "background", "share": 0.2}
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_right_predictions_confuse_nothing() -> None:
+    found = confusion(np.diag([5, 3, 1]), NAMES)
+    assert found["confused"] is found["missed"] is None
+
+
+def test_the_worst_class_has_the_lowest_dice() -> None:
+    rows = {"a": {"dice": 0.5}, "b": {"dice": math.nan}, "c": {"dice": 0.2}, "d": {"dice": 0.2}}
+    assert worst_class(rows) == "c" and worst_class({"b": rows["b"]}) is None
+
+
 def test_summary_of_known_scores() -> None:
     def row(liver: float, other: float) -> dict[str, dict[str, float]]:
         scores = {"liver": liver, "a < b": other}
@@ -185,8 +222,8 @@ def test_json_and_engine_hold_the_means(written: tuple[Path, dict]) -> None:
 def test_page_shows_scores_and_examples(written: tuple[Path, dict]) -> None:
     page = (written[0] / "report.html").read_text(encoding="utf-8")
     assert "<h1>Liver &amp; more</h1>" in page and "a &lt; b" in page and "a < b" not in page
-    assert '<th scope="row">liver</th><td>3</td><td>0.750<br><small>' in page
-    assert '<th scope="row">a &lt; b</th><td>0</td><td>–<br>' in page
+    assert "liver</th><td>3</td><td>0.750<br><small>" in page
+    assert "a &lt; b</th><td>0</td><td>–<br>" in page
     places = [
         page.index(text)
         for text in ("Best: all, Dice 1.000", "Median: most, Dice 0.750", "Worst: half, Dice 0.500")
@@ -198,6 +235,43 @@ def test_pictures_are_written(written: tuple[Path, dict]) -> None:
     for name in ("boxes.png", "overlays.png"):
         assert imread(written[0] / name).std() > 0.05
     assert len(list(written[0].iterdir())) == 5
+
+
+def test_swapped_organs_are_seen_at_a_glance(tmp_path: Path) -> None:
+    names = ["background", "kidney_left", "kidney_right"]
+    label = box(x=0) + box(x=5, number=2)
+    swapped = box(x=0, number=2) + box(x=5)
+    report = SegmentationReport(tmp_path / "out", names)
+    evaluate(report, item(tmp_path / "a.nii", swapped, label))
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["confusion"]["share"] == [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+    assert found["worst_class"] == {"a": "kidney_left"}
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    sentence = "100.0 % of the voxels of kidney_left are predicted as kidney_right"
+    assert sentence in page and "Dice 0.000; worst class kidney_left 0.000" in page
+    figure = overlays(report.cases, ["a"])
+    (legend,) = figure.legends
+    drawn = [text.get_text() for text in legend.get_texts()]
+    assert drawn == ["prediction (fill)", "label (outline)", "kidney_left", "kidney_right"]
+    axial = figure.subfigs[0].axes[2]
+    fills = [to_hex(im.get_array().max((0, 1))[:3]).upper() for im in axial.images[1:]]
+    outlines = [to_hex(c.get_edgecolor()[0]).upper() for c in axial.collections]
+    assert fills == outlines == list(CLASS_COLORS[:2])
+    left, right = (im.get_array()[..., 3].argmax(1).max() for im in axial.images[1:])
+    truth = [c.get_paths()[0].vertices[:, 0].min() for c in axial.collections]
+    assert left < right and truth[0] > truth[1]  # each fill lies in the other's outline
+    for name, color in zip(names[1:], CLASS_COLORS, strict=False):
+        assert f'style="color:{color}">■</span>&nbsp;{name}' in page
+
+
+def test_slices_are_cut_through_the_worst_class(tmp_path: Path) -> None:
+    label = box()
+    label[0, 7, 10, 5] = 2
+    case = item(tmp_path / "a.nii", box(), label)
+    report = SegmentationReport(tmp_path / "out", NAMES)
+    evaluate(report, case)
+    kept = np.load(io.BytesIO(report.cases[0].slices))
+    assert kept["position"] == pytest.approx([7.5 / 9, 10.5 / 12, 5.5 / 7])
 
 
 def test_slices_are_cut_where_the_label_marks_most(tmp_path: Path) -> None:
