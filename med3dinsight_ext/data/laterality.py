@@ -141,15 +141,17 @@ def mirror(
     chosen = name_pairs(names) if pairs == "auto" else _checked_pairs(pairs, first, len(names))
     swapped = ", ".join(f"{names[a]} ↔ {names[b]}" for a, b in chosen) or "none"
     if axes != "auto":
-        reason = f"flips along axes {list(axes)}, as configured; swapped classes: {swapped}"
-        return Mirror(_checked_axes(axes), tuple(chosen), reason)
+        given = _checked_axes(axes)
+        reason = f"flips along axes {list(given)}, as configured; swapped classes: {swapped}"
+        return Mirror(given, tuple(chosen), reason)
     labels = [str(item["label"]) for item in items if isinstance(item.get("label"), str)]
     named = {i for i, name in enumerate(names) if _names_a_side(name)}
     paired = {number for pair in chosen for number in pair}
     if alone := sorted({*named, *one_sided(labels, len(names))} - paired):
+        listed = ", ".join(names[i] for i in alone)
         reason = (
-            f"no left–right flips: on one side without a partner: {', '.join(names[i] for i in alone)}; "
-            "set mirror_pairs, or mirror_axes [0] if the side does not matter"
+            f"no left–right flips: on one side without a partner: {listed}; set mirror_pairs, or "
+            "mirror_axes [0] if the side does not matter"
         )
         return Mirror((), tuple(chosen), reason)
     return Mirror((LEFT_RIGHT,), tuple(chosen), f"left–right flips; swapped classes: {swapped}")
@@ -174,7 +176,7 @@ def _checked_pairs(pairs: Any, first: int, classes: int) -> list[Pair]:
 
 
 def _checked_axes(axes: Any) -> tuple[int, ...]:
-    if not isinstance(axes, (list, tuple)) or not {*axes} <= {0, 1, 2}:
+    if not isinstance(axes, (list, tuple)) or sorted({*axes} & {0, 1, 2}) != sorted(axes):
         raise ValueError(f"mirror_axes must be auto or some of 0, 1, 2, got {axes}; like [0]")
     return tuple(axes)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning of a pre-trained encoder: frozen epochs, layer-wise learning rates, first log line."""
+"""Fine-tuning of a pre-trained encoder: frozen epochs, layer-wise learning rates, log."""
 
 from __future__ import annotations
 
