@@ -10,6 +10,7 @@ import torch
 from conftest import real_data
 from monai.data import MetaTensor
 from monai.losses import DiceCELoss
+from monai.transforms import RandFlipd
 
 from med3dinsight_ext.data.laterality import (
     Mirror,
@@ -204,6 +205,16 @@ def test_other_axes_do_not_swap() -> None:
 def test_a_class_number_swaps_with_the_volume() -> None:
     flip = RandMirrord(["image", "label"], "label", Mirror((0,), ((0, 1),), ""), prob=1.0)
     assert flip({"image": torch.rand(1, 4, 3, 5), "label": 1})["label"] == 0
+
+
+def test_without_pairs_it_is_monais_flip() -> None:
+    given = {"image": torch.rand(1, 4, 3, 5), "label": torch.rand(1, 4, 3, 5)}
+    ours = RandMirrord(["image", "label"], "label", Mirror((0,), (), ""), prob=0.3)
+    theirs = RandFlipd(["image", "label"], prob=0.3, spatial_axis=0)
+    ours.set_random_state(3), theirs.set_random_state(3)
+    for _ in range(20):
+        a, b = ours(given), theirs(given)
+        assert all(torch.equal(a[key], b[key].as_tensor()) for key in given)
 
 
 def test_flips_are_drawn_from_the_seed() -> None:
