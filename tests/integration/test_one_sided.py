@@ -192,7 +192,7 @@ def test_the_first_line_of_a_training(
     parser = ConfigParser(merged("seg-finetune", "train.json"))
     parser.update(given)
     with caplog.at_level("INFO"):
-        parser.get_parsed_content("run::3")
+        parser.get_parsed_content("run::4")
     assert caplog.messages[-1] == (
         "5 labelled cases: 5 for training, 0 for validation, so the last epoch is kept; "
         "left–right flips; swapped classes: left organ ↔ right organ"
