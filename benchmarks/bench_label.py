@@ -35,12 +35,13 @@ sys.path[:0] = [str(HERE), str(HERE.parents[0] / "tests")]
 import label_running  # noqa: E402
 
 from common import spread, timed, write  # noqa: E402
+from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.metrics.bootstrap import bootstrap  # noqa: E402
 from med3dinsight_ext.metrics.segmentation import case_scores, mean_scores  # noqa: E402
-from med3dinsight_ext.monailabel.label_bundle import BUNDLE, label_bundle  # noqa: E402
+from med3dinsight_ext.monailabel.label_bundle import label_bundle  # noqa: E402
 from med3dinsight_ext.monailabel.server import class_names  # noqa: E402
 
-CONFIGS = BUNDLE / "configs"
+CONFIGS = bundles_dir() / "seg-finetune" / "configs"
 SIZE = 128
 THREADS = 2
 STARTS = 3

@@ -121,20 +121,19 @@ class Checkout:
                 f"{' '.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             )
 
-    def configs(self, bundle: str, *names: str) -> list[str]:
-        """The files of a bundle's configs, those shared by several bundles first."""
+    def configs(self, bundle: str, names: tuple[str, ...], overlay: Path) -> list[str]:
+        """A bundle's own file, those shared by several bundles, overlays, in order."""
         folder = self.root / "bundles" / bundle / "configs"
         shared = self.root / "bundles" / "shared"
-        first = []
+        more = []
         if names[0] == "train" and shared.is_dir():
-            first = [shared / "train.json"]
-            first += [shared / "finetune.json"] if bundle != "pretrain" else []
-        return [str(path) for path in (*first, *(folder / f"{name}.json" for name in names))]
+            more = [shared / "train.json"]
+            more += [shared / "finetune.json"] if bundle != "pretrain" else []
+        own, *others = (folder / f"{name}.json" for name in names)
+        return [str(path) for path in (own, *more, overlay, *others)]
 
     def run(self, bundle: str, names: tuple[str, ...], *arguments: str) -> None:
-        listed = [*self.configs(bundle, *names), str(self.work / f"{bundle}.yaml")]
-        if names[-1] != names[0]:  # an overlay of train.json comes last
-            listed.append(listed.pop(-2))
+        listed = self.configs(bundle, names, self.work / f"{bundle}.yaml")
         text = "[" + ",".join(f"'{name}'" for name in listed) + "]"
         root = str(self.work / bundle)
         self.call("monai.bundle", "run", "--config_file", text, "--bundle_root", root, *arguments)

@@ -17,6 +17,7 @@ from monai.bundle import ConfigWorkflow
 
 from med3dinsight_ext.data import datalists
 from med3dinsight_ext.data.demo_cohort import make_cohort
+from med3dinsight_ext.io.bundles import bundles_dir
 from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.reports.pages import write_page
 from med3dinsight_ext.reports.retrieval import TASKS, gallery, retrieval_tasks, retrieved_slices
@@ -24,7 +25,7 @@ from med3dinsight_ext.reports.segmentation_figures import dice_comparison
 from med3dinsight_ext.reports.training_curves import curves
 from med3dinsight_ext.training.history import read_history
 
-BUNDLES = Path(__file__).parents[1] / "bundles"
+BUNDLES = bundles_dir()
 PROMPTS = (
     "T1 brain MRI through the cerebellum and brainstem",
     "frontal lobes",
@@ -44,12 +45,6 @@ def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkfl
         overrides: key to value.
     """
     files = [str(BUNDLES / name / "configs" / overlay) for overlay in overlays]
-    missing = [file for file in files if not Path(file).exists()]
-    if missing:
-        raise ValueError(
-            f"bundles must lie beside the package, got no {missing[0]}; run from a clone of the "
-            "repository that was installed with pip install -e"
-        )
     files = [path for file in files for path in with_shared(file)]
     short = [os.path.relpath(file) for file in files]
     config = short[0] if len(files) == 1 else str(short)
@@ -184,7 +179,7 @@ def score_prompts(folder: Path, item: dict[str, Any], settings: dict[str, Any]) 
 
 
 def pretrain_values(evaluated: ConfigWorkflow, results: Path) -> dict[str, Any]:
-    """What the page shows of the pre-training.
+    """Values of the page's section on pre-training.
 
     Args:
         evaluated: workflow of evaluate.json.

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
-from monai.bundle import ConfigParser
 from running import ROOT, environment, free_port
 from torch import Tensor, nn
 
-from med3dinsight_ext.io.configs import with_shared
+from med3dinsight_ext.publishing.bundle import merged_configs
 
 PYTHON = os.environ.get("MED3D_LABEL_PYTHON", "")
 
@@ -62,12 +61,10 @@ def small_bundle(folder: Path, network: str = "BrightNet", overlays: bool = Fals
     small = {"spacing": [2.0] * 3, "patch_size": [32] * 3,
              "backbone": {"_target_": f"label_running.{network}"}}  # fmt: skip
     more = {"inference": {}, "train": {"num_workers": 0, "batch_size": 1}}
-    click = {"inference": "click_inference.yaml", "train": "click.yaml"}
-    for name in more:
+    merged = merged_configs(ROOT / "bundles" / "seg-finetune", "", overlays)
+    for name, config in merged.items():
         path = folder / "configs" / f"{name}.json"
-        files = with_shared(ROOT / "bundles" / "seg-finetune" / "configs" / f"{name}.json")
-        files += [str(folder / "configs" / click[name])] if overlays else []
-        path.write_text(json.dumps(ConfigParser.load_config_files(files) | small | more[name]))
+        path.write_text(json.dumps(config | small | more[name]))
     weights = globals()[network]().state_dict()
     torch.save(weights, folder / "models" / "model.pt")
     return folder

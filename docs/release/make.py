@@ -18,9 +18,9 @@ import fire
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 from bench_finetune import trained  # noqa: E402
+from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.publishing.publish import publish  # noqa: E402
 from med3dinsight_ext.publishing.verify import verify  # noqa: E402
-from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 
 EXAMPLES = {  # card: bundle, name
     "hippocampus": ("seg-finetune", "med3dinsight_hippocampus_segmentation"),
@@ -58,9 +58,9 @@ def main(
                 train["max_cases"] = 6
         scores = trained(example, bundle, str(folder), train, test)
         publish(
-            str(BUNDLES / bundle), weights=str(folder / "models" / "model.pt"), name=name, out=out,
-            overlays=str(HERE.parents[1] / "benchmarks" / f"{example}.yaml"), metrics=str(scores),
-            card=str(HERE / f"{example}.yaml"),
+            str(bundles_dir() / bundle), weights=str(folder / "models" / "model.pt"), name=name,
+            out=out, overlays=str(HERE.parents[1] / "benchmarks" / f"{example}.yaml"),
+            metrics=str(scores), card=str(HERE / f"{example}.yaml"),
         )  # fmt: skip
         verify(str(Path(out) / name))
 

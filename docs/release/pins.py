@@ -4,12 +4,13 @@ python docs/release/pins.py > pins.txt
 """
 
 import json
-from pathlib import Path
+
+from med3dinsight_ext.io.bundles import bundles_dir
+from med3dinsight_ext.publishing.zoo import PINS
 
 pins: dict[str, str] = {}
-for path in Path(__file__).parents[2].glob("bundles/*/configs/metadata.json"):
+for path in bundles_dir().glob("*/configs/metadata.json"):
     metadata = json.loads(path.read_text())
-    names = {"monai": "monai_version", "torch": "pytorch_version", "numpy": "numpy_version"}
-    pins |= {name: metadata[key] for name, key in names.items()}
+    pins |= {name: metadata[key] for name, key in PINS.items()}
     pins |= metadata["required_packages_version"]
 print(*(f"{name}=={version}" for name, version in sorted(pins.items())), sep="\n")

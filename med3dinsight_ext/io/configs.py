@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from monai.bundle import ConfigParser
 
 SHARED = {"train.json": "sampler", "finetune.json": "trainer"}  # a key of ``train`` in each file
 
@@ -27,8 +26,9 @@ def with_shared(path: str | Path) -> list[str]:
 
     Args:
         path: file in ``configs`` of a bundle; for a published ``train.json``, which has the shared
-            keys, the result is the path alone.
+            keys, and for a YAML overlay the result is the path alone.
     """
     shared = Path(path).resolve().parents[2] / "shared"
-    missing = missing_shared(ConfigParser.load_config_file(path))
+    is_json = Path(path).suffix == ".json"
+    missing = missing_shared(json.loads(Path(path).read_text("utf-8"))) if is_json else []
     return [str(path), *(str(shared / name) for name in missing)]

@@ -1,16 +1,37 @@
-"""Root causes of errors."""
+"""Causes and messages of errors."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, then what it was raised from, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def root_cause(error: BaseException) -> BaseException:
     """The first error of a chain; MONAI wraps it in "Failed to evaluate"."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    *_, last = causes(error)
+    return last
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message that is not blank, or the name of its type."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+def advice(word: object, known: Iterable[str], otherwise: str) -> str:
+    """The nearest known word as a question, or ``otherwise``."""
+    near = difflib.get_close_matches(str(word), list(known), 1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
+def summary(error: BaseException) -> str:
+    """Type and first line of an error."""
+    return f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no text'}"

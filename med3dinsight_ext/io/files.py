@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and content hashes that are remembered."""
+"""Atomic files and cached content hashes."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def write_atomic(path: Path, write: Any) -> None:
 
 
 class HashMemo:
-    """Content hashes of files, remembered by path, size and time of change.
+    """Content hashes of files, cached by path, size and time of change.
 
     Args:
-        path: JSONL file; each hash is written there at once, for hashing many scans takes hours.
+        path: JSONL file; each hash is written there at once, as hashing many scans takes hours.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,8 +54,8 @@ class HashMemo:
                 continue
             self._known[name, size, mtime] = digest
 
-    def knows(self, file: str | Path) -> bool:
-        """Whether the file need not be read."""
+    def has(self, file: str | Path) -> bool:
+        """Whether the hash is cached."""
         return _identity(file) in self._known
 
     def __call__(self, file: str | Path) -> str:
@@ -66,9 +66,9 @@ class HashMemo:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as memo:
                     memo.write("\n" + json.dumps([*key, self._known[key]]))
-            except OSError as error:  # a store that may only be read
+            except OSError as error:  # a read-only store
                 if not self._warned:
-                    logger.warning(f"hashes of files are not remembered: {error}")
+                    logger.warning(f"hashes of files are not cached: {error}")
                 self._warned = True
         return self._known[key]
 

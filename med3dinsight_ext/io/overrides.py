@@ -1,8 +1,7 @@
-"""Overrides on the command line, checked before anything runs."""
+"""Checks of command-line overrides."""
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
 from med3dinsight_ext.io.configs import missing_shared
+from med3dinsight_ext.io.errors import advice
 
 RUN_ARGUMENTS = (  # of ``monai.bundle run`` itself
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
@@ -66,9 +66,8 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
                 break  # an argument that the config leaves at its default; the target checks it
             else:
                 known = list(node) if isinstance(node, dict) else []
-                near = difflib.get_close_matches(part, known, 1)
-                advice = f"did you mean {near[0]}?" if near else "see the config's first lines"
-                raise SystemExit(f"override must name a key of the config, got --{name}; {advice}")
+                hint = advice(part, known, "see the config's first lines")
+                raise SystemExit(f"override must name a key of the config, got --{name}; {hint}")
         else:
             _check_list(name, DefaultParseValue(value) if isinstance(value, str) else value, node)
 

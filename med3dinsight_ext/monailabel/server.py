@@ -1,4 +1,4 @@
-"""Starts MONAI Label with local bundles, and makes the environment that it needs."""
+"""MONAI Label server for local bundles, and the environment that it runs in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME = "med3dinsight-ext"
 APP = Path(__file__).parent / "app"
 NEEDED = ("configs/metadata.json", "configs/inference.json", "configs/train.json",
           "models/model.pt")  # fmt: skip
-ALONE = "# --no-deps"  # below this line of requirements.txt: without what they ask for themselves
+ALONE = "# --no-deps"  # line of requirements.txt; those below it are installed without dependencies
 
 
 def label(
@@ -57,7 +57,7 @@ def label(
 
 
 def serve(app: str, studies: str, folders: list[Path], port: int, host: str) -> None:
-    """Run the server in this process until it is told to stop, then end what it started."""
+    """Run the server in this process until it stops, then end the processes that it started."""
     # The programs that come with this environment's packages, whether it is activated or not
     own = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", "")])
@@ -75,7 +75,7 @@ def serve(app: str, studies: str, folders: list[Path], port: int, host: str) -> 
 
 
 def find_bundles(bundles: str | Sequence[str]) -> list[Path]:
-    """Folders of bundles that can be served, or what they lack.
+    """Folders of bundles, complete enough to be served.
 
     Args:
         bundles: paths, or one string with commas between them.
@@ -106,7 +106,7 @@ def class_names(bundle: Path) -> list[str]:
 
 
 def requirements() -> tuple[list[str], list[str]]:
-    """What pip resolves, and what it is to install without looking at what that asks for."""
+    """Requirements that pip resolves, and those that it installs without their dependencies."""
     text = (APP / "requirements.txt").read_text("utf-8")
     first, second = (
         [line for line in part.splitlines() if line and not line.startswith("#")]
@@ -116,7 +116,7 @@ def requirements() -> tuple[list[str], list[str]]:
 
 
 def environment_fault() -> str | None:
-    """What is wrong with this interpreter's environment and what to do about it; None if nothing.
+    """Fault of this interpreter's environment with its remedy; None if there is none.
 
     The pinned packages are looked up, not imported: that would take as long as the server's start.
     """

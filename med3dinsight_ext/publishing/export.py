@@ -21,6 +21,7 @@ import torch
 from monai.bundle import ConfigParser, ckpt_export, onnx_export
 from torch import Tensor, nn
 
+from med3dinsight_ext.io.errors import summary
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.training.checkpoints import load_weights
 
@@ -30,7 +31,7 @@ Call = Callable[[Tensor], list[Tensor]]
 
 
 class Differs(Exception):
-    """An exported network that runs and answers otherwise than PyTorch."""
+    """An exported network that runs and differs from PyTorch."""
 
 
 def export(folder: str) -> None:
@@ -38,7 +39,7 @@ def export(folder: str) -> None:
 
     MONAI's ``ckpt_export`` and ``onnx_export`` make the files. Each is read back, run under
     TorchScript or onnxruntime on the CPU on one seeded random input of the config's ``patch_size``,
-    and kept only if it answers as PyTorch does. A format that the network does not allow is
+    and kept only if it matches PyTorch. A format that the network does not allow is
     printed and written down with the reasons, and an older file of that format is removed.
 
     Args:
@@ -47,7 +48,7 @@ def export(folder: str) -> None:
     Raises:
         ModuleNotFoundError: onnx, onnxruntime or onnxscript is missing.
         ValueError: there is no such bundle, its weights are those of another network, or a file
-            answered otherwise than PyTorch.
+            differs from PyTorch.
     """
     versions = _versions()
     root = Path(folder).resolve()
@@ -72,8 +73,8 @@ def export(folder: str) -> None:
              "ckpt_file": str(root / "models" / "model.pt"), "net_id": "network_def",
              "input_shape": (1, *volumes.shape[1:])}  # fmt: skip
     wrong = []
-    for name, ways in (("model.ts", _torchscript(given)), ("model.onnx", _onnx(given))):
-        row, differs = _first_right(root / "models" / name, ways, volumes, truth)
+    for name, methods in (("model.ts", _torchscript(given)), ("model.onnx", _onnx(given))):
+        row, differs = _first_right(root / "models" / name, methods, volumes, truth)
         report[name] = row
         print(f"{name}: {_line(row)}", flush=True)
         wrong += [name] if differs else []
@@ -81,7 +82,7 @@ def export(folder: str) -> None:
     write_atomic(root / "models" / "exports.json", lambda draft: draft.write_text(text))
     if wrong:
         raise ValueError(
-            f"{wrong[0]} must answer as PyTorch does, got more than {TOLERANCE:g} of difference; "
+            f"{wrong[0]} must match PyTorch, got more than {TOLERANCE:g} of difference; "
             "it is not kept, see models/exports.json"
         )
 
@@ -89,7 +90,7 @@ def export(folder: str) -> None:
 class ExportMethod(NamedTuple):
     """One attempt at a format.
 
-    name: what it is called in the report.
+    name: its name in the report.
     batch: largest batch that it is compared on; 2 stands for any.
     write: makes the file at a path.
     read: makes a function of volumes from it.
@@ -129,28 +130,31 @@ def _onnx(given: dict[str, Any]) -> Iterator[ExportMethod]:
 
 
 def _first_right(
-    path: Path, ways: Iterator[ExportMethod], volumes: Tensor, truth: list[list[Tensor]]
+    path: Path, methods: Iterator[ExportMethod], volumes: Tensor, truth: list[list[Tensor]]
 ) -> tuple[dict[str, Any], bool]:
-    """Row of the report for one file, and whether none of the ways answered as PyTorch does."""
+    """Row of the report for one file, and whether a method gave other outputs than PyTorch."""
     failed: dict[str, str] = {}
     differs = False
-    for way in ways:
+    for method in methods:
         begin = perf_counter()
         with tempfile.TemporaryDirectory() as folder, _quiet():
             made = Path(folder) / path.name  # TorchScript keeps the name in its file
             try:
-                way.write(made)
+                method.write(made)
                 _without_paths(made)
                 seconds = perf_counter() - begin
-                call = way.read(made)
-                errors = [_apart(call(volumes[:b]), truth[b - 1]) for b in range(1, way.batch + 1)]
-            except Exception as error:  # whatever the converters and runtimes raise
-                failed[way.name] = reason(error)
+                call = method.read(made)
+                errors = [
+                    _apart(call(volumes[:b]), truth[b - 1]) for b in range(1, method.batch + 1)
+                ]
+            except Exception as error:  # of a converter or runtime
+                failed[method.name] = summary(error)
                 differs |= isinstance(error, Differs)
                 continue
             write_atomic(path, partial(shutil.copyfile, made))
             row = {
-                "way": way.name, "shape": ["any" if way.batch == 2 else 1, *volumes.shape[1:]],
+                "way": method.name,
+                "shape": ["any" if method.batch == 2 else 1, *volumes.shape[1:]],
                 "max_relative_error": max(errors), "seconds": round(seconds, 1),
                 "bytes": made.stat().st_size,
             }  # fmt: skip
@@ -162,7 +166,7 @@ def _first_right(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracer's warnings, as what they warn of is measured, and without its graphs."""
+    """Silence the tracer: its warnings are about differences that are measured here."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -174,7 +178,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _without_paths(path: Path) -> None:
-    """Drop the notes of which source line made what: they name folders of this machine."""
+    """Remove source locations, which name folders of this machine."""
     if path.suffix == ".onnx":
         import onnx
 
@@ -253,12 +257,6 @@ def _name(network: nn.Module) -> str:
     inner = getattr(network, "network", None)
     name = type(network).__name__
     return f"{name} of {type(inner).__name__}" if isinstance(inner, nn.Module) else name
-
-
-def reason(error: Exception) -> str:
-    """Kind and first line of an error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no text'}"
 
 
 def _line(row: dict[str, Any]) -> str:

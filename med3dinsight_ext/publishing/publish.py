@@ -1,9 +1,8 @@
-"""Publishes a trained bundle: a folder that works alone, as the Model Zoo and Hugging Face ask."""
+"""Published bundles: folders that run alone, for the Model Zoo and Hugging Face."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tempfile
 import warnings
@@ -17,25 +16,22 @@ import yaml
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-from med3dinsight_ext.io.configs import with_shared
-from med3dinsight_ext.monailabel.label_bundle import (
+from med3dinsight_ext.io.bundles import kind_of
+from med3dinsight_ext.io.errors import first_line
+from med3dinsight_ext.publishing.bundle import (
     as_json,
     channel_names,
     check_click,
-    fill,
-    kind_of,
-    measured,
+    filled_state,
+    find_bundle,
+    measured_metadata,
     merged_configs,
-    saved,
+    weights_file,
 )
-from med3dinsight_ext.publishing.card import METADATA, front_matter, read_card, read_scores, readme
-from med3dinsight_ext.publishing.vendoring import (
-    reached_modules,
-    requirements,
-    vendored,
-    vendored_path,
-)
-from med3dinsight_ext.publishing.verify import LARGE, TASKS
+from med3dinsight_ext.publishing.card import METADATA, front_matter, read_card, readme
+from med3dinsight_ext.publishing.scores import read_scores
+from med3dinsight_ext.publishing.vendoring import reached_modules, requirements, vendored
+from med3dinsight_ext.publishing.zoo import LARGE, NAME, PACKAGE, TASKS, VERSION
 
 SCHEMA = (
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"
@@ -55,28 +51,30 @@ def publish(
     version: str = "0.1.0", changes: str | Sequence[str] = "first version",
     large_files_url: str = "",
 ) -> None:  # fmt: skip
-    """Write ``out``/``name``, a bundle that runs where nothing of ours is, and ``name``.zip.
+    """Write ``out``/``name``, a bundle that runs without this package, and ``name``.zip.
 
-    The same input gives the same bytes. Settings that say where things lie on this machine
-    (``PLACES``) are the bundle's own again.
+    The same input gives the same bytes. Paths of this machine (``PLACES``) are reset to the
+    bundle's defaults.
 
     Args:
-        bundle: folder of pretrain, seg-finetune or cls-finetune.
+        bundle: pretrain, seg-finetune or cls-finetune, or a folder made of one.
         weights: models/model.pt of its training; pretrain needs student.pt beside it too.
         name: task and modality in lower case with underscores; with clicks it contains "deepedit".
         out: folder that gets the two.
         overlays: config files that it was trained with, separated by commas.
         click: it was trained with click.yaml.
         metrics: JSON that ``evaluate`` wrote: eval/metrics.json, of pretrain eval/retrieval.json.
-        card: YAML file about the model; its keys are ``model_card.KEYS``.
+        card: YAML file about the model; its keys are ``card.KEYS``.
         version: of the model, three numbers.
-        changes: what is new in it.
-        large_files_url: where files over 25 MB will lie, each at this URL and its path.
+        changes: entry of the changelog.
+        large_files_url: location of files over 25 MB, each at this URL and its path.
 
     Raises:
         ValueError: something is missing, does not fit together, or names a place on this machine.
     """
-    source, folder = Path(bundle), Path(out) / str(name)
+    source, folder = find_bundle(bundle), Path(out) / str(name)
+    if not (source / "configs" / "inference.json").is_file():
+        raise ValueError(f"bundle must hold configs/inference.json, got {bundle}; correct the path")
     check_names(source, folder, click, version)
     files = contents(
         source, Path(weights), folder.name, overlays, click, metrics, card, version,
@@ -91,20 +89,18 @@ def publish(
 
 
 def check_names(source: Path, folder: Path, click: bool, version: str) -> None:
-    """What can be told before anything is read."""
-    if not (source / "configs" / "inference.json").is_file():
-        raise ValueError(f"bundle must hold configs/inference.json, got {source}; correct the path")
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)+", folder.name):
+    """Check names and numbers before anything is read."""
+    if not re.fullmatch(NAME, folder.name):
         raise ValueError(
             f"name must be task_modality in lower case, got {folder.name}; for instance "
             "hippocampus_mr_segmentation"
         )
     if not any(task in folder.name for task in TASKS):
-        raise ValueError(f"name must tell the task, got {folder.name}; add one of {TASKS}")
+        raise ValueError(f"name must contain the task, got {folder.name}; add one of {TASKS}")
     check_click("name", folder.name, click)
     if click and not (source / "configs" / "click_inference.yaml").is_file():
         raise ValueError(f"click must be False for {source}, got True; seg-finetune takes clicks")
-    if not re.fullmatch(r"\d+\.\d+\.\d+", str(version)):
+    if not re.fullmatch(VERSION, str(version)):
         raise ValueError(f"version must be three numbers, got {version}; for instance 0.1.0")
     if files := [path for path in folder.parents if path.is_file()]:
         raise ValueError(f"out must be a folder, got the file {files[0]}; choose another")
@@ -114,7 +110,7 @@ def check_names(source: Path, folder: Path, click: bool, version: str) -> None:
 
 
 def change_text(changes: object) -> str:
-    """What is new in a version; the command line makes a tuple of "a, b" and a number of "2"."""
+    """Entry of the changelog; the command line parses "a, b" as a tuple and "2" as a number."""
     text = ", ".join(map(str, changes)) if isinstance(changes, (list, tuple)) else changes
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"changes must be text, got {changes!r}; say what is new in this version")
@@ -126,31 +122,23 @@ def contents(
     metrics: str | None, card: str | None, version: str, changes: str,
 ) -> dict[str, bytes]:  # fmt: skip
     """Every file of the folder by its path in it; arguments as in ``publish``."""
-    told = read_card(card)
-    merged = merged_configs(source / "configs", overlays, click)
-    for stem, config in merged.items():
-        own = ConfigParser.load_config_files(with_shared(source / "configs" / f"{stem}.json"))
-        config |= {key: own[key] for key in PLACES if key in own}
-        given, asked = own.get("teacher"), config.get("teacher")
-        if isinstance(given, dict) and isinstance(asked, dict) and "_disabled_" in given:
-            asked.setdefault("_disabled_", given["_disabled_"])
-    train, inference = merged["train"], merged["inference"]
-    kind = kind_of(source / "configs")
+    facts = read_card(card)
+    kind = kind_of(source)
+    configs = release_configs(source, overlays, click)
+    train, inference = configs["train"], configs["inference"]
     names = channel_names(kind, inference)
     classes = {"segmentation": names[1:], "classification": names}
     scores = read_scores(metrics, kind, classes.get(kind, ()))
     network = ConfigParser(dict(inference)).get_parsed_content("network_def")
-    state = fill(network, weights)
-    files = {"models/model.pt": saved(state)}
+    state = filled_state(network, weights)
+    files = {"models/model.pt": weights_file(state)}
     if kind == "pretraining":
-        files["models/student.pt"] = saved(student_state(inference, weights, state))
-    overlaid = {stem: source / "configs" / f"{stem}.json" for stem in OVERLAYS}
-    configs = merged | {stem: _read(path) for stem, path in overlaid.items() if path.is_file()}
+        files["models/student.pt"] = weights_file(student_state(inference, weights, state))
     modules = reached_modules(configs.values())
-    metadata = measured(source / "configs" / "metadata.json", network, inference)
-    metadata |= {key: told[key] for key in METADATA if key in told}
+    metadata = measured_metadata(source, network, inference)
+    metadata |= {key: facts[key] for key in METADATA if key in facts}
     metadata |= {
-        "name": told.get("title", metadata["name"]),
+        "name": facts.get("title", metadata["name"]),
         "version": version,
         "changelog": {version: changes},
         "required_packages_version": pins(metadata, requirements(modules, configs.values())),
@@ -158,29 +146,59 @@ def contents(
     }
     fault = torchscript_fault(network)
     traced = bool(fault) and traces(network, metadata["network_data_format"]["inputs"]["image"])
-    text = readme(name, kind, metadata, train, told, scores.table, fault, traced)
+    text = readme(name, kind, metadata, train, facts, scores.table, fault, traced)
     licence = (source / "docs" / "data_license.txt").read_text("utf-8")
-    licence = told.get("data_license", licence.replace("no data and no weights", "no data"))
+    licence = facts.get("data_license", licence.replace("no data and no weights", "no data"))
     texts = {
-        "README.md": front_matter(name, kind, metadata, told.get("license", "apache-2.0")) + text,
+        "README.md": front_matter(name, kind, metadata, facts.get("license", "apache-2.0")) + text,
         "docs/README.md": text,
         "docs/data_license.txt": licence.rstrip() + "\n",
         "configs/metadata.json": as_json({"schema": SCHEMA, **metadata}),
         **{f"configs/{stem}.json": as_json(config) for stem, config in configs.items()},
         **{path: (source / path).read_text("utf-8") for path in COPIED},
-        **{vendored_path(module): vendored(module) for module in modules},
+        **vendored(modules),
     }
     return files | {path: text.encode() for path, text in texts.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return dict(ConfigParser.load_config_file(path))
+def release_configs(
+    source: Path, overlays: str | Sequence[str], click: bool
+) -> dict[str, dict[str, Any]]:
+    """Configs by their stems: overlays merged, without paths of this machine and drawings."""
+    merged = merged_configs(source, overlays, click)
+    plain = merged_configs(source, (), False)
+    for stem, config in merged.items():
+        own = plain[stem]
+        config |= {key: own[key] for key in PLACES if key in own}
+        given, merged_teacher = own.get("teacher"), config.get("teacher")
+        if isinstance(given, dict) and isinstance(merged_teacher, dict) and "_disabled_" in given:
+            merged_teacher.setdefault("_disabled_", given["_disabled_"])
+    if kind_of(source) == "pretraining" and "handlers" in merged["inference"]:
+        merged["inference"]["handlers"] = without_reports(merged["inference"]["handlers"])
+    paths = {stem: source / "configs" / f"{stem}.json" for stem in OVERLAYS}
+    return merged | {
+        stem: dict(ConfigParser.load_config_file(path))
+        for stem, path in paths.items()
+        if path.is_file()
+    }
+
+
+def without_reports(handlers: Any) -> Any:
+    """Handlers, a list or a mapping by names, without those that draw figures."""
+
+    def draws(handler: Any) -> bool:
+        target = handler.get("_target_") if isinstance(handler, Mapping) else None
+        return str(target).startswith(f"{PACKAGE}.reports.")
+
+    if isinstance(handlers, Mapping):
+        return {name: handler for name, handler in handlers.items() if not draws(handler)}
+    return [handler for handler in handlers if not draws(handler)]
 
 
 def student_state(
     config: Mapping[str, Any], weights: Path, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """State of the student that lies beside a pre-trained network's weights.
+    """State of the student in the file beside a pre-trained network's weights.
 
     Args:
         config: inference config of pretrain.
@@ -194,7 +212,7 @@ def student_state(
             f"{weights.parent}; the training wrote it there"
         )
     student = ConfigParser({**config, "checkpoint": str(path)}).get_parsed_content("student")
-    found = fill(student, path)
+    found = filled_state(student, path)
     if any(not torch.equal(found[f"network.{key}"], value) for key, value in state.items()):
         raise ValueError(
             f"student.pt must hold the network of {weights.name}, got another in {weights.parent}; "
@@ -218,11 +236,10 @@ def torchscript_fault(network: nn.Module) -> str:
     """Why TorchScript cannot take a network, in a line; "" if it can."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is deprecated; the Zoo asks for it
+            warnings.simplefilter("ignore")  # TorchScript is deprecated; the Model Zoo uses it
             torch.jit.script(network.eval())
-    except Exception as error:  # whatever its compiler runs into
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return re.sub(r"0x[0-9a-f]+", "0x…", (lines or [type(error).__name__])[0]).rstrip(":")
+    except Exception as error:  # of its compiler
+        return re.sub(r"0x[0-9a-f]+", "0x…", first_line(error)).rstrip(":")
     return ""
 
 
@@ -241,12 +258,12 @@ def traces(network: nn.Module, image: Mapping[str, Any]) -> bool:
             trace = torch.jit.trace(network.eval(), torch.zeros(shape), check_trace=False)
             other = torch.rand(shape, generator=generator)
             return torch.allclose(trace(other), network(other), rtol=1e-4, atol=1e-4)
-    except Exception:  # whatever its tracer runs into
+    except Exception:  # of its tracer
         return False
 
 
 def check_places(files: Mapping[str, bytes], given: Iterable[str]) -> None:
-    """Whether a text names a place on this machine.
+    """Check that no text names a place on this machine.
 
     Args:
         files: by path; weights hold no paths.
@@ -297,55 +314,3 @@ def write(folder: Path, files: Mapping[str, bytes], large: Iterable[str]) -> Non
                 archive.writestr(entry, files[path])
         draft.rename(folder)
         draft.with_name(f"{folder.name}.zip").rename(folder.with_name(f"{folder.name}.zip"))
-
-
-def push(folder: str, repo: str, dry_run: bool = True) -> None:
-    """Upload a published folder as a model repository of Hugging Face, or tell what would go.
-
-    Args:
-        folder: from ``publish``.
-        repo: "owner/name".
-        dry_run: check and list only; no network is used.
-
-    Raises:
-        ValueError: it is no published folder, its card is broken, or there is no token.
-    """
-    from huggingface_hub import HfApi, ModelCard, get_token
-
-    if not isinstance(dry_run, bool):
-        raise ValueError(f"dry_run must be True or False, got {dry_run!r}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo)):
-        raise ValueError(f"repo must be owner/name, got {repo}")
-    root = Path(folder)
-    for name in ("README.md", "configs/metadata.json"):
-        if not (root / name).is_file():
-            raise ValueError(f"folder must come from publish, got {folder} without {name}")
-    try:
-        card = ModelCard.load(root / "README.md").data
-    except Exception as error:  # YAML errors, ValueErrors and others
-        raise ValueError(f"README.md must begin with a model card, got {error}") from error
-    for key, value in (("library_name", card.library_name), ("license", card.license)):
-        if not value:
-            raise ValueError(f"README.md must tell its {key} between dashes, got none in {folder}")
-    paths = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    paths = [path for path in paths if not {"__pycache__", "eval"} & set(path.parts)]
-    for path in paths:
-        print(f"{(root / path).stat().st_size:>12,}  {path.as_posix()}")
-    scores = {score.metric_type: score.metric_value for score in card.eval_results or ()}
-    print(f"card: {card.library_name}, {card.license}, tags {card.tags}, scores {scores}")
-    if dry_run:
-        print(f"nothing was sent; --dry_run False uploads {len(paths)} files to {repo}")
-        return
-    if not get_token():
-        raise ValueError("push must have a token, got none; hf auth login, or set HF_TOKEN")
-    metadata = json.loads((root / "configs" / "metadata.json").read_text("utf-8"))
-    version = metadata["version"]
-    api = HfApi()
-    api.create_repo(repo, repo_type="model", exist_ok=True)
-    api.upload_folder(
-        repo_id=repo,
-        folder_path=root,
-        commit_message=f"{version}: {metadata['changelog'][version]}",
-        allow_patterns=[path.as_posix() for path in paths],
-    )
-    print(f"uploaded {len(paths)} files to {repo}")

@@ -5,29 +5,25 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from med3dinsight_ext.publishing.verify import NAMED_OTHERWISE, PACKAGE
+from med3dinsight_ext.publishing.zoo import (
+    LINE,
+    NAMED_OTHERWISE,
+    PACKAGE,
+    PINS,
+    imported,
+    imports,
+    needed,
+    texts,
+)
 
 SOURCE = Path(__file__).parents[1]
-LINE = 120  # columns in the Model Zoo
 WITHIN_MONAI = {"monai.metrics": "scipy", "TensorBoard": "tensorboard"}  # MONAI imports it lazily
-OWN_KEYS = ("torch", "monai", "numpy")  # pinned by keys of their own in metadata.json
-
-
-def strings(node: Any) -> Iterator[str]:
-    """Every text in a config."""
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, Mapping):
-        for value in node.values():
-            yield from strings(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from strings(value)
+DATA = "templates"  # folder beside the modules that read from it
 
 
 def reached_modules(configs: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -40,7 +36,7 @@ def reached_modules(configs: Iterable[Mapping[str, Any]]) -> list[str]:
         ValueError: a config names a module that is not in this package.
     """
     waiting = {PACKAGE}
-    for text in strings(list(configs)):
+    for _, text in texts(list(configs)):
         for name in re.findall(rf"\b{PACKAGE}(?:\.\w+)+", text):
             own = _modules(name)
             if len(own) < 2 or module_file(own[-1]).name == "__init__.py":
@@ -67,17 +63,6 @@ def _modules(name: str) -> list[str]:
     return [module for module in dotted if module_file(module).is_file()]
 
 
-def imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Imports that can happen when a module runs, those inside functions too."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield node
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from imports(ast.Module(node.orelse, []))
-        else:
-            yield from imports(node)
-
-
 def _own(node: ast.Import | ast.ImportFrom) -> set[str]:
     """Modules of this package that an import statement names; relative imports are not used."""
     if isinstance(node, ast.Import):
@@ -94,41 +79,28 @@ def requirements(modules: Iterable[str], configs: Iterable[Mapping[str, Any]]) -
         modules: of this package.
         configs: their imports and dotted targets count.
     """
-    texts = list(strings(list(configs)))
+    listed = list(configs)
     code = [module_file(name).read_text("utf-8") for name in modules]
-    trees = [ast.parse(text) for text in code]
-    trees += [ast.parse(text[1:]) for text in texts if text.startswith("$import ")]
-    names = {
-        (alias.name if isinstance(node, ast.Import) else node.module or "").split(".")[0]
-        for tree in trees for node in imports(tree) for alias in node.names
-        if isinstance(node, ast.Import) or not node.level
-    }  # fmt: skip
-    for target in targets(list(configs)):
-        names |= {target.split(".")[0]} if "." in target else set()
-    names -= {*sys.stdlib_module_names, *OWN_KEYS, PACKAGE, ""}
-    lazily = {need for mark, need in WITHIN_MONAI.items() if any(mark in t for t in code + texts)}
+    full = {name for text in code for name in imported(text)} | {name for _, name in needed(listed)}
+    names = {name.split(".")[0] for name in full} - {*sys.stdlib_module_names, *PINS, PACKAGE}
+    code += [text for _, text in texts(listed)]
+    lazily = {need for mark, need in WITHIN_MONAI.items() if any(mark in text for text in code)}
     return sorted({NAMED_OTHERWISE.get(name, name) for name in names} | lazily | {"fire"})
 
 
-def targets(node: Any) -> Iterator[str]:
-    """Every ``_target_`` that is named outright."""
-    if isinstance(node, Mapping):
-        target = node.get("_target_")
-        if isinstance(target, str) and re.fullmatch(r"[\w.]+", target):
-            yield target
-    for value in node.values() if isinstance(node, Mapping) else node:
-        if isinstance(value, (Mapping, list)):
-            yield from targets(value)
-
-
-def vendored_path(module: str) -> str:
-    """Where a module lies in a published bundle."""
-    return module_file(module).relative_to(SOURCE.parent).as_posix()
+def vendored(modules: Iterable[str]) -> dict[str, str]:
+    """Path in a published bundle and text of modules and of the templates that they read."""
+    files = {}
+    for path in map(module_file, modules):
+        files[path] = formatted(path)
+        if f'"{DATA}"' in files[path]:
+            files |= {file: file.read_text("utf-8") for file in (path.parent / DATA).glob("*.*")}
+    return {path.relative_to(SOURCE.parent).as_posix(): text for path, text in files.items()}
 
 
 @lru_cache
-def vendored(module: str) -> str:
-    """Source of a module, in the Model Zoo's format.
+def formatted(path: Path) -> str:
+    """Source of a module in the Model Zoo's format.
 
     Raises:
         ValueError: black or isort is missing.
@@ -140,8 +112,11 @@ def vendored(module: str) -> str:
         raise ValueError(
             f'publish must format code, got no {error.name}; pip install -e ".[publish]"'
         ) from error
-    text = module_file(module).read_text("utf-8")
-    settings = isort.Config(settings_file="", profile="black", line_length=LINE, src_paths=())
+    text = path.read_text("utf-8")
+    settings = isort.Config(
+        settings_file="", profile="black", line_length=LINE, src_paths=(),
+        known_first_party=frozenset({PACKAGE}),
+    )  # fmt: skip
     version = black.mode.TargetVersion.PY310
     mode = black.Mode({version}, LINE, magic_trailing_comma=False)
     return black.format_str(isort.code(text, config=settings), mode=mode)

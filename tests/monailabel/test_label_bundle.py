@@ -11,8 +11,12 @@ import yaml
 from fakes import write_volumes
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from med3dinsight_ext.monailabel.label_bundle import BUNDLE, label_bundle, measured, merged_configs
+from med3dinsight_ext.io.bundles import bundles_dir
+from med3dinsight_ext.monailabel.label_bundle import label_bundle
 from med3dinsight_ext.monailabel.server import class_names, find_bundles
+from med3dinsight_ext.publishing.bundle import measured_metadata, merged_configs
+
+BUNDLE = bundles_dir() / "seg-finetune"
 
 SMALL = {
     "label_names": ["background", "Ball"], "spacing": [2.0] * 3, "patch_size": [32] * 3,
@@ -92,17 +96,16 @@ def test_an_overlay_that_cannot_be_read_is_an_error(
 ) -> None:
     (tmp_path / "over.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        merged_configs(BUNDLE / "configs", str(tmp_path / "over.yaml"), False)
+        merged_configs(BUNDLE, str(tmp_path / "over.yaml"), False)
 
 
 def test_overlays_may_have_spaces_behind_the_commas(overlay: str, tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("batch_size: 7")
-    merged = merged_configs(BUNDLE / "configs", f"{overlay}, {tmp_path / 'more.yaml'}", False)
+    merged = merged_configs(BUNDLE, f"{overlay}, {tmp_path / 'more.yaml'}", False)
     assert merged["train"]["batch_size"] == 7
 
 
 def test_a_segmentation_has_the_names_of_its_labels_whatever_an_overlay_names() -> None:
-    configs = BUNDLE / "configs"
     config = {
         **SMALL,
         "out_channels": 2,
@@ -110,5 +113,5 @@ def test_a_segmentation_has_the_names_of_its_labels_whatever_an_overlay_names() 
         "network_def": "@backbone",
     }
     network = ConfigParser(dict(config)).get_parsed_content("network_def")
-    metadata = measured(configs / "metadata.json", network, config)
+    metadata = measured_metadata(BUNDLE, network, config)
     assert metadata["label_classes"] == "one channel: 0 background, 1 Ball"

@@ -17,7 +17,10 @@ import torch
 from monai.bundle import ConfigParser
 
 from med3dinsight_ext.publishing import verify as verifier
-from med3dinsight_ext.publishing.verify import SECTIONS, Check, checks, outside, verify
+from med3dinsight_ext.publishing.checks import code
+from med3dinsight_ext.publishing.checks.documents import SECTIONS
+from med3dinsight_ext.publishing.checks.folder import Check
+from med3dinsight_ext.publishing.verify import checks, file_checks, verify
 
 NAME = "ball_ct_segmentation"
 BACKBONE = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 2,
@@ -89,11 +92,12 @@ class Odd(torch.nn.Module):
         return torch.cat([image, image + shift], 1)
 """
 EACH = """
-import json, runpy, sys
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from med3dinsight_ext.publishing.checks.network import write_report
+del sys.path[0]
 for root, report in json.load(sys.stdin):
-    for name in [name for name in sys.modules if name.startswith("med3dinsight_ext")]:
-        del sys.modules[name]
-    runpy.run_path(sys.argv[1])["inside"](root, report)
+    write_report(root, report)
 """
 SCHEMA = {"type": "object", "required": ["version"], "properties": {"version": {"maxLength": 9}}}
 
@@ -146,7 +150,7 @@ def not_finite(root: Path) -> None:
 
 @pytest.fixture
 def damaged(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(verifier, "FORMAT", {})  # three processes, which two tests are about
+    monkeypatch.setattr(code, "FORMAT", {})  # three processes, which two tests are about
     return Path(shutil.copytree(sound, tmp_path / NAME))
 
 
@@ -203,6 +207,18 @@ def odd_network(root: Path, source: str = ODD) -> None:
     torch.save({}, root / "models" / "model.pt")
     for name in ("inference.json", "train.json"):
         edit(root / "configs" / name, network_def={"_target_": "med3dinsight_ext.odd.Odd"})
+
+
+def flat_package(root: Path) -> None:
+    """The layout of folders that were published before the package had sub-packages."""
+    package = root / "med3dinsight_ext"
+    (package / "training" / "engine.py").rename(package / "workflow.py")
+    (package / "data" / "volumes.py").rename(package / "volumes.py")
+    for name in ("training", "data"):
+        shutil.rmtree(package / name)
+    for name in ("configs/inference.json", "configs/train.json"):
+        replace(name, "ext.training.engine", "ext.workflow")(root)
+        replace(name, "ext.data.volumes", "ext.volumes")(root)
 
 
 def odd_network_that_says_so(root: Path) -> None:
@@ -289,7 +305,7 @@ def test_a_fault_of_the_files_fails_its_check_alone_and_is_named(
     damage: Callable[[Path], Any], name: str, text: str, damaged: Path
 ) -> None:
     damage(damaged)
-    found = failed(list(outside(damaged)))
+    found = failed(list(file_checks(damaged)))
     assert list(found) == [name] and text in found[name]
 
 
@@ -343,6 +359,7 @@ WITHIN: dict[str, tuple[Callable[[Path], Any], dict[str, str]]] = {
         {"TorchScript": "model.ts and network_def differ by 1.0e+00 on (1, 1, 8, 8, 8)"},
     ),
     "excluded": (odd_network_that_says_so, {}),
+    "flat": (flat_package, {}),
 }  # fmt: skip
 
 
@@ -358,7 +375,7 @@ def within(
         WITHIN[case][0](root)
     jobs = [(str(root), str(root.parent / "report.jsonl")) for root in roots.values()]
     subprocess.run(
-        [sys.executable, "-c", EACH, verifier.__file__], input=json.dumps(jobs), text=True,
+        [sys.executable, "-c", EACH, str(verifier.SOURCE)], input=json.dumps(jobs), text=True,
         cwd=folder, check=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
     )  # fmt: skip
@@ -371,9 +388,9 @@ def within(
 def test_a_fault_of_the_network_fails_its_check_alone_and_is_named(
     case: str, within: dict[str, tuple[Path, list[Check]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifier, "FORMAT", {})
+    monkeypatch.setattr(code, "FORMAT", {})
     root, found = within[case]
-    faults, due = failed(list(outside(root))) | failed(found), WITHIN[case][1]
+    faults, due = failed(list(file_checks(root))) | failed(found), WITHIN[case][1]
     assert len(found) == 5 and list(faults) == list(due)
     assert all(text in faults[name] for name, text in due.items())
 
@@ -407,7 +424,7 @@ def test_a_process_that_dies_fails_its_checks_with_its_last_words(
 )  # fmt: skip
 def test_broken_metadata_is_named_and_leaves_the_other_checks(text: str, damaged: Path) -> None:
     (damaged / "configs" / "metadata.json").write_text(text)
-    found = failed(list(outside(damaged)))
+    found = failed(list(file_checks(damaged)))
     assert list(found) == ["version", "packages", "paths", "schema"]
     assert all(text.startswith("configs/metadata.json ") for text in found.values())
 
@@ -415,7 +432,7 @@ def test_broken_metadata_is_named_and_leaves_the_other_checks(text: str, damaged
 @pytest.mark.parametrize("text", ["{", "a: 1", "large_files: 1", "large_files: [{url: a}]"])
 def test_broken_large_files_are_named_and_leave_the_other_checks(text: str, damaged: Path) -> None:
     (damaged / "large_files.yml").write_text(text)
-    found = failed(list(outside(damaged)))
+    found = failed(list(file_checks(damaged)))
     assert list(found) == ["files", "large files"]
     assert all(text.startswith("large_files.yml ") for text in found.values())
 
@@ -424,7 +441,7 @@ def test_broken_large_files_are_named_and_leave_the_other_checks(text: str, dama
 def test_what_push_ignores_passes(name: str, damaged: Path) -> None:
     (damaged / name).parent.mkdir()
     (damaged / name).touch()
-    assert not failed(list(outside(damaged)))
+    assert not failed(list(file_checks(damaged)))
 
 
 def test_format_is_the_zoos_and_other_settings_around_do_not_matter(
@@ -433,7 +450,7 @@ def test_format_is_the_zoos_and_other_settings_around_do_not_matter(
     monkeypatch.undo()
     (damaged.parent / "pyproject.toml").write_text("[tool.black]\nline-length = 20\n")
     (damaged / "med3dinsight_ext" / "workflow.py").write_text("x = {'a': 1}\nimport json\n")
-    found = failed(list(outside(damaged)))
+    found = failed(list(file_checks(damaged)))
     assert list(found) == ["format"]
     assert "black: would reformat med3dinsight_ext/workflow.py" in found["format"]
     assert "flake8: med3dinsight_ext/workflow.py:2:1: E402" in found["format"]
@@ -443,15 +460,15 @@ def test_format_is_the_zoos_and_other_settings_around_do_not_matter(
 def test_a_tool_that_is_missing_is_named_and_nothing_passed(
     damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifier, "FORMAT", {"no_such_tool": ()})
-    found = {check.name: check for check in outside(damaged)}
+    monkeypatch.setattr(code, "FORMAT", {"no_such_tool": ()})
+    found = {check.name: check for check in file_checks(damaged)}
     assert found["format"] == ("format", "skip", "needs no_such_tool; pip install no_such_tool")
 
 
 def test_a_listed_file_that_is_elsewhere_is_not_passed(damaged: Path) -> None:
     listed(hash_val="0" * 32)(damaged)
     (damaged / "models" / "model.pt").unlink()
-    found = {check.name: check for check in outside(damaged)}
+    found = {check.name: check for check in file_checks(damaged)}
     assert found["files"].state == "ok" and found["large files"].state == "skip"
     assert "download_large_files --bundle_path" in found["large files"].text
 
@@ -459,7 +476,7 @@ def test_a_listed_file_that_is_elsewhere_is_not_passed(damaged: Path) -> None:
 def test_a_listed_file_passes_with_its_hash(damaged: Path) -> None:
     digest = hashlib.sha256((damaged / "models" / "model.pt").read_bytes()).hexdigest()
     listed(hash_val=digest, hash_type="sha256")(damaged)
-    found = {check.name: check for check in outside(damaged)}
+    found = {check.name: check for check in file_checks(damaged)}
     assert found["large files"].text == "1 listed with their hashes, no other over 25 MB"
 
 
@@ -477,13 +494,13 @@ def test_a_schema_from_disk_is_applied(
 ) -> None:
     if rules:
         (tmp_path / "schema.json").write_text(json.dumps(rules))
-    found = {check.name: check for check in outside(damaged, str(tmp_path / "schema.json"))}
+    found = {check.name: check for check in file_checks(damaged, str(tmp_path / "schema.json"))}
     assert found["schema"].state == state and text in found["schema"].text
 
 
 @pytest.mark.parametrize("name", ["Ball_Segmentation", "segmentation", "ball_ct"])
 def test_a_name_of_another_form_fails(name: str, damaged: Path) -> None:
-    found = failed(list(outside(damaged.rename(damaged.with_name(name)))))
+    found = failed(list(file_checks(damaged.rename(damaged.with_name(name)))))
     assert list(found) == ["name"] and name in found["name"]
 
 
@@ -495,13 +512,13 @@ def test_a_name_of_another_form_fails(name: str, damaged: Path) -> None:
 )  # fmt: skip
 def test_paths_of_no_machine_pass(text: str, damaged: Path) -> None:
     (damaged / "docs" / "data_license.txt").write_text(text)
-    assert not failed(list(outside(damaged)))
+    assert not failed(list(file_checks(damaged)))
 
 
 @pytest.mark.parametrize("text", ["$@bundle_root + '/models'", "$~@mask", "a/b", "~5 mm", "c: d"])
 def test_config_values_that_are_no_path_of_a_machine_pass(text: str, damaged: Path) -> None:
     edit(damaged / "configs" / "train.json", loss={"a": text})
-    assert not failed(list(outside(damaged)))
+    assert not failed(list(file_checks(damaged)))
 
 
 def test_a_folder_that_is_missing_is_an_error(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Lets MONAI Label 0.8.5 be imported beside a CPU build of torch and beside pydicom 3.
+"""Import hook that lets MONAI Label 0.8.5 run beside a CPU build of torch and beside pydicom 3.
 
 - torchvision registers Python implementations for operators that only its compiled part defines.
   That part does not load beside a torch it was not compiled for, and there is no CPU build of it
   on PyPI; MONAI Label uses nothing of it. So the operators are defined before torchvision is
   imported, and are left alone if it defined them itself.
-- pydicom_seg asks for ``pydicom._storage_sopclass_uids``, which pydicom 3 no longer has; the UIDs
+- pydicom_seg imports ``pydicom._storage_sopclass_uids``, which pydicom 3 no longer has; the UIDs
   themselves are still in ``pydicom.uid``.
 
 Both work as an import hook, so that an interpreter that imports neither pays nothing. MONAI Label
@@ -38,7 +38,7 @@ def install() -> None:
 
 
 class Repairs(MetaPathFinder, Loader):
-    """Defines operators when torchvision is asked for, and makes the module of UIDs."""
+    """Defines operators when torchvision is imported, and makes the module of UIDs."""
 
     def __init__(self) -> None:
         self.library: object = None  # operators are gone when it is

@@ -1,4 +1,4 @@
-"""Where images and labels are, a folder or a DICOMweb store; only labels that fit get in."""
+"""Datastores of images, a folder or DICOMweb, that take only labels that fit their image."""
 
 from __future__ import annotations
 
@@ -17,8 +17,28 @@ from med3dinsight_ext.data.labels import read_label
 MODALITIES = ("CT", "MR", "PT")
 
 
-class CheckedDatastore(LocalDatastore):
-    """A folder of images that takes only labels that fit their image.
+class LabelChecks:
+    """Refuses labels that do not fit their image."""
+
+    names: list[str]
+
+    def save_label(
+        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]
+    ) -> str:
+        """Save a label; answer 404 without its image, and 400 where it does not fit."""
+        store: Any = super()
+        image = self.get_image_uri(image_id)  # type: ignore[attr-defined]
+        if not image:
+            raise HTTPException(404, f"image must be one of the datastore's, got {image_id!r}")
+        try:
+            read_label({"image": image, "label": label_filename}, self.names)
+        except ValueError as error:
+            raise HTTPException(400, f"refused, nothing was saved: {error}") from error
+        return store.save_label(image_id, label_filename, label_tag, label_info)
+
+
+class CheckedDatastore(LabelChecks, LocalDatastore):
+    """A folder of images.
 
     Args:
         studies: the folder.
@@ -34,18 +54,9 @@ class CheckedDatastore(LocalDatastore):
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
 
-    def save_label(
-        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]
-    ) -> str:
-        image = self.get_image_uri(image_id)
-        if not image:
-            raise HTTPException(404, f"image must be one of the datastore's, got {image_id!r}")
-        check(image, label_filename, self.names)
-        return super().save_label(image_id, label_filename, label_tag, label_info)
 
-
-class DicomStore(DICOMWebDatastore):
-    """The images of a DICOMweb store as it is now: MONAI Label would remember two hours long.
+class DicomStore(LabelChecks, DICOMWebDatastore):
+    """The current images of a DICOMweb store, which MONAI Label would cache for two hours.
 
     Args:
         client: of the store.
@@ -66,23 +77,6 @@ class DicomStore(DICOMWebDatastore):
 
     def get_image_uri(self, image_id: str) -> str:
         return super().get_image_uri(image_id) if image_id in self.list_images() else ""
-
-    def save_label(
-        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]
-    ) -> str:
-        image = self.get_image_uri(image_id)
-        if not image:
-            raise HTTPException(404, f"image must be one of the datastore's, got {image_id!r}")
-        check(image, label_filename, self.names)
-        return super().save_label(image_id, label_filename, label_tag, label_info)
-
-
-def check(image: str, label: str, names: list[str]) -> None:
-    """Answer 400 where a label does not fit its image."""
-    try:
-        read_label({"image": image, "label": label}, names)
-    except ValueError as error:
-        raise HTTPException(400, f"refused, nothing was saved: {error}") from error
 
 
 def on_grid(label: str, image: str) -> str:

@@ -1,4 +1,4 @@
-"""Which case to label next: the one that is least like those that have labels."""
+"""Choice of the next case to label, by k-center greedy selection in feature space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def kcenter_greedy(features: Tensor, labelled: Sequence[int]) -> int:
-    """The next row of a greedy k-centre selection (Sener and Savarese, 2018, arXiv:1708.00489).
+    """The next row of a k-center greedy selection (Sener and Savarese, 2018, arXiv:1708.00489).
 
     Args:
         features: (n, d), a row a case; each column is brought to unit variance.
@@ -44,8 +44,7 @@ def kcenter_greedy(features: Tensor, labelled: Sequence[int]) -> int:
 class Features:
     """Deepest features of a bundle's network, pooled over a volume, kept on disk by content.
 
-    The weights are those at the time of construction, whatever is trained afterwards: what a
-    network knew without labels is what tells cases apart.
+    The weights are those at the time of construction.
 
     Args:
         bundle: folder with inference.json and model.pt; what is kept goes into its ``features``.

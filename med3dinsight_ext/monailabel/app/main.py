@@ -34,6 +34,7 @@ from monailabel.utils.others.generic import file_ext
 
 from med3dinsight_ext import __version__
 from med3dinsight_ext.data.labels import read_label
+from med3dinsight_ext.io.errors import root_cause
 from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore, DicomStore, on_grid
 from med3dinsight_ext.monailabel.app.kcenter_greedy import Features, kcenter_greedy
 from med3dinsight_ext.monailabel.server import class_names, find_bundles
@@ -89,10 +90,10 @@ class LabelApp(MONAILabelApp):
         return infers
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        return {name: Round(str(folder), self.conf) for name, folder in self.bundles.items()}
+        return {name: Training(str(folder), self.conf) for name, folder in self.bundles.items()}
 
     def init_strategies(self) -> dict[str, Strategy]:
-        own = Farthest(next(iter(self.bundles.values())))
+        own = KCenterGreedy(next(iter(self.bundles.values())))
         return {"first": First(), "random": Random(), "kcenter_greedy": own}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> Any:
@@ -105,15 +106,12 @@ class LabelApp(MONAILabelApp):
         try:
             return super().infer(request, datastore)
         except (ValueError, RuntimeError) as error:  # what transforms raise; the cause is inside
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            if isinstance(cause, ValueError):
+            if isinstance(cause := root_cause(error), ValueError):
                 raise HTTPException(400, str(cause)) from error
             raise
 
     def bundle_path(self, model: str) -> str:
-        """Where a model's bundle is; what the server asks for before it starts a training."""
+        """Folder of a model's bundle, which the server needs to start a training."""
         known(model, self._trainers, "model")
         return str(self.bundles[model])
 
@@ -123,13 +121,13 @@ class LabelApp(MONAILabelApp):
 
 
 def known(name: object, there: dict[str, Any], what: str) -> None:
-    """Answer 404 with the names that there are, where the server would answer 500 with nothing."""
+    """Answer 404 with the known names, where the server would answer 500 without a text."""
     if name not in there:
         raise HTTPException(404, f"{what} must be one of {', '.join(there)}, got {name!r}")
 
 
 def takes_clicks(bundle: Path) -> bool:
-    """Whether a bundle says so in its metadata or, as for the stock app, in its folder's name."""
+    """Whether a bundle takes clicks, by its metadata or, as in the stock app, its folder's name."""
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text("utf-8"))
     return "deepedit" in bundle.name.lower() or metadata.get("click") == "deepedit"
 
@@ -161,7 +159,7 @@ class Inference(BundleInferTask):
         return path, data.get(self.output_json_key, {})
 
 
-class Round(BundleTrainTask):
+class Training(BundleTrainTask):
     """A bundle's train.json on the labels so far, from its model.pt."""
 
     def config(self) -> dict[str, Any]:
@@ -198,8 +196,8 @@ class Round(BundleTrainTask):
         return items
 
 
-class Farthest(Strategy):
-    """Picks the image that is farthest, as the pre-trained network sees it, from the labelled ones.
+class KCenterGreedy(Strategy):
+    """Picks the image whose features are farthest from those of the labelled ones.
 
     Args:
         bundle: folder of the network.

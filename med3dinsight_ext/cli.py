@@ -1,0 +1,125 @@
+"""Command line: a command's module is imported when the command runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fire import Fire
+from fire.core import FireExit
+
+from med3dinsight_ext import __version__
+from med3dinsight_ext.io.errors import advice, causes
+
+PROGRAM = "python -m med3dinsight_ext"
+COMMANDS = {
+    "quickstart": "med3dinsight_ext.quickstart.quickstart",
+    "doctor": "med3dinsight_ext.doctor.doctor",
+    "bundles": "med3dinsight_ext.io.bundles.bundles",
+    "init": "med3dinsight_ext.io.bundles.init",
+    "captions": "med3dinsight_ext.reports.caption_page.captions",
+    "transfer-report": "med3dinsight_ext.training.transfer.transfer_report",
+    "label": "med3dinsight_ext.monailabel.server.label",
+    "label-install": "med3dinsight_ext.monailabel.server.install",
+    "label-bundle": "med3dinsight_ext.monailabel.label_bundle.label_bundle",
+    "publish": "med3dinsight_ext.publishing.publish.publish",
+    "verify": "med3dinsight_ext.publishing.verify.verify",
+    "export": "med3dinsight_ext.publishing.export.export",
+    "push": "med3dinsight_ext.publishing.push.push",
+}
+WRONG_INPUT = (ValueError, OSError, ImportError)  # shown without a traceback
+TRACEBACK = "MED3D_TRACEBACK"  # environment variable that shows it
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments: default: this process's.
+
+    Raises:
+        SystemExit: 2 for an unknown command or flag, 1 for wrong input.
+    """
+    name, *rest = [*(sys.argv[1:] if arguments is None else arguments), "--help"]
+    if name in ("--help", "-h", "help"):
+        print(usage())
+    elif name == "--version":
+        print(__version__)
+    elif name not in COMMANDS:
+        stop(2, f"unknown command {name}", advice(name, COMMANDS, f"see {PROGRAM} --help"))
+    else:
+        given = parsed(name, rest[:-1])
+        module, _, function = COMMANDS[name].rpartition(".")
+        try:
+            getattr(importlib.import_module(module), function)(**given)
+        except Exception as error:
+            shown = next((cause for cause in causes(error) if isinstance(cause, WRONG_INPUT)), None)
+            if shown is None or os.environ.get(TRACEBACK):
+                raise
+            stop(1, str(shown))
+
+
+def usage() -> str:
+    """Help on all commands, from the first lines of their docstrings."""
+    lines = [f"{name:<17}{(ast.get_docstring(definition(name)) or '').splitlines()[0]}"
+             for name in COMMANDS]  # fmt: skip
+    end = f"{PROGRAM} COMMAND --help shows the arguments; {TRACEBACK}=1 shows tracebacks"
+    return "\n".join([f"{PROGRAM} COMMAND ...", "", *lines, "", end])
+
+
+def parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments of a command, which is parsed but not imported.
+
+    Raises:
+        SystemExit: after help, or for a missing or unknown argument.
+    """
+    node = definition(name)
+    known = [f"--{argument.arg}" for argument in node.args.args]
+    see = f"see {PROGRAM} {name} --help"
+    for flag in (word.partition("=")[0].replace("-", "_") for word in arguments):
+        option = flag.replace("__", "--", 1)
+        if flag.startswith("__") and option not in (*known, "--help", "--") and not node.args.kwarg:
+            stop(2, f"unknown flag {option}", advice(option, known, see))
+    given: list[dict[str, Any]] = []
+    scope: dict[str, Any] = {"given": given}
+    node.body = [*node.body[:1], *ast.parse("given.append(locals())").body]
+    module = ast.parse("from __future__ import annotations")
+    module.body.append(node)
+    exec(compile(ast.fix_missing_locations(module), name, "exec"), scope)
+    text = io.StringIO()
+    try:
+        with redirect_stderr(text):
+            help_asked = {"-h", "--help"} & {*arguments}
+            Fire(scope[node.name], ["--", "--help"] if help_asked else list(arguments), name)
+    except FireExit as ended:
+        if not ended.code:
+            print("NAME" + text.getvalue().partition("NAME")[2].rstrip())
+            raise SystemExit(0) from None
+        fault = text.getvalue().partition("ERROR: ")[2].partition("\n")[0]
+        fault = fault.replace("The function received no value for", "no value for")
+        stop(2, fault[:1].lower() + fault[1:], see)
+    found = given[-1]
+    return found | found.pop(node.args.kwarg.arg) if node.args.kwarg else found
+
+
+def definition(name: str) -> ast.FunctionDef:
+    """Source of a command's function."""
+    module, _, function = COMMANDS[name].rpartition(".")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    nodes = ast.parse(Path(spec.origin).read_text("utf-8")).body
+    return next(n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == function)
+
+
+def stop(code: int, fault: str, hint: str = "") -> NoReturn:
+    """Print an error and exit."""
+    print(f"error: {fault}{f'; {hint}' if hint else ''}", file=sys.stderr)
+    raise SystemExit(code)

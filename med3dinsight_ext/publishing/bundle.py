@@ -1,0 +1,172 @@
+"""A trained bundle: merged configs, weights that fit them, and metadata of its network."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+
+from med3dinsight_ext.io.bundles import NAMES, bundles_dir, config_files, kind_of
+from med3dinsight_ext.training.weights import read_weights
+
+
+def find_bundle(bundle: str | Path) -> Path:
+    """A bundle's folder by its path, or by the name of one that comes with the package."""
+    return Path(bundle) if Path(bundle).is_dir() else bundles_dir() / bundle
+
+
+def check_click(argument: str, name: str, click: bool) -> None:
+    """Check that a network with click channels has a name that viewers recognize.
+
+    Args:
+        argument: that the name came as.
+        name: of the network.
+        click: whether it has click channels.
+    """
+    if not isinstance(click, bool):
+        raise ValueError(f"click must be True or False, got {click!r}")
+    if click and "deepedit" not in name.lower():
+        raise ValueError(
+            f"{argument} must have a name with deepedit for a network that takes clicks, got "
+            f"{name}; call it deepedit_{name}"
+        )
+
+
+def merged_configs(
+    bundle: Path, overlays: str | Sequence[str], click: bool
+) -> dict[str, dict[str, Any]]:
+    """A bundle's train and inference configs with the overlays that a network was trained with.
+
+    Args:
+        bundle: folder of the bundle.
+        overlays: files, separated by commas.
+        click: click.yaml and click_inference.yaml come last.
+    """
+    listed = overlays.split(",") if isinstance(overlays, str) else overlays
+    paths = [path for path in (str(path).strip() for path in listed) if path]
+    for path in paths:
+        _check_overlay(path)
+    merged = {}
+    for name, last in (("train", "click.yaml"), ("inference", "click_inference.yaml")):
+        files = [*config_files(bundle, name), *paths]
+        files += [bundle / "configs" / last] if click else []
+        merged[name] = dict(ConfigParser.load_config_files([str(file) for file in files]))
+    return merged
+
+
+def _check_overlay(path: str) -> None:
+    if not Path(path).is_file():
+        raise ValueError(f"overlays must be files, got {path}; correct the path")
+    try:
+        content = ConfigParser.load_config_file(path)
+    except (ValueError, yaml.YAMLError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"overlays must be JSON or YAML, got {path}: {cause}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"overlays must be mappings, got {type(content).__name__} in {path}; write key: value"
+        )
+
+
+def channel_names(kind: str, config: Mapping[str, Any]) -> list[str]:
+    """Names of a network's output channels.
+
+    Args:
+        kind: from ``kind_of``.
+        config: inference config.
+
+    Raises:
+        ValueError: they are not different, non-empty texts.
+    """
+    if kind not in NAMES:
+        return ["reconstruction"]
+    names = ConfigParser(dict(config)).get_parsed_content(NAMES[kind])
+    listed = isinstance(names, (list, tuple))
+    texts = listed and all(isinstance(name, str) and name.strip() for name in names)
+    if not texts or len(set(names)) < len(names):
+        raise ValueError(
+            f"{NAMES[kind]} must be a list of different texts, got {names}; quote them, as YAML "
+            "reads no, on and 0 otherwise"
+        )
+    return list(names)
+
+
+def filled_state(network: nn.Module, weights: str | Path) -> dict[str, Tensor]:
+    """State of a network after all weights of a file are loaded into it."""
+    state = read_weights(weights)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"weights must be those of the network that the configs describe, got {weights}: "
+            f"{str(error).splitlines()[-1].strip()} Name the overlays of its training"
+        ) from error
+    return network.state_dict()
+
+
+def weights_file(state: Mapping[str, Tensor]) -> bytes:
+    """A weights file whose bytes depend on nothing but the weights."""
+    stream = io.BytesIO()  # a path's name would stand in the archive
+    torch.save({name: value.detach().cpu().clone() for name, value in state.items()}, stream)
+    return stream.getvalue()
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def measured_metadata(
+    bundle: Path, network: nn.Module, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A bundle's metadata with the sizes, channels and classes of one network, which is run once.
+
+    Args:
+        bundle: folder of the bundle.
+        network: of ``config``.
+        config: inference config.
+
+    Raises:
+        ValueError: the network returns no tensor, or other channels than there are names; or these
+            are no names.
+    """
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text("utf-8"))
+    parser = ConfigParser(dict(config))
+    size = list(parser.get_parsed_content("patch_size"))
+    backbone = config.get("backbone")
+    counted = isinstance(backbone, Mapping) and "in_channels" in backbone
+    channels = parser.get_parsed_content("backbone::in_channels") if counted else 1
+    with torch.no_grad():
+        output = network.eval()(torch.zeros(1, channels, *size))
+    if not isinstance(output, Tensor):
+        raise ValueError(f"network must return a tensor, got {type(output).__name__}")
+    kind = kind_of(bundle)
+    names = channel_names(kind, config)
+    if output.shape[1] != len(names):
+        raise ValueError(
+            f"network must return a channel for each of {names}, got {output.shape[1]}; "
+            "name the overlay with their names"
+        )
+    inputs = ["image"] if channels == 1 else ["image", *(f"clicks: {name}" for name in names)]
+    data = metadata["network_data_format"]
+    data["inputs"]["image"] |= _shape(torch.Size((1, channels, *size)), torch.float32, inputs)
+    data["outputs"]["pred"] |= _shape(output.shape, output.dtype, names)
+    if kind == "segmentation":
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        metadata["label_classes"] = f"one channel: {listed}"
+    return metadata
+
+
+def _shape(shape: torch.Size, dtype: torch.dtype, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "num_channels": shape[1],
+        "spatial_shape": list(shape[2:]),
+        "dtype": str(dtype).removeprefix("torch."),
+        "channel_def": {str(i): name for i, name in enumerate(names)},
+    }

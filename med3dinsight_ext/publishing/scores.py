@@ -1,0 +1,103 @@
+"""Scores of a bundle's ``evaluate``, as numbers and as a Markdown table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Scores(NamedTuple):
+    """Measured performance: names to numbers, and a Markdown table with intervals."""
+
+    flat: dict[str, float]
+    table: str
+
+
+def read_scores(path: str | Path | None, kind: str, classes: Sequence[str] = ()) -> Scores:
+    """Scores that a bundle's ``evaluate`` wrote.
+
+    Args:
+        path: eval/metrics.json of the two fine-tuning bundles, eval/retrieval.json of pretrain.
+        kind: of ``TASKS``.
+        classes: that the model has, without a background; none in pre-training.
+
+    Raises:
+        ValueError: it is another file, or of a model with other classes.
+    """
+    if path is None:
+        return Scores({}, "")
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+        read = {"segmentation": _segmentation, "classification": _classification}
+        flat, rows = read.get(kind, _retrieval)(found)
+        scored = list(found.get("classes") or found.get("per_class") or ())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"metrics must be the file that evaluate wrote of this {kind}, got {path}: {error!r}"
+        ) from error
+    if scored != list(classes):
+        raise ValueError(
+            f"metrics must be of a model with the classes {list(classes)}, got {scored} in {path}; "
+            "evaluate this one"
+        )
+    flat = {key: round(x, 4) for key, x in flat.items() if x is not None and math.isfinite(x)}
+    return Scores(flat, _table(rows))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
+
+
+def _interval(mean: Any, low: Any, high: Any, digits: int = 3) -> str:
+    mean, low, high = (math.nan if x is None else float(x) for x in (mean, low, high))
+    ends = "" if math.isnan(low) else f" ({low:.{digits}f} to {high:.{digits}f})"
+    return "–" if math.isnan(mean) else f"{mean:.{digits}f}{ends}"
+
+
+def _segmentation(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[list[str]]]:
+    flat = {f"mean_{key}": value["mean"] for key, value in found["mean"].items()}
+    flat |= {f"dice_{name}": row["dice"]["mean"] for name, row in found["classes"].items()}
+    rows = [["class", "cases", "Dice", f"NSD at {found['tolerance_mm']:g} mm", "HD95 in mm"]]
+    for name, row in {**found["classes"], "mean of the classes": found["mean"]}.items():
+        cells = (
+            _interval(row[key]["mean"], row[key]["low"], row[key]["high"], digits)
+            for key, digits in (("dice", 3), ("nsd", 3), ("hd95", 1))
+        )
+        rows.append([name, str(row["dice"]["n"]), *cells])
+    return flat, rows
+
+
+def _classification(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[list[str]]]:
+    titles = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "f1": "F1",
+              "ece": "calibration error"}  # fmt: skip
+    per_class = found["per_class"]
+    flat = {key: found[key] for key in (*titles, "accuracy")}
+    if several := len(per_class) > 2:  # of two classes both have the same
+        flat |= {f"auroc_{name}": row["auroc"] for name, row in per_class.items()}
+    rows = [["score", "cases", "all classes", *per_class]]
+    for key, title in titles.items():
+        shown = several or key != "auroc"
+        cells = [_interval(row.get(key) if shown else None, None, None)
+                 for row in per_class.values()]  # fmt: skip
+        ends = found[key], found[f"{key}_low"], found[f"{key}_high"]
+        rows.append([title, str(found["n"]), _interval(*ends), *cells])
+    for key in ("sensitivity", "specificity"):
+        cells = [_interval(row[key], None, None) for row in per_class.values()]
+        rows.append([key, str(found["n"]), "", *cells])
+    return flat, [*rows, ["cases of the class", "", "", *(str(r["n"]) for r in per_class.values())]]
+
+
+def _retrieval(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[list[str]]]:
+    student, zero = found["student"], found["volume_zero"]
+    names = [key.removesuffix("_chance") for key in student if key.endswith("_chance")]
+    rows = [["retrieval", "slices", "recall", "volume set to zero", "chance"]]
+    for name in names:
+        recall = _interval(*(student[name + end] for end in ("", "_low", "_high")))
+        queries = f"{student[name.rpartition('_')[0] + '_queries']:.0f}"
+        others = (_interval(x, None, None) for x in (zero[name], student[f"{name}_chance"]))
+        rows.append([name.replace("_r", " R@").replace("_", " "), queries, recall, *others])
+    return {name: student[name] for name in names}, rows
