@@ -136,6 +136,27 @@ def hippocampus(result: Result) -> str:
     )
 
 
+def headneck(result: Result) -> str:
+    """Section of bench_headneck.py."""
+    names = {"auto": "swap left and right (default)", "plain": "plain"}
+    runs, test = result["runs"], result["runs"]["auto"]["test"]
+    tests = {names[arm]: run["test"] for arm, run in runs.items()}
+    return fill(
+        "headneck",
+        where=where(result),
+        cases=test["cases"],
+        minutes=" and ".join(duration(run["train_seconds"]) for run in runs.values()),
+        goal_dice=result["goal_dice"],
+        goal=reached(test["mean"]["dice"]["mean"] >= result["goal_dice"]),
+        tolerance=test["tolerance_mm"],
+        rows=table(
+            [arm, name, *segmentation(row)]
+            for arm, found in tests.items()
+            for name, row in {**found["classes"], "mean": found["mean"]}.items()
+        ),
+    )
+
+
 def adrenal(result: Result) -> str:
     """Section of bench_finetune.py on adrenal."""
     test = result["test"]
@@ -348,6 +369,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "transport": transport,
     "sarcoma": sarcoma,
     "hippocampus": hippocampus,
+    "headneck": headneck,
     "clicks": clicks,
     "clicks_14": clicks,
     "label": label,

@@ -119,8 +119,10 @@ def _finetuning(
         "task": task, "backbone": backbone, "arm": arm, "labels": cases, "seed": seed,
         "variant": variant, "score": block["score"],
     }  # fmt: skip
+    pinned, names = plan["pinned"]["finetune"], plan["renamed"]
     settings = (
-        plan["finetune"]
+        pinned
+        | plan["finetune"]
         | {key: value for key, value in content.items() if key not in TASK}
         | plan["backbones"][backbone]
         | block.get("finetune", {})
@@ -129,8 +131,8 @@ def _finetuning(
     )
     parts = [task, backbone, arm, f"n{cases or 'all'}", variant, f"s{seed}"]
     name = "-".join(part for part in parts if part)
-    names = plan["renamed"]
-    return Run(name, content["bundle"], about, [content["data"]], settings, renamed=names)
+    data = [content["data"]]
+    return Run(name, content["bundle"], about, data, settings, pinned=pinned, renamed=names)
 
 
 def _pretraining(
@@ -142,8 +144,9 @@ def _pretraining(
     about = {
         "corpus": corpus, "backbone": backbone, "arm": arm, "seed": own, "score": block["score"],
     }  # fmt: skip
+    pinned, names = plan["pinned"]["pretrain"], plan["renamed"]
     settings = (
-        plan["pinned"]
+        pinned
         | plan["pretrain"]
         | {key: value for key, value in content.items() if key != "data"}
         | plan["backbones"][backbone]
@@ -152,7 +155,6 @@ def _pretraining(
         | {"seed": own}
     )
     name = f"{corpus}-{backbone}-{arm}-pretrain-s{own}"
-    pinned, names = plan["pinned"], plan["renamed"]
     return Run(name, "pretrain", about, content["data"], settings, pinned=pinned, renamed=names)
 
 

@@ -18,6 +18,7 @@ from med3dinsight_ext.data.slicing import MODALITIES
 from med3dinsight_ext.io.claims import npz_array
 
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
+VAL_FRACTION, FEW = 0.2, 10  # held out by default, of at least so many cases
 MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | dict.fromkeys(
     ("MR", "T1", "T2", "FLAIR", "PD", "ADC", "DWI"), "MR"
 )
@@ -318,6 +319,35 @@ def take(items: list[dict], count: int | None, seed: int = 0) -> list[dict]:
     turn = {i: n / len(same) for same in classes.values() for n, i in enumerate(same)}
     chosen = sorted(random, key=turn.__getitem__)[:count]
     return [items[i] for i in sorted(chosen)]
+
+
+def partition(
+    items: list[dict], val_fraction: float | None, max_cases: int | None, seed: int = 0
+) -> tuple[list[dict], list[dict]]:
+    """Labelled cases for training and for validation, at most ``max_cases`` in all.
+
+    What is held out of all items is never trained on, whatever ``max_cases`` is.
+
+    Args:
+        items: with labels.
+        val_fraction: share for validation, in [0, 1). With None it is ``VAL_FRACTION``, or 0 if
+            fewer than ``FEW`` cases are used.
+        max_cases: cases to use, at least 1; None for all.
+        seed: of the draws.
+
+    >>> items = [{"image": f"{i}.nii"} for i in range(40)]
+    >>> [[len(part) for part in partition(items, None, n)] for n in (None, 20, 5)]
+    [[32, 8], [16, 4], [5, 0]]
+    """
+    share = VAL_FRACTION if val_fraction is None else val_fraction
+    train, val = hold_out(
+        items, share if val_fraction is not None or len(items) >= FEW else 0, seed
+    )
+    if max_cases is None or max_cases >= len(items):
+        return train, val
+    few = val_fraction is None and max_cases < FEW
+    held = 0 if few else min(round(share * max_cases) or 1, max_cases - 1, len(val))
+    return take(train, max_cases - held, seed), take(val, held, seed) if held else []
 
 
 def class_weights(items: list[dict], classes: int) -> Tensor:

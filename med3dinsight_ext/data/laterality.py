@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import Flip, MapTransform, RandomizableTransform
 from torch import Tensor
 
@@ -19,9 +19,9 @@ from med3dinsight_ext.io.claims import open_volume
 logger = logging.getLogger(__name__)
 LEFT_RIGHT = 0  # spatial axis after orientation to RAS
 LEFT = {"left", "links", "linke", "linker", "linkes", "gauche", "izquierda", "izquierdo",
-        "sinistra", "sinistro", "l", "lt", "lh"}  # fmt: skip
+        "sinistra", "sinistro", "sinister", "l", "lt", "lh"}  # fmt: skip
 RIGHT = {"right", "rechts", "rechte", "rechter", "rechtes", "droite", "droit", "derecha",
-         "derecho", "destra", "destro", "r", "rt", "rh"}  # fmt: skip
+         "derecho", "destra", "destro", "dexter", "dextra", "r", "rt", "rh"}  # fmt: skip
 SHORT = {"l", "lt", "lh", "r", "rt", "rh"}  # name a side only if the other side is named alike
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-zà-ÿ]+|\d+")
 CASES = 20  # labels that are measured
@@ -43,18 +43,19 @@ class Mirror(NamedTuple):
     reason: str
 
     def allowed(self, axes: Sequence[int]) -> list[int]:
-        """The axes of ``axes`` that keep the meaning of each class."""
+        """The axes of ``axes`` along which a flip keeps the meaning of each class."""
+        if LEFT_RIGHT in axes and LEFT_RIGHT not in self.axes:
+            logger.info(f"tta_axes {list(axes)} without {LEFT_RIGHT}: {self.reason}")
         return [axis for axis in axes if axis != LEFT_RIGHT or LEFT_RIGHT in self.axes]
 
 
 def side_words(name: str) -> tuple[int, tuple[str, ...]]:
-    """The side that a class name gives (-1 left, 1 right, 0 none) and its other words."""
+    """The side that a class name gives (-1 left, 1 right, 0 none) and its other words, sorted."""
     words = [word.lower() for word in WORDS.findall(name)]
     left, right = ([word for word in words if word in side] for side in (LEFT, RIGHT))
-    if bool(left) == bool(right):
-        return 0, tuple(words)
-    rest = tuple(sorted(word for word in words if word not in (left or right)))
-    return (-1 if left else 1), rest
+    side = bool(right) - bool(left)
+    rest = [word for word in words if not side or word not in LEFT | RIGHT]
+    return side, tuple(sorted(rest))
 
 
 def name_pairs(names: Sequence[str]) -> list[Pair]:
@@ -64,12 +65,15 @@ def name_pairs(names: Sequence[str]) -> list[Pair]:
         names: of all classes; the index is the class.
 
     Returns:
-        Pairs (left, right) in the order of the left ones.
+        Pairs (left, right) in the order of the left ones. Of several classes with one side and
+        the same other words, none is paired.
     """
     sides = [side_words(name) for name in names]
-    right = {rest: i for i, (side, rest) in enumerate(sides) if side == 1}
+    count = Counter(sides)
     return [
-        (i, right[rest]) for i, (side, rest) in enumerate(sides) if side == -1 and rest in right
+        (i, sides.index((1, rest)))
+        for i, (side, rest) in enumerate(sides)
+        if side == -1 and count[-1, rest] == count[1, rest] == 1
     ]
 
 
@@ -102,10 +106,8 @@ def one_sided(paths: Sequence[str], classes: int) -> list[int]:
         paths: NIfTI label maps; at most ``CASES`` of them, evenly spaced, are read.
         classes: number of classes, the background included.
     """
-    chosen = paths if len(paths) <= CASES else [
-        paths[i] for i in np.linspace(0, len(paths) - 1, CASES).round().astype(int)
-    ]  # fmt: skip
-    found = [offsets(path, classes) for path in chosen]
+    chosen = np.linspace(0, len(paths) - 1, min(CASES, len(paths))).round().astype(int)
+    found = [offsets(paths[i], classes) for i in chosen]
     sided = []
     for number in range(1, classes):
         values = np.array([row[number] for row in found if number in row])
@@ -121,66 +123,62 @@ def mirror(
     items: Sequence[Mapping[str, Any]] = (),
     axes: str | Sequence[int] = "auto",
     pairs: str | Sequence[Sequence[int]] = "auto",
+    first: int = 1,
 ) -> Mirror:
-    """Decide how volumes may be mirrored, and log it.
+    """Decide how volumes may be mirrored.
 
     With ``axes`` "auto" the left–right axis is flipped if every class that lies on one side, by its
     name or in the labels, has its partner in ``pairs``.
 
     Args:
-        names: of all classes, the background first.
-        items: with a ``label`` file each; measured if ``axes`` is "auto".
+        names: of all classes; the index is the class.
+        items: those with a NIfTI file as ``label`` are measured if ``axes`` is "auto".
         axes: spatial axes to flip (0 x, 1 y, 2 z), or "auto".
         pairs: classes that swap when axis 0 is flipped, or "auto" for those that the names give.
+        first: class that may be the first of a pair: 1 after a background, 0 in classification.
 
     Raises:
         ValueError: an axis or a class does not exist, or a class is in two pairs.
     """
-    chosen = name_pairs(names) if pairs == "auto" else _checked_pairs(pairs, len(names))
-    told = ", ".join(f"{names[a]} ↔ {names[b]}" for a, b in chosen)
+    chosen = name_pairs(names) if pairs == "auto" else _checked_pairs(pairs, first, len(names))
+    swapped = ", ".join(f"{names[a]} ↔ {names[b]}" for a, b in chosen) or "none"
     if axes != "auto":
-        checked = _checked_axes(axes)
-        reason = (
-            f"flips along axes {list(checked)} as configured; swapped classes: {told or 'none'}"
-        )
-        logger.info(reason)
-        return Mirror(checked, tuple(chosen), reason)
+        given = _checked_axes(axes)
+        reason = f"flips along axes {list(given)}, as configured; swapped classes: {swapped}"
+        return Mirror(given, tuple(chosen), reason)
+    labels = [str(item["label"]) for item in items if isinstance(item.get("label"), str)]
+    named = {i for i, name in enumerate(names) if _names_a_side(name)}
     paired = {number for pair in chosen for number in pair}
-    paths = [str(item["label"]) for item in items if isinstance(item.get("label"), str)]
-    named = [i for i, name in enumerate(names) if _names_a_side(name)]
-    alone = sorted({*named, *one_sided(paths, len(names))} - paired)
-    if alone:
+    if alone := sorted({*named, *one_sided(labels, len(names))} - paired):
+        listed = ", ".join(names[i] for i in alone)
         reason = (
-            f"no left–right flips: {', '.join(names[i] for i in alone)} lies on one side and has "
-            "no partner; give mirror_pairs, or mirror_axes [0] if the side does not matter"
+            f"no left–right flips: on one side without a partner: {listed}; set mirror_pairs, or "
+            "mirror_axes [0] if the side does not matter"
         )
-        logger.warning(reason)
         return Mirror((), tuple(chosen), reason)
-    reason = f"left–right flips; swapped classes: {told or 'none'}"
-    logger.info(reason)
-    return Mirror((LEFT_RIGHT,), tuple(chosen), reason)
+    return Mirror((LEFT_RIGHT,), tuple(chosen), f"left–right flips; swapped classes: {swapped}")
 
 
 def _names_a_side(name: str) -> bool:
-    """Whether a name holds a whole word for a side; a single letter may mean anything."""
-    words = {word.lower() for word in WORDS.findall(name)}
-    return bool(words & ((LEFT | RIGHT) - SHORT))
+    """Whether a name holds a whole word for one side; a single letter may mean anything."""
+    words = {word.lower() for word in WORDS.findall(name)} - SHORT
+    return bool(words & LEFT) != bool(words & RIGHT)
 
 
-def _checked_pairs(pairs: Any, classes: int) -> list[Pair]:
+def _checked_pairs(pairs: Any, first: int, classes: int) -> list[Pair]:
     rows = [tuple(pair) for pair in pairs] if isinstance(pairs, (list, tuple)) else None
     numbers = [number for row in rows or () for number in row]
     valid = rows is not None and all(len(row) == 2 for row in rows)
-    if not valid or len(set(numbers)) < len(numbers) or not {*numbers} <= {*range(1, classes)}:
+    if not valid or len(set(numbers)) < len(numbers) or not {*numbers} <= {*range(first, classes)}:
         raise ValueError(
-            f"mirror_pairs must be auto or pairs of different classes from 1 to {classes - 1}, got "
-            f"{pairs}; write it like [[1,2]]"
+            f"mirror_pairs must be auto or pairs of different classes from {first} to "
+            f"{classes - 1}, got {pairs}; write it like [[1,2]]"
         )
     return [(row[0], row[1]) for row in rows or ()]
 
 
 def _checked_axes(axes: Any) -> tuple[int, ...]:
-    if not isinstance(axes, (list, tuple)) or not {*axes} <= {0, 1, 2}:
+    if not isinstance(axes, (list, tuple)) or sorted({*axes} & {0, 1, 2}) != sorted(axes):
         raise ValueError(f"mirror_axes must be auto or some of 0, 1, 2, got {axes}; like [0]")
     return tuple(axes)
 
@@ -212,8 +210,8 @@ class RandMirrord(MapTransform, RandomizableTransform):
     """Flips image and label along each axis at random; the left–right flip swaps paired classes.
 
     Args:
-        keys: volumes (c, x, y, z).
-        label_keys: those of ``keys`` that are label maps, or numbers of a class.
+        keys: volumes (c, x, y, z), or numbers of a class.
+        label_keys: those of ``keys`` that are label maps or numbers of a class.
         mirror: axes and pairs.
         prob: of a flip along each axis, in [0, 1].
         allow_missing_keys: as in MONAI.
@@ -249,10 +247,7 @@ class RandMirrord(MapTransform, RandomizableTransform):
         return result
 
     def _swapped(self, value: Any) -> Any:
-        if isinstance(value, MetaTensor):
-            swapped = swap_labels(value.as_tensor(), self.mirror.pairs)
-            return MetaTensor(swapped, meta=value.meta, applied_operations=value.applied_operations)
         if isinstance(value, Tensor):
             return swap_labels(value, self.mirror.pairs)
         partner = {a: b for pair in self.mirror.pairs for a, b in (pair, pair[::-1])}
-        return type(value)(partner.get(int(value), value))
+        return partner.get(value, value)

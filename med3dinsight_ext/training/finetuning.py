@@ -1,12 +1,26 @@
-"""Fine-tuning of a pre-trained encoder: frozen epochs and layer-wise learning rates."""
+"""Fine-tuning of a pre-trained encoder: frozen epochs, layer-wise learning rates, log."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from torch import nn
+
+from med3dinsight_ext.data.laterality import Mirror
+
+logger = logging.getLogger(__name__)
+
+
+def log_start(train: Sequence[Any], val: Sequence[Any], mirror: Mirror) -> None:
+    """Log the number of labelled cases and how volumes are mirrored."""
+    if idist.get_rank() == 0:
+        kept = "" if val else ", so the last epoch is kept"
+        cases = f"{len(train) + len(val)} labelled cases: {len(train)} for training"
+        logger.info(f"{cases}, {len(val)} for validation{kept}; {mirror.reason}")
 
 
 class FreezeEncoder:

@@ -10,6 +10,8 @@ import torch
 from monai.inferers import Inferer
 from torch import Tensor
 
+from med3dinsight_ext.data.laterality import LEFT_RIGHT, Pair, swap
+
 
 class FlipInferer(Inferer):
     """Averages a network's predictions for a volume and for its mirror images.
@@ -17,10 +19,15 @@ class FlipInferer(Inferer):
     Args:
         inferer: runs the network on each.
         axes: spatial axes (0 x, 1 y, 2 z) to mirror, in all combinations; none changes nothing.
+        pairs: classes that swap in a left–right mirror image, in the output and in the guidance
+            channels of clicks, which follow the image's channel.
     """
 
-    def __init__(self, inferer: Inferer, axes: Sequence[int] = ()) -> None:
+    def __init__(
+        self, inferer: Inferer, axes: Sequence[int] = (), pairs: Sequence[Pair] = ()
+    ) -> None:
         self.inferer = inferer
+        self.pairs = pairs
         self.flips = [
             [axis + 2 for axis in chosen]
             for count in range(len(axes) + 1)
@@ -34,6 +41,10 @@ class FlipInferer(Inferer):
         plain = inputs.as_subclass(Tensor)  # metadata slows every layer
         outputs = []
         for flip in self.flips:
-            output = self.inferer(plain.flip(flip), network, *args, **kwargs)
-            outputs.append(output.flip(flip) if output.ndim == inputs.ndim else output)
+            mirrored, pairs = plain.flip(flip), self.pairs if LEFT_RIGHT + 2 in flip else ()
+            if pairs and plain.shape[1] > 1:  # clicks
+                mirrored = mirrored[:, swap(pairs, plain.shape[1], first=1)]
+            output = self.inferer(mirrored, network, *args, **kwargs)
+            output = output.flip(flip) if output.ndim == inputs.ndim else output
+            outputs.append(output[:, swap(pairs, output.shape[1])] if pairs else output)
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(0)

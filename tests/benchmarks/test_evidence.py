@@ -497,7 +497,7 @@ def test_questions_and_descriptions_name_arms_of_the_plan_or_of_none() -> None:
 
 def test_the_chosen_arm_is_the_default_of_the_bundle() -> None:
     config = ConfigParser.load_config_file(ROOT / "bundles/pretrain/configs/train.json")
-    chosen = PLAN["pinned"] | PLAN["arms"][PLAN["chosen"]]
+    chosen = PLAN["pinned"]["pretrain"] | PLAN["arms"][PLAN["chosen"]]
     parts = {key: value for key, value in chosen.items() if key.startswith(("loss::", "student::"))}
     assert parts
     for key, value in parts.items():

@@ -14,7 +14,14 @@ from conftest import real_data
 from monai.data import MetaTensor
 
 from med3dinsight_ext.data import datalists
-from med3dinsight_ext.data.datalists import class_items, datalist, hold_out, modality_name, take
+from med3dinsight_ext.data.datalists import (
+    class_items,
+    datalist,
+    hold_out,
+    modality_name,
+    partition,
+    take,
+)
 from med3dinsight_ext.data.volumes import (
     ScaleByModalityd,
     check_parts,
@@ -450,6 +457,37 @@ def test_fewer_cases_are_a_subset_of_more() -> None:
     with pytest.raises(ValueError, match="max_cases must be at least 1, got 0"):
         take(items, 0)
     assert hold_out(items, 0.2)[0] != items
+
+
+@pytest.mark.parametrize(
+    ("cases", "val_fraction", "max_cases", "train", "val"),
+    [
+        (9, None, None, 9, 0),
+        (10, None, None, 8, 2),
+        (40, None, 9, 9, 0),
+        (40, None, 10, 8, 2),
+        (40, None, 99, 32, 8),
+        (40, 0.2, 5, 4, 1),
+        (4, 0.25, None, 3, 1),
+        (40, 0.0, 20, 20, 0),
+        (40, 0.5, 2, 1, 1),
+        (40, 0.5, 1, 1, 0),
+    ],
+)
+def test_max_cases_counts_training_and_validation(
+    cases: int, val_fraction: float | None, max_cases: int | None, train: int, val: int
+) -> None:
+    items = [{"image": str(i)} for i in range(cases)]
+    parts = partition(items, val_fraction, max_cases)
+    assert [len(part) for part in parts] == [train, val]
+
+
+def test_what_is_held_out_of_all_cases_never_trains() -> None:
+    items = [{"image": str(i)} for i in range(40)]
+    held = partition(items, None, None)[1]
+    for count in (3, 12, 30):
+        train, val = partition(items, None, count)
+        assert not any(item in held for item in train) and all(item in held for item in val)
 
 
 def test_the_examples_of_the_docstrings_hold() -> None:

@@ -1,5 +1,6 @@
 """Left and right: names, labels, flips."""
 
+import logging
 from pathlib import Path
 
 import nibabel as nib
@@ -8,6 +9,8 @@ import pytest
 import torch
 from conftest import real_data
 from monai.data import MetaTensor
+from monai.losses import DiceCELoss
+from monai.transforms import RandFlipd
 
 from med3dinsight_ext.data.laterality import (
     Mirror,
@@ -20,6 +23,7 @@ from med3dinsight_ext.data.laterality import (
     swap,
     swap_labels,
 )
+from med3dinsight_ext.losses.deep_supervision import DeepSupervision
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,8 @@ from med3dinsight_ext.data.laterality import (
         (["background", "anterior", "posterior"], []),
         (["background", "L", "S"], []),
         (["background", "leftover", "rightful"], []),
+        (["background", "kidney_left", "left kidney", "right kidney"], []),
+        (["left", "right"], [(0, 1)]),
     ],
 )
 def test_names_that_differ_in_the_side_are_pairs(
@@ -89,12 +95,42 @@ def test_real_parotids_lie_on_their_sides() -> None:
 def test_one_sided_without_a_partner_is_not_flipped(tmp_path: Path) -> None:
     paths = [saved(tmp_path, f"{i}.nii.gz", {1: 4}, np.eye(4)) for i in range(4)]
     found = mirror(["background", "liver"], [{"label": path} for path in paths])
-    assert found.axes == () and "liver lies on one side" in found.reason
+    assert found.axes == () and "without a partner: liver; set mirror_pairs" in found.reason
     assert found.allowed([0, 1, 2]) == [1, 2]
 
 
 def test_a_named_side_without_a_partner_is_not_flipped() -> None:
     assert mirror(["background", "left kidney"]).axes == ()
+
+
+def test_a_forbidden_axis_of_tta_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    found = mirror(["background", "left kidney"])
+    with caplog.at_level(logging.INFO):
+        assert found.allowed([1]) == [1] and not caplog.messages
+        assert found.allowed([0, 1]) == [1]
+    assert caplog.messages == [f"tta_axes [0, 1] without 0: {found.reason}"]
+
+
+@pytest.mark.parametrize(
+    ("names", "axes", "pairs"),
+    [
+        (["left", "right"], (0,), ((0, 1),)),
+        (["no nodule", "left nodule", "right nodule"], (0,), ((1, 2),)),
+        (["normal", "left nodule"], (), ()),
+        (["benign", "malignant"], (0,), ()),
+    ],
+)
+def test_classes_of_volumes_may_be_sides(
+    names: list[str], axes: tuple[int, ...], pairs: tuple[tuple[int, int], ...]
+) -> None:
+    found = mirror(names, first=0)
+    assert found.axes == axes and found.pairs == pairs
+
+
+def test_the_first_class_is_paired_in_classification_alone() -> None:
+    assert mirror(["a", "b"], pairs=[[0, 1]], first=0).pairs == ((0, 1),)
+    with pytest.raises(ValueError, match="from 1 to 1, got"):
+        mirror(["a", "b"], pairs=[[0, 1]])
 
 
 def test_central_classes_are_flipped() -> None:
@@ -112,7 +148,7 @@ def test_bad_pairs_are_refused(pairs: object) -> None:
         mirror(["background", "a", "b", "c"], pairs=pairs)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("axes", [[3], "x", 0, [-1]])
+@pytest.mark.parametrize("axes", [[3], "x", 0, [-1], [0, 0]])
 def test_bad_axes_are_refused(axes: object) -> None:
     with pytest.raises(ValueError, match="mirror_axes must be auto or some of"):
         mirror(["background", "a"], axes=axes)  # type: ignore[arg-type]
@@ -138,6 +174,28 @@ def test_a_left_right_flip_moves_voxels_and_swaps_classes() -> None:
     assert made["label"].applied_operations or made["image"].applied_operations
 
 
+@pytest.mark.parametrize("key", ["image", "label"])
+def test_a_flip_keeps_world_positions(key: str) -> None:
+    values = torch.zeros(1, 4, 3, 5)
+    values[0, 1, 2, 3] = 1
+    flip = RandMirrord(key, "label", Mirror((0,), ((1, 2),), ""), prob=1.0)
+    made = flip({key: MetaTensor(values, affine=torch.diag(torch.tensor([2.0, 3, 4, 1])))})[key]
+    assert isinstance(made, MetaTensor) and made[0, 2, 2, 3] == (2 if key == "label" else 1)
+    place = made.affine @ torch.tensor([2.0, 2, 3, 1], dtype=made.affine.dtype)
+    assert place.tolist() == [2, 6, 12, 1]
+
+
+def test_deep_supervision_is_the_same_for_the_mirrored_patch() -> None:
+    pairs = ((1, 2),)
+    coarse = torch.randint(0, 4, (1, 3, 2, 2)).float()
+    label = coarse.repeat_interleave(4, 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    levels = [torch.rand(1, 4, 12 // n, 8 // n, 8 // n) for n in (1, 2, 4)]
+    mirrored = RandMirrord("label", "label", Mirror((0,), pairs, ""), prob=1.0)({"label": label})
+    loss = DeepSupervision(DiceCELoss(to_onehot_y=True, softmax=True))
+    flipped = [level.flip(2)[:, swap(pairs, 4)] for level in levels]
+    assert torch.allclose(loss(flipped, mirrored["label"][None]), loss(levels, label[None]))
+
+
 def test_other_axes_do_not_swap() -> None:
     label = MetaTensor(torch.randint(0, 3, (1, 4, 3, 5)).float())
     flip = RandMirrord("label", "label", Mirror((1,), ((1, 2),), ""), prob=1.0)
@@ -147,6 +205,16 @@ def test_other_axes_do_not_swap() -> None:
 def test_a_class_number_swaps_with_the_volume() -> None:
     flip = RandMirrord(["image", "label"], "label", Mirror((0,), ((0, 1),), ""), prob=1.0)
     assert flip({"image": torch.rand(1, 4, 3, 5), "label": 1})["label"] == 0
+
+
+def test_without_pairs_it_is_monais_flip() -> None:
+    given = {"image": torch.rand(1, 4, 3, 5), "label": torch.rand(1, 4, 3, 5)}
+    ours = RandMirrord(["image", "label"], "label", Mirror((0,), (), ""), prob=0.3)
+    theirs = RandFlipd(["image", "label"], prob=0.3, spatial_axis=0)
+    ours.set_random_state(3), theirs.set_random_state(3)
+    for _ in range(20):
+        a, b = ours(given), theirs(given)
+        assert all(torch.equal(a[key], b[key].as_tensor()) for key in given)
 
 
 def test_flips_are_drawn_from_the_seed() -> None:
