@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,17 @@ from typing import Any
 import torch
 import yaml
 from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import Tensor, nn
 
 from med3dinsight_ext.io.bundles import NAMES, bundles_dir, config_files, kind_of
 from med3dinsight_ext.training.weights import read_weights
+
+PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretrained", "ckpt_dir",
+          "output_dir", "store_dir")  # fmt: skip
+RUN = ("imports", "initialize", "run", "finalize", "evaluator")  # differ between the configs
+DATA = ("train::dataset::data", "validate::dataset::data")  # lists of files by MONAI Label
+ATTACHED = ("CheckpointLoader", "MLFlowHandler")  # to the handlers, by MONAI Label and MONAI
 
 
 def find_bundle(bundle: str | Path) -> Path:
@@ -40,25 +48,74 @@ def check_click(argument: str, name: str, click: bool) -> None:
 
 
 def merged_configs(
-    bundle: Path, overlays: str | Sequence[str], click: bool
-) -> dict[str, dict[str, Any]]:
-    """A bundle's train and inference configs with the overlays that a network was trained with.
+    bundle: Path, overlays: str | Sequence[str] = "", click: bool = False,
+    record: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """A bundle's train and inference configs as a network was trained, without this machine.
 
     Args:
         bundle: folder of the bundle.
         overlays: files, separated by commas.
         click: click.yaml and click_inference.yaml come last.
+        record: of the training, from ``read_record``; its config is taken, and overlays and click
+            must agree with it.
     """
     listed = overlays.split(",") if isinstance(overlays, str) else overlays
     paths = [path for path in (str(path).strip() for path in listed) if path]
     for path in paths:
         _check_overlay(path)
-    merged = {}
-    for name, last in (("train", "click.yaml"), ("inference", "click_inference.yaml")):
-        files = [*config_files(bundle, name), *paths]
-        files += [bundle / "configs" / last] if click else []
-        merged[name] = dict(ConfigParser.load_config_files([str(file) for file in files]))
-    return merged
+    files = {name: config_files(bundle, name) for name in ("train", "inference")}
+    last = {"train": "click.yaml", "inference": "click_inference.yaml"}
+    plain = {name: _load(files[name]) for name in files}
+    more = {name: [bundle / "configs" / last[name]] if click else [] for name in files}
+    merged = {name: _load([*files[name], *paths, *more[name]]) for name in files}
+    for name, config in merged.items():
+        config |= {key: plain[name][key] for key in PLACES if key in plain[name]}
+    if record is None or not record.get("config"):
+        return merged
+    train = _elsewhere(record["config"], plain["train"], bundle)
+    for key, value in merged["train"].items():
+        if value not in (plain["train"].get(key), train.get(key)):
+            raise ValueError(
+                f"overlays must agree with run.json, got {key} {value}, trained with "
+                f"{train.get(key)}; leave overlays and click out, the record holds the config"
+            )
+    inference = _load([*files["inference"], *more["inference"]])
+    known = {*plain["train"], *(_load(more["train"]) if click else ())}
+    changed = {key: value for key, value in train.items() if value != plain["train"].get(key)}
+    kept = {*PLACES, *RUN}
+    inference |= {key: value for key, value in changed.items()
+                  if key not in kept and (key in inference or key not in known)}  # fmt: skip
+    new = [line for line in train["imports"] if line not in plain["train"]["imports"]]
+    inference["imports"] = [*inference["imports"], *new]
+    return {"train": train, "inference": inference}
+
+
+def takes_clicks(record: Mapping[str, Any] | None) -> bool:
+    """Whether a recorded training was one with click.yaml."""
+    return "max_clicks" in ((record or {}).get("config") or {})
+
+
+def _load(files: Sequence[Path | str]) -> dict[str, Any]:
+    return dict(ConfigParser.load_config_files([str(file) for file in files]))
+
+
+def _elsewhere(config: Mapping[str, Any], plain: Mapping[str, Any], bundle: Path) -> dict[str, Any]:
+    """A recorded train config without what bound it to its machine, data and launcher."""
+    parser, own = ConfigParser(copy.deepcopy(dict(config))), ConfigParser(dict(plain))
+    launcher = _load([bundle / "configs" / "multi_gpu_train.json"])
+    reset = [key for key, value in launcher.items() if key in own and parser.get(key) == value]
+    reset += [key for key in DATA if isinstance(parser.get(key), list)]
+    reset += [key for key in (*PLACES, "device", "subset") if key in own]
+    for key in reset:
+        parser[key] = own.get(key)
+    handlers = parser["train"]["handlers"]
+    parser["train"]["handlers"] = [
+        handler for handler in handlers
+        if not isinstance(handler, Mapping) or handler.get("_target_") not in ATTACHED
+    ]  # fmt: skip
+    tracking = DEFAULT_MLFLOW_SETTINGS["configs"]
+    return {k: v for k, v in parser.get().items() if k in own or k not in tracking}
 
 
 def _check_overlay(path: str) -> None:

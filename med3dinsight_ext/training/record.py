@@ -1,0 +1,314 @@
+"""What a training ran with: models/run.json, tied by hashes to the weights beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from monai.bundle import ConfigParser
+from torch import Tensor
+
+from med3dinsight_ext import __version__
+from med3dinsight_ext.io.files import HashMemo, sha256, write_atomic
+from med3dinsight_ext.training.weights import read_weights
+
+FILE = "run.json"
+LONGEST = 1000  # characters of an evaluated config value that is recorded
+ROUND = ("epochs", "best_epoch", "seconds", "data")  # of an earlier round of incremental training
+
+
+def state_hash(state: Mapping[str, Any]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a state dict's tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_record(weights: str | Path) -> dict[str, Any] | None:
+    """The record of the training that wrote a weights file; None if there is no run.json beside it.
+
+    Args:
+        weights: model.pt, under whatever name; student.pt beside it is compared too.
+
+    Raises:
+        ValueError: run.json is no record, or is that of other weights.
+    """
+    weights = Path(weights)
+    path = weights.with_name(FILE)
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        hashes = dict(record["weights_sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must be the record of a training, got {error!r}; delete it, and what ran is "
+            "not recorded"
+        ) from error
+    for name in hashes or {"model.pt": None}:
+        file = weights if name == "model.pt" else weights.with_name(name)
+        if file.is_file() and state_hash(read_weights(file, nested=False)) != hashes.get(name):
+            raise ValueError(
+                f"{path} must be the record of {file}, got other weights; take both from one "
+                "training, or resume a training that was cut off"
+            )
+    return record
+
+
+def running_parser() -> ConfigParser | None:
+    """The parser of the MONAI workflow that is being run, with every override merged in.
+
+    MONAI passes an expression the values of other items but not its parser, so this looks for the
+    parser among the callers.
+    """
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if isinstance(parser := frame.f_locals.get("self"), ConfigParser):
+            return parser
+    return None
+
+
+class RunRecord:
+    """Keeps run.json up to date: after every epoch, with the hashes of the weights.
+
+    While the folder holds weights of another training, their record stays; it is replaced together
+    with them. A resumed training goes on with its own record. Only rank 0 writes.
+
+    Args:
+        folder: of the weights.
+        names: of the weights files.
+        loaders: "training" and, if there is one, "validation" to a data loader.
+        device: that the network is on.
+        optimizer: whose learning rate is recorded; None if nothing was optimised.
+        epoch: 0, or that after which the training is resumed.
+        start: weights file that an incremental training goes on from.
+    """
+
+    def __init__(
+        self, folder: str | Path, names: Sequence[str], loaders: Mapping[str, Any], device: Any,
+        optimizer: Any = None, epoch: int = 0, start: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        self.content: dict[str, Any] = {}
+        if idist.get_rank() > 0:
+            return
+        self.path = Path(folder) / FILE
+        self.files = [Path(folder) / name for name in names]
+        self._begin = perf_counter()
+        self._seen = _stats(self.files)
+        parser = running_parser()
+        evaluated = dict(parser.ref_resolver.resolved_content) if parser else {}
+        earlier = _read(self.path) if epoch else {}
+        if earlier.get("weights_sha256") != (hashes := _hashes(self.files)):
+            earlier.update(best_epoch=None, best_metric=None)
+        self._before = float(earlier.get("seconds") or 0)
+        self.content = {
+            "epochs": epoch,
+            "best_epoch": earlier.get("best_epoch"),
+            "best_metric": earlier.get("best_metric"),
+            "resumed_after": [*earlier.get("resumed_after", ()), *([epoch] if epoch else ())],
+            "rounds": earlier.get("rounds", []) if start is None else _rounds(start),
+            "started": earlier.get("started") or f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+            "seconds": self._before,
+            "command": ["python", *sys.orig_argv[1:]],
+            "seed": evaluated.get("seed", parser.get("seed") if parser else None),
+            "learning_rate": getattr(optimizer, "defaults", {}).get("lr"),
+            "batch_size": getattr(loaders["training"], "batch_size", None),
+            "data": _data(loaders, evaluated, Path(folder)),
+            "pretrained": earlier.get("pretrained") or _pretrained(evaluated.get("transfer")),
+            "device": _device(device),
+            "processes": idist.get_world_size(),
+            "versions": {
+                "python": platform.python_version(), "med3dinsight_ext": __version__,
+                **{name: version(name) for name in ("torch", "monai")},
+            },
+            "code": _commit(),
+            "config": {k: v for k, v in parser.get().items() if k != "_meta_"} if parser else None,
+            "evaluated": _plain(parser.get(), evaluated) if parser else {},
+            "weights_sha256": hashes if epoch else {},
+        }  # fmt: skip
+        if start is not None:
+            self.content["pretrained"] = _read(Path(start).with_name(FILE)).get("pretrained")
+        self._own = bool(epoch) or not hashes
+        if self._own:
+            self.write()
+
+    def update(self, epoch: int, metric: tuple[str, float] | None = None) -> None:
+        """Write the record after an epoch.
+
+        Args:
+            epoch: that has been trained.
+            metric: name and value of its key metric.
+        """
+        if idist.get_rank() > 0:
+            return
+        if (stats := _stats(self.files)) != self._seen:
+            self._seen, self._own = stats, True
+            value = metric if metric and math.isfinite(metric[1]) else None
+            self.content["best_epoch"], self.content["best_metric"] = epoch, value
+            self.content["weights_sha256"] = _hashes(self.files)
+        self.content["epochs"] = epoch
+        self.content["seconds"] = round(self._before + perf_counter() - self._begin, 1)
+        if self._own:
+            self.write()
+
+    def write(self) -> None:
+        text = json.dumps(self.content, indent=1, ensure_ascii=False, default=str) + "\n"
+        write_atomic(self.path, lambda draft: draft.write_text(text, "utf-8"))
+
+
+def recorded(
+    trainer: Engine, evaluator: Engine | None, savers: Sequence[Checkpoint], folder: str | Path,
+    start: str | Path | None = None,
+) -> RunRecord:  # fmt: skip
+    """The record of a training that is about to begin, updated after each of its epochs.
+
+    Args:
+        trainer: MONAI's, with the epoch that it is resumed after. The savers are attached already.
+        evaluator: whose key metric belongs to a saved epoch.
+        savers: of the weights files.
+        folder: of the weights.
+        start: as in ``RunRecord``.
+    """
+    loaders = {"training": trainer.data_loader}
+    if evaluator is not None:
+        loaders["validation"] = evaluator.data_loader
+    names = [saver.filename_pattern for saver in savers]
+    record = RunRecord(folder, names, loaders, trainer.state.device, trainer.optimizer,
+                       trainer.state.epoch, start)  # fmt: skip
+
+    def update() -> None:
+        metric = None
+        if evaluator is not None and evaluator.state.epoch == trainer.state.epoch:
+            name = evaluator.state.key_metric_name
+            metric = (name, float(evaluator.state.metrics[name])) if name else None
+        record.update(trainer.state.epoch, metric)
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, update)
+    return record
+
+
+def record_fit(folder: str | Path, loader: Any, device: Any) -> None:
+    """Record a head that was fitted without epochs, after model.pt was written."""
+    if idist.get_rank() > 0:
+        return
+    record = RunRecord(folder, ["model.pt"], {"training": loader}, device)
+    record.content.update(seconds=None, weights_sha256=_hashes(record.files))
+    record.write()
+
+
+def _stats(files: Iterable[Path]) -> list[tuple[int, int]]:
+    """What changes when a file is replaced."""
+    return [(s.st_ino, s.st_mtime_ns) for s in (os.stat(f) for f in files if f.is_file())]
+
+
+def _hashes(files: Iterable[Path]) -> dict[str, str]:
+    saved = {f.name: torch.load(f, "cpu", weights_only=True) for f in files if f.is_file()}
+    return {name: state_hash(state) for name, state in saved.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record that is there and can be read, else nothing: it must not stop a training."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _rounds(start: str | Path) -> list[dict[str, Any]]:
+    """The trainings behind the weights that an incremental one starts from, oldest first."""
+    earlier = _read(Path(start).with_name(FILE))
+    last = {key: earlier.get(key) for key in ROUND}
+    return [*earlier.get("rounds", ()), last]
+
+
+def _data(loaders: Mapping[str, Any], evaluated: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Number of cases of each loader, and a hash over their names and contents."""
+    place = evaluated.get("store_dir") or evaluated.get("output_dir") or folder
+    memo = HashMemo(Path(place) / "files.jsonl")
+    split = evaluated.get("split")
+    found: dict[str, Any] = {"split_sha256": sha256(Path(split)) if split else None}
+    for name, loader in loaders.items():
+        rows = sorted(_case(item, memo) for item in getattr(loader.dataset, "data", ()))
+        digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()
+        found[name] = {"cases": len(rows), "sha256": digest}
+    return found
+
+
+def _case(item: Any, memo: HashMemo) -> str:
+    """Names and hashes of a case's image and label, or the label itself."""
+    row = []
+    for key in ("image", "label"):
+        value = item.get(key) if isinstance(item, Mapping) else None
+        path, _, member = str(value).partition("::")
+        is_file = isinstance(value, (str, os.PathLike)) and os.path.isfile(path)
+        row += [os.path.basename(path), member, memo(path)] if is_file else [str(value)]
+    return json.dumps(row)
+
+
+def _pretrained(transfer: Any) -> dict[str, Any] | None:
+    """Name and hash of the weights that a run starts from, and what of them was loaded."""
+    report = getattr(transfer, "report", None)
+    if report is None or not report.file:
+        return None
+    file = Path(report.file)
+    counts = {key: len(getattr(report, key)) for key in ("loaded", "extended", "skipped", "unused")}
+    shares = {"share": report.share, "encoder_share": report.encoder_share}
+    return {"file": file.name, "sha256": sha256(file) if file.is_file() else None, **counts,
+            **shares}  # fmt: skip
+
+
+def _device(device: Any) -> str:
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _commit() -> dict[str, Any] | None:
+    """Commit of the checkout that this file is tracked in, and whether files were changed."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", Path(__file__).name):
+            return None
+        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": git("rev-parse", "HEAD"), "changed": changed}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _plain(config: Mapping[str, Any], evaluated: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the config's expressions and references that are short plain data without paths."""
+    found = {}
+    for key, raw in config.items():
+        if key in evaluated and isinstance(raw, str) and raw[:1] in ("$", "@"):
+            try:
+                text = json.dumps(evaluated[key])
+            except (TypeError, ValueError):
+                continue
+            if len(text) <= LONGEST and not {"/", "\\"} & set(text):
+                found[key] = evaluated[key]
+    return found
