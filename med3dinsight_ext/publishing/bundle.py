@@ -20,6 +20,7 @@ from med3dinsight_ext.training.weights import read_weights
 
 PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretrained", "ckpt_dir",
           "output_dir", "store_dir")  # fmt: skip
+MACHINE = ("device", "subset")
 RUN = ("imports", "initialize", "run", "finalize", "evaluator")  # differ between the configs
 DATA = ("train::dataset::data", "validate::dataset::data")  # lists of files by MONAI Label
 ATTACHED = ("CheckpointLoader", "MLFlowHandler")  # to the handlers, by MONAI Label and MONAI
@@ -64,31 +65,48 @@ def merged_configs(
     paths = [path for path in (str(path).strip() for path in listed) if path]
     for path in paths:
         _check_overlay(path)
-    files = {name: config_files(bundle, name) for name in ("train", "inference")}
-    last = {"train": "click.yaml", "inference": "click_inference.yaml"}
-    plain = {name: _load(files[name]) for name in files}
-    more = {name: [bundle / "configs" / last[name]] if click else [] for name in files}
-    merged = {name: _load([*files[name], *paths, *more[name]]) for name in files}
-    for name, config in merged.items():
-        config |= {key: plain[name][key] for key in PLACES if key in plain[name]}
-    if record is None or not record.get("config"):
-        return merged
-    train = _elsewhere(record["config"], plain["train"], bundle)
-    for key, value in merged["train"].items():
-        if value not in (plain["train"].get(key), train.get(key)):
+    recorded = (record or {}).get("config")
+    train = _elsewhere(recorded, bundle) if recorded else {}
+    if train:
+        _check_agreement(bundle, paths, click, train)
+    merged = {}
+    for name, last in (("train", "click.yaml"), ("inference", "click_inference.yaml")):
+        files = config_files(bundle, name)
+        plain = _load(files)
+        more = [bundle / "configs" / last] if click else []
+        merged[name] = _load([*files, *(() if train else paths), *more])
+        merged[name] |= {key: plain[key] for key in PLACES if key in plain}
+    return {"train": train, "inference": _as_trained(merged, train, bundle)} if train else merged
+
+
+def _check_agreement(
+    bundle: Path, overlays: Sequence[str], click: bool, train: Mapping[str, Any]
+) -> None:
+    """Check that overlays and click are those of a recorded train config."""
+    if click and "max_clicks" not in train:
+        raise ValueError("click must agree with run.json, got True; it was trained without clicks")
+    files = config_files(bundle, "train")
+    more = [bundle / "configs" / "click.yaml"] if click else []
+    plain, given = _load(files), _load([*files, *overlays, *more]) if overlays else {}
+    for key in [key for key in given if key not in (*PLACES, *MACHINE)]:
+        if given[key] not in (plain.get(key), train.get(key)):
             raise ValueError(
-                f"overlays must agree with run.json, got {key} {value}, trained with "
-                f"{train.get(key)}; leave overlays and click out, the record holds the config"
+                f"overlays must agree with run.json, got {key} {given[key]}, trained with "
+                f"{train.get(key)}; leave overlays out, the record holds the config"
             )
-    inference = _load([*files["inference"], *more["inference"]])
-    known = {*plain["train"], *(_load(more["train"]) if click else ())}
-    changed = {key: value for key, value in train.items() if value != plain["train"].get(key)}
-    kept = {*PLACES, *RUN}
-    inference |= {key: value for key, value in changed.items()
-                  if key not in kept and (key in inference or key not in known)}  # fmt: skip
-    new = [line for line in train["imports"] if line not in plain["train"]["imports"]]
-    inference["imports"] = [*inference["imports"], *new]
-    return {"train": train, "inference": inference}
+
+
+def _as_trained(
+    merged: Mapping[str, dict[str, Any]], train: Mapping[str, Any], bundle: Path
+) -> dict[str, Any]:
+    """Inference config with what a recorded training changed of the bundle's train config."""
+    plain, inference = _load(config_files(bundle, "train")), merged["inference"]
+    changed = {key: value for key, value in train.items() if value != plain.get(key)}
+    for key, value in changed.items():
+        if key not in RUN and (key in inference or key not in merged["train"]):
+            inference[key] = value
+    new = [line for line in train["imports"] if line not in plain["imports"]]
+    return inference | {"imports": [*inference["imports"], *new]}
 
 
 def takes_clicks(record: Mapping[str, Any] | None) -> bool:
@@ -100,13 +118,14 @@ def _load(files: Sequence[Path | str]) -> dict[str, Any]:
     return dict(ConfigParser.load_config_files([str(file) for file in files]))
 
 
-def _elsewhere(config: Mapping[str, Any], plain: Mapping[str, Any], bundle: Path) -> dict[str, Any]:
+def _elsewhere(config: Mapping[str, Any], bundle: Path) -> dict[str, Any]:
     """A recorded train config without what bound it to its machine, data and launcher."""
-    parser, own = ConfigParser(copy.deepcopy(dict(config))), ConfigParser(dict(plain))
-    launcher = _load([bundle / "configs" / "multi_gpu_train.json"])
+    parser = ConfigParser(copy.deepcopy(dict(config)))
+    own = ConfigParser(_load(config_files(bundle, "train")))
+    launcher = ConfigParser.load_config_file(bundle / "configs" / "multi_gpu_train.json")
     reset = [key for key, value in launcher.items() if key in own and parser.get(key) == value]
     reset += [key for key in DATA if isinstance(parser.get(key), list)]
-    reset += [key for key in (*PLACES, "device", "subset") if key in own]
+    reset += [key for key in (*PLACES, *MACHINE) if key in own]
     for key in reset:
         parser[key] = own.get(key)
     handlers = parser["train"]["handlers"]

@@ -117,7 +117,7 @@ def readme(
     )  # fmt: skip
     return environment.get_template("README.md.j2").render(
         name=name, kind=kind, metadata=metadata, image=image, pred=pred, used=used, train=train,
-        card=dict.fromkeys(KEYS, "") | dict(card), run=run_table(record), table=table,
+        card=dict.fromkeys(KEYS, "") | dict(card), ran=run_table(record), table=table,
         fault=fault, traced=traced,
         size=" × ".join(map(str, image["spatial_shape"])),
         spacing=" × ".join(map(str, used["spacing"])),
