@@ -145,12 +145,14 @@ def _rows(record: Mapping[str, Any]) -> dict[str, str]:
     kept = f"; the weights are of epoch {best}" if best else ""
     kept += f", {metric[0]} {metric[1]:.4f}" if best and metric else ""
     again = "".join(f"; resumed after epoch {epoch}" for epoch in record["resumed_after"])
-    again += "".join(f"; after a round of {row['epochs']} epochs" for row in record["rounds"])
+    again += "".join(
+        f"; after a round of {row['epochs'] or 'unrecorded'} epochs" for row in record["rounds"]
+    )
     held = data.get("validation", {"cases": 0})["cases"]
     rate, several = record["learning_rate"], record["processes"] > 1
     seconds = record["seconds"]
     machine = record["device"] + (f" × {record['processes']}" if several else "")
-    fingerprint = data["training"]["sha256"][:12]
+    fingerprint = (data["training"]["sha256"] or "not recorded")[:12]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     changed = " with changes" if code and code["changed"] else ""
     return {

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -92,7 +93,8 @@ class RunRecord:
     """Keeps run.json up to date: after every epoch, with the hashes of the weights.
 
     While the folder holds weights of another training, their record stays; it is replaced together
-    with them. A resumed training goes on with its own record. Only rank 0 writes.
+    with them. A resumed training goes on with its own record. Only rank 0 writes. The cases are
+    hashed in a thread: other ranks would run into a timeout while they wait.
 
     Args:
         folder: of the weights.
@@ -115,39 +117,33 @@ class RunRecord:
         self.files = [Path(folder) / name for name in names]
         self._begin = perf_counter()
         self._seen = _stats(self.files)
+        hashes = _hashes(self.files)
+        earlier = _read(self.path) if epoch else {}
+        if earlier.get("weights_sha256") != hashes:
+            earlier.update(best_epoch=None, best_metric=None)
+        before = _record_of(start) if start is not None else {}
+        self._before = float(earlier.get("seconds") or 0)
         parser = running_parser()
         evaluated = dict(parser.ref_resolver.resolved_content) if parser else {}
-        earlier = _read(self.path) if epoch else {}
-        if earlier.get("weights_sha256") != (hashes := _hashes(self.files)):
-            earlier.update(best_epoch=None, best_metric=None)
-        self._before = float(earlier.get("seconds") or 0)
+        cases = loaders, evaluated, Path(folder)
+        self._hashed = ThreadPoolExecutor(1).submit(_data, *cases, hashed=True)
+        found = _pretrained(evaluated.get("transfer"))
         self.content = {
             "epochs": epoch,
             "best_epoch": earlier.get("best_epoch"),
             "best_metric": earlier.get("best_metric"),
             "resumed_after": [*earlier.get("resumed_after", ()), *([epoch] if epoch else ())],
-            "rounds": earlier.get("rounds", []) if start is None else _rounds(start),
+            "rounds": earlier.get("rounds", []) if start is None else _rounds(before),
             "started": earlier.get("started") or f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
             "seconds": self._before,
-            "command": ["python", *sys.orig_argv[1:]],
-            "seed": evaluated.get("seed", parser.get("seed") if parser else None),
+            "pretrained": earlier.get("pretrained") or before.get("pretrained") or found,
             "learning_rate": getattr(optimizer, "defaults", {}).get("lr"),
             "batch_size": getattr(loaders["training"], "batch_size", None),
-            "data": _data(loaders, evaluated, Path(folder)),
-            "pretrained": earlier.get("pretrained") or _pretrained(evaluated.get("transfer")),
-            "device": _device(device),
-            "processes": idist.get_world_size(),
-            "versions": {
-                "python": platform.python_version(), "med3dinsight_ext": __version__,
-                **{name: version(name) for name in ("torch", "monai")},
-            },
-            "code": _commit(),
-            "config": {k: v for k, v in parser.get().items() if k != "_meta_"} if parser else None,
-            "evaluated": _plain(parser.get(), evaluated) if parser else {},
+            "data": _data(*cases, hashed=False),
+            **_machine(device),
+            **_settings(parser, evaluated),
             "weights_sha256": hashes if epoch else {},
-        }  # fmt: skip
-        if start is not None:
-            self.content["pretrained"] = _read(Path(start).with_name(FILE)).get("pretrained")
+        }
         self._own = bool(epoch) or not hashes
         if self._own:
             self.write()
@@ -171,7 +167,15 @@ class RunRecord:
         if self._own:
             self.write()
 
+    def finish(self) -> None:
+        """Write the record once the cases are hashed."""
+        if idist.get_rank() == 0:
+            self._hashed.result()
+            self.update(self.content["epochs"])
+
     def write(self) -> None:
+        if self._hashed.done():
+            self.content["data"] = self._hashed.result()
         text = json.dumps(self.content, indent=1, ensure_ascii=False, default=str) + "\n"
         write_atomic(self.path, lambda draft: draft.write_text(text, "utf-8"))
 
@@ -204,6 +208,7 @@ def recorded(
         record.update(trainer.state.epoch, metric)
 
     trainer.add_event_handler(Events.EPOCH_COMPLETED, update)
+    trainer.add_event_handler(Events.COMPLETED, record.finish)
     return record
 
 
@@ -212,6 +217,7 @@ def record_fit(folder: str | Path, loader: Any, device: Any) -> None:
     if idist.get_rank() > 0:
         return
     record = RunRecord(folder, ["model.pt"], {"training": loader}, device)
+    record._hashed.result()
     record.content.update(seconds=None, weights_sha256=_hashes(record.files))
     record.write()
 
@@ -234,23 +240,55 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _rounds(start: str | Path) -> list[dict[str, Any]]:
+def _record_of(weights: str | Path) -> dict[str, Any]:
+    """The record of a weights file; empty if there is none or it is that of others."""
+    try:
+        return read_record(weights) or {}
+    except ValueError:
+        return {}
+
+
+def _rounds(before: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The trainings behind the weights that an incremental one starts from, oldest first."""
-    earlier = _read(Path(start).with_name(FILE))
-    last = {key: earlier.get(key) for key in ROUND}
-    return [*earlier.get("rounds", ()), last]
+    return [*before.get("rounds", ()), {key: before.get(key) for key in ROUND}]
 
 
-def _data(loaders: Mapping[str, Any], evaluated: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Number of cases of each loader, and a hash over their names and contents."""
+def _machine(device: Any) -> dict[str, Any]:
+    """What the training runs on."""
+    versions = {"python": platform.python_version(), "med3dinsight_ext": __version__}
+    device = torch.device(device)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processes": idist.get_world_size(),
+        "versions": versions | {name: version(name) for name in ("torch", "monai")},
+        "code": _commit(),
+    }
+
+
+def _settings(parser: ConfigParser | None, evaluated: Mapping[str, Any]) -> dict[str, Any]:
+    """The command and the config with every override; its evaluated values where they are plain."""
+    config = None if parser is None else {k: v for k, v in parser.get().items() if k != "_meta_"}
+    return {
+        "command": ["python", *sys.orig_argv[1:]],
+        "seed": evaluated.get("seed", (config or {}).get("seed")),
+        "config": config,
+        "evaluated": _plain(config or {}, evaluated),
+    }
+
+
+def _data(
+    loaders: Mapping[str, Any], evaluated: Mapping[str, Any], folder: Path, hashed: bool
+) -> dict[str, Any]:
+    """Number of cases of each loader, and a hash over their names and contents or None."""
     place = evaluated.get("store_dir") or evaluated.get("output_dir") or folder
     memo = HashMemo(Path(place) / "files.jsonl")
     split = evaluated.get("split")
     found: dict[str, Any] = {"split_sha256": sha256(Path(split)) if split else None}
     for name, loader in loaders.items():
-        rows = sorted(_case(item, memo) for item in getattr(loader.dataset, "data", ()))
-        digest = hashlib.sha256("\n".join(rows).encode()).hexdigest()
-        found[name] = {"cases": len(rows), "sha256": digest}
+        items = getattr(loader.dataset, "data", ())
+        rows = sorted(_case(item, memo) for item in items) if hashed else []
+        digest = hashlib.sha256("\n".join(rows).encode()).hexdigest() if hashed else None
+        found[name] = {"cases": len(items), "sha256": digest}
     return found
 
 
@@ -275,11 +313,6 @@ def _pretrained(transfer: Any) -> dict[str, Any] | None:
     shares = {"share": report.share, "encoder_share": report.encoder_share}
     return {"file": file.name, "sha256": sha256(file) if file.is_file() else None, **counts,
             **shares}  # fmt: skip
-
-
-def _device(device: Any) -> str:
-    device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _commit() -> dict[str, Any] | None:
