@@ -211,6 +211,46 @@ def test_clicks_are_published_from_the_record(volumes: Path, tmp_path: Path) -> 
     assert check_record(PublishedFolder(found)) == "1 epochs, 5 cases"
 
 
+def test_pretrained_weights_stand_in_the_card_without_their_place(
+    training: Path, volumes: Path, tmp_path: Path
+) -> None:
+    split = {"development": [f"v{i}" for i in range(4)], "test": ["v4"]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    more = {"split": str(tmp_path / "split.json"), "pretrained": str(training / "models/model.pt")}
+    run("seg-finetune", ["train.json"], **overrides(tmp_path, volumes, **more))
+    found = published(tmp_path, tmp_path / "out")
+    start = row(found, "pre-trained from")
+    assert re.fullmatch(r"`model.pt`, sha256 `[0-9a-f]{64}`, 100 % of the encoder", start)
+    assert str(tmp_path) not in (found / "models" / "run.json").read_text()
+    assert check_record(PublishedFolder(found)) == "2 epochs, 3 cases"
+
+
+@pytest.mark.parametrize(
+    ("bundle", "task", "changes", "said"),
+    [
+        ("pretrain", "pretraining", {}, "1; the weights are of epoch 1, image_within_r1 "),
+        ("cls-finetune", "classification", {"mode": "knn"}, "none, the head was fitted"),
+        ("cls-finetune", "classification", {"mode": "linear"}, "none, the head was fitted"),
+        ("cls-finetune", "classification", {"val_fraction": 0}, "1; the weights are of epoch 1"),
+    ],
+)
+def test_every_bundle_is_published_from_its_record(
+    bundle: str, task: str, changes: dict[str, Any], said: str, volumes: Path, tmp_path: Path
+) -> None:
+    names = {"class_names": ["even", "odd"]} if bundle == "cls-finetune" else {}
+    given = settings(bundle, tmp_path, volumes, backbone=UNET, **names, **changes)
+    run(bundle, ["train.json"], **given)
+    path = tmp_path / "models" / "run.json"
+    record = json.loads(path.read_text())
+    if bundle == "pretrain":  # a fake of the tests cannot be published
+        record["config"]["teacher"] = merged(bundle, "train.json")["teacher"]
+        path.write_text(json.dumps(record))
+    source = str(ROOT / "bundles" / bundle)
+    found = published(tmp_path, tmp_path / "out", bundle=source, name=f"ball_{task}")
+    assert row(found, "epochs").startswith(said)
+    assert check_record(PublishedFolder(found)).startswith(f"{record['epochs']} epochs, ")
+
+
 def test_a_bundle_for_monai_label_keeps_the_record(training: Path, tmp_path: Path) -> None:
     label_bundle(str(tmp_path / NAME), str(training / "models" / "model.pt"))
     config = json.loads((tmp_path / NAME / "configs" / "train.json").read_text())
