@@ -13,7 +13,8 @@ import pytest
 import torch
 from running import command, environment, merged, run, settings
 
-from med3dinsight_ext.training.record import read_record, running_parser, state_hash
+from med3dinsight_ext.training.provenance import running_parser
+from med3dinsight_ext.training.record import read_record, state_hash
 
 UNET = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
         "channels": [4, 8], "strides": [2]}  # fmt: skip
