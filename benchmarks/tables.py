@@ -337,7 +337,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
 
 def readme() -> str:
     """The page: a section for each result that there is."""
-    intro = "Written by `tables.py` from `results/*.json`; each JSON by the script named beside it."
+    intro = "Written by `tables.py` from `results/*.json`; each section names its script."
     results = ((section, load(name)) for name, section in SECTIONS.items())
     sections = [section(result) for section, result in results if result is not None]
     return "\n".join(["# Benchmarks\n", f"{intro}\n", *sections])

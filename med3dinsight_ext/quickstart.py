@@ -179,7 +179,7 @@ def score_prompts(folder: Path, item: dict[str, Any], settings: dict[str, Any]) 
 
 
 def pretrain_values(evaluated: ConfigWorkflow, results: Path) -> dict[str, Any]:
-    """What the page shows of the pre-training.
+    """Values of the page's section on pre-training.
 
     Args:
         evaluated: workflow of evaluate.json.

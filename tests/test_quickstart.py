@@ -6,7 +6,7 @@ import pytest
 from fakes import write_volumes
 
 from med3dinsight_ext.data.datalists import datalist
-from med3dinsight_ext.quickstart import bundle_run, fitting_spacing, quoted, score_prompts
+from med3dinsight_ext.quickstart import fitting_spacing, quoted, score_prompts
 
 
 def test_only_values_that_need_quotes_have_them() -> None:
@@ -16,11 +16,6 @@ def test_only_values_that_need_quotes_have_them() -> None:
 def test_the_median_volume_fits_a_patch(tmp_path: Path) -> None:
     items = datalist(write_volumes(tmp_path, 2) / "segmentation.json")
     assert fitting_spacing(items) == round(32 * 2 / 48, 2)
-
-
-def test_a_missing_bundle_is_an_error() -> None:
-    with pytest.raises(ValueError, match="bundles must lie beside the package, got no .*none"):
-        bundle_run("none", ["train.json"])
 
 
 def test_prompts_are_scored_in_one_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

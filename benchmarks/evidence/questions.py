@@ -38,7 +38,7 @@ QUESTIONS = {  # pairs of arms that differ in one thing
         ("default_reconstruction_100", "scratch_matched_100"),
     ],
     "Do the 2D models add to masked reconstruction?": [(CHOSEN, "reconstruction")],
-    "Do they with weights of one?": [("default", "reconstruction")],
+    "Do the 2D models add to it with weights of one?": [("default", "reconstruction")],
     "Does more weight for reconstruction help?": [
         ("default_reconstruction_10", "default"),
         ("default_reconstruction_100", "default"),
@@ -64,7 +64,7 @@ QUESTIONS = {  # pairs of arms that differ in one thing
         ("transport", "siglip"),
         ("transport_reconstruction", "default"),
     ],
-    "Does our default beat the loss of the paper?": [(CHOSEN, "transport_paper")],
+    "Is the default better than the loss of the paper?": [(CHOSEN, "transport_paper")],
     "Does PSAT add to pooling at the slice?": [
         ("default", "default_pooling"),
         ("default_reconstruction_100", "default_100_pooling"),
@@ -78,11 +78,11 @@ QUESTIONS = {  # pairs of arms that differ in one thing
         ("default", "default_4_slices"),
     ],
     "Do negatives from the same plane and depth help?": [("default_near", "default")],
-    "Does what the teacher has learnt matter?": [
+    "Does the training of the teacher matter?": [
         ("default", "default_untrained_teacher"),
         ("default_reconstruction_100", "default_100_untrained_teacher"),
     ],
-    "Does it matter that a caption is of its slice?": [("default", "default_shuffled")],
+    "Does it matter that a caption belongs to its slice?": [("default", "default_shuffled")],
     "Do the captions of a model add to templates?": [("default", "default_template")],
     "Does it matter what the volume shows?": [("siglip", "default_blank")],
     **{
@@ -238,8 +238,8 @@ def verdict(cells: Sequence[Cell], arms: Sequence[str] = (CHOSEN,)) -> list[str]
             lines += [f"{'; '.join(part for part in parts if part)}.", ""]
         lines += [*_glance([cell for ours in decisive.values() for cell in ours], arms), ""]
     return lines or [
-        "**Not known yet**: no run has been judged on test cases. What stands below was judged on "
-        "development cases that were held out, and served to choose; it is no evidence.",
+        "**Not known yet**: no run has been scored on test cases. The scores below are those on "
+        "held-out development cases, which were used for choices; they are not evidence.",
         "",
     ]
 

@@ -16,7 +16,7 @@ def table(path: Path) -> list[str]:
     counts = list(found["scratch"])
     lines = [
         f"### Read-outs of budget {path.stem.removeprefix('readout-')}", "",
-        "Linear probes on adrenal, judged on held-out development cases: AUROC, mean of "
+        "Linear probes on adrenal, scored on held-out development cases: AUROC, mean of "
         f"{len(found['scratch'][counts[0]])} draws of labelled cases and of the pre-trainings, and "
         "the least and greatest of several pre-trainings. The teacher's row is the mean of its "
         "embeddings over a volume's slices, scratch is a fresh network; the others are the deepest "

@@ -196,7 +196,7 @@ def section(budget: str, found: Sequence[Cell], records: Sequence[Record]) -> li
     """Figures, tables, pre-trainings and failures of a budget."""
     scores = dict.fromkeys(r["score"] for r in records if "score" in r)
     scored = " and ".join(SCORED[score] for score in scores)
-    lines = [f"### Budget {budget}" + (f", judged on {scored}" if scored else ""), ""]
+    lines = [f"### Budget {budget}" + (f", scored on {scored}" if scored else ""), ""]
     for name, (shown, _) in figures(found).items():
         lines += [f"![{budget}: {shown}](figures/{budget}-{name}.png)", ""]
     for cell in found:

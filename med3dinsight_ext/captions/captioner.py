@@ -84,7 +84,7 @@ class Captioner(ABC):
     def prepare(
         self, item: dict, shown: Tensor, spacing: Sequence[float], slots: Sequence[tuple[int, int]]
     ) -> Any:
-        """What ``caption_volumes`` needs of the pixels, which are freed then; None by default.
+        """Data for ``caption_volumes`` from the pixels, which are freed then; None by default.
 
         Args:
             item: of the datalist, with the modality resolved.

@@ -45,8 +45,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
 def modality_name(name: object) -> str:
     """CT, MR, PET or auto for the modality names of datasets.
 
-    >>> [modality_name(name) for name in ("MRI", "FLAIR", "PT", None)]
-    ['MR', 'MR', 'PET', 'auto']
+    Examples:
+        >>> [modality_name(name) for name in ("MRI", "FLAIR", "PT", None)]
+        ['MR', 'MR', 'PET', 'auto']
     """
     text = str(name or "auto").upper()
     for prefix, modality in MODALITY_PREFIXES.items():
@@ -216,8 +217,9 @@ def class_items(
         class_names: in the order of the network's outputs.
         require_all: every class must have an item, as in training.
 
-    >>> class_items([{"image": "a.nii", "label": "tumor"}], ["healthy", "tumor"])
-    [{'image': 'a.nii', 'label': 1}]
+    Examples:
+        >>> class_items([{"image": "a.nii", "label": "tumor"}], ["healthy", "tumor"])
+        [{'image': 'a.nii', 'label': 1}]
     """
     names, found, bad = list(class_names), [], []
     if len(names) < 2 or len(set(names)) < len(names):
@@ -255,9 +257,10 @@ def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict]
         share: of the patients to hold out, in [0, 1); rounded, at least one unless it is 0.
         seed: the same seed gives the same parts.
 
-    >>> train, val = hold_out([{"image": f"{i}.nii"} for i in range(5)], share=0.2)
-    >>> len(train), len(val)
-    (4, 1)
+    Examples:
+        >>> train, val = hold_out([{"image": f"{i}.nii"} for i in range(5)], share=0.2)
+        >>> len(train), len(val)
+        (4, 1)
     """
     if not 0 <= share < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {share}; 0 holds nothing out")

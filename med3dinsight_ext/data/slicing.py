@@ -40,8 +40,9 @@ def plane_number(name: str | int) -> int:
 def depth(plane: int, position: float) -> str:
     """Name the fifth of the extent that a slice is in.
 
-    >>> depth(plane=2, position=0.9)
-    'uppermost'
+    Examples:
+        >>> depth(plane=2, position=0.9)
+        'uppermost'
     """
     return DEPTHS[plane][min(int(position * 5), 4)]
 
@@ -60,8 +61,9 @@ def window(volume: Tensor, modality: str) -> Tensor:
     Returns:
         (3, x, y, z) for CT, else (1, x, y, z); float32.
 
-    >>> window(torch.full((1, 1, 1, 1), 40.0), "CT").flatten().round(decimals=2)  # HU
-    tensor([0.5000, 0.9300, 0.3000])
+    Examples:
+        >>> window(torch.full((1, 1, 1, 1), 40.0), "CT").flatten().round(decimals=2)  # HU
+        tensor([0.5000, 0.9300, 0.3000])
     """
     volume = torch.as_tensor(volume).as_subclass(Tensor).float()
     if volume.ndim != 4 or volume.shape[0] != 1:
@@ -121,12 +123,13 @@ def choose(
     Returns:
         plane (n,) long and position (n,) float32, sorted, on exact slice centres.
 
-    >>> plane, position = choose(torch.rand(1, 8, 8, 8), per_plane=2, seed=0)
-    >>> plane
-    tensor([0, 0, 1, 1, 2, 2])
+    Examples:
+        >>> plane, position = choose(torch.rand(1, 8, 8, 8), per_plane=2, seed=0)
+        >>> plane
+        tensor([0, 0, 1, 1, 2, 2])
     """
     if per_plane < 1:
-        raise ValueError(f"per_plane must be at least 1, got {per_plane}; ask for more slices")
+        raise ValueError(f"per_plane must be at least 1, got {per_plane}; raise it")
     generator = torch.Generator().manual_seed(seed)
     planes, positions = [], []
     for plane, filled in enumerate(usable(volume)):
@@ -165,8 +168,9 @@ def cut(
     Returns:
         (s, c, size, size) of the volume's dtype.
 
-    >>> cut(torch.rand(1, 8, 8, 4), (1, 1, 2), "axial", torch.tensor([0.5]), size=32).shape
-    torch.Size([1, 1, 32, 32])
+    Examples:
+        >>> cut(torch.rand(1, 8, 8, 4), (1, 1, 2), "axial", torch.tensor([0.5]), size=32).shape
+        torch.Size([1, 1, 32, 32])
     """
     plane = plane_number(plane)
     volume = torch.as_tensor(volume).as_subclass(Tensor)
@@ -188,6 +192,6 @@ def cut(
     shape = [max(1, round(size * mm / max(across, up))) for mm in (up, across)]
     low, high = slices.min(), slices.max()
     slices = F.interpolate(slices, shape, mode="bilinear", antialias=True)
-    slices.clamp_(low, high)  # the weights sum to one but for rounding, and teachers want [0, 1]
+    slices.clamp_(low, high)  # the weights sum to one but for rounding, and teachers take [0, 1]
     top, left = ((size - n) // 2 for n in shape)
     return F.pad(slices, (left, size - shape[1] - left, top, size - shape[0] - top))

@@ -88,11 +88,7 @@ def read_volume(path: str) -> MetaTensor:
 
 
 class ReadVolumed(MapTransform):
-    """``read_volume`` as a transform: NIfTI and .npz alike, in RAS.
-
-    Args:
-        keys: paths.
-    """
+    """``read_volume`` as a transform of the paths at ``keys``: NIfTI and .npz alike, in RAS."""
 
     def __call__(self, data: dict) -> dict:
         return {**data, **{key: read_volume(data[key]) for key in self.keys}}

@@ -139,7 +139,7 @@ class EntryMaker:
 def _rows(
     volume: SlicedVolume, replies: dict[int, Reply], similarity: dict[int, float]
 ) -> list[dict[str, Any]]:
-    """What the JSON file holds of each slice."""
+    """Rows of the slices in the JSON file."""
     rows = []
     pairs = zip(volume.plane.tolist(), volume.position.tolist(), strict=True)
     for row, (p, position) in enumerate(pairs):

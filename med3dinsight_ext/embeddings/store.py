@@ -46,6 +46,30 @@ class Store:
 
     Raises:
         ValueError: ``planes`` is empty or names an unknown plane.
+
+    Examples:
+        >>> import tempfile, nibabel, numpy, safetensors.torch
+        >>> from med3dinsight_ext import TemplateCaptions
+        >>> from med3dinsight_ext.teachers.towers import ImageTower, TextTower
+        >>> class Pixels(ImageTower):
+        ...     size, mean, std, fingerprint = 8, [0.0] * 3, [1.0] * 3, "pixels"
+        ...     def embed(self, pixels):
+        ...         return pixels.mean(1).flatten(1)
+        >>> class Lengths(TextTower):
+        ...     fingerprint, fits = "lengths", lambda self, text: True
+        ...     def embed(self, texts):
+        ...         return torch.tensor([[len(text), 1.0] for text in texts])
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> image = f"{folder.name}/mr.nii.gz"
+        >>> volume = numpy.random.default_rng(0).random((8, 9, 10))
+        >>> nibabel.save(nibabel.Nifti1Image(volume, numpy.eye(4)), image)
+        >>> teacher = Teacher(Pixels(), Lengths())
+        >>> store = Store(f"{folder.name}/store", teacher, TemplateCaptions(), per_plane=2)
+        >>> store.embedding_dims
+        {'image': 64, 'text': 2}
+        >>> items = store.fill([{"image": image, "modality": "MR"}])
+        >>> safetensors.torch.load_file(items[0]["targets"])["text"].shape
+        torch.Size([6, 2])
     """
 
     def __init__(
@@ -202,7 +226,7 @@ class Store:
         print(f"view their captions: python -m med3dinsight_ext captions {self.root}")
 
     def plan(self, items: Sequence[dict[str, Any]], shard: str | None = None) -> dict[str, float]:
-        """Print and return what ``fill`` would make, without reading a volume.
+        """Print and return the amount of work for ``fill``, without reading a volume.
 
         Slices and calls are upper bounds from the headers of at most 200 volumes, since nearly
         empty slices are left out later. A volume that no run has read yet counts as missing.
@@ -216,7 +240,7 @@ class Store:
         """
         self.captioner.check_items(items)
         items = part_of(items, shard)
-        hashed = {item["image"]: self._hashes.knows(_file(item)) for item in items}
+        hashed = {item["image"]: self._hashes.has(_file(item)) for item in items}
         missing = [i for i in items if not hashed[i["image"]] or not self.path(i).exists()]
         sample = missing[:: -(-len(missing) // 200) or 1]
         slices = calls = unreadable = 0

@@ -54,7 +54,7 @@ class HashMemo:
                 continue
             self._known[name, size, mtime] = digest
 
-    def knows(self, file: str | Path) -> bool:
+    def has(self, file: str | Path) -> bool:
         """Whether the hash is cached."""
         return _identity(file) in self._known
 

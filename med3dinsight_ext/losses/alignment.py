@@ -53,13 +53,13 @@ class AlignmentLoss(nn.Module):
         dims: length of each target space, {"image": d, …}, for the Mahalanobis matrices and for
             "regression".
         negatives: "all", or "same_plane": only slices of the same plane and nearby depth, which
-            plane and position cannot tell apart.
+            plane and position cannot distinguish.
         depth_window: with "same_plane", the largest difference of position, in (0, 1].
 
     Raises:
         ValueError: an argument is out of range, or ``dims`` is missing.
 
-    Example:
+    Examples:
         >>> from med3dinsight_ext.embeddings.targets import SliceTargets
         >>> from med3dinsight_ext.models.student import StudentOutput
         >>> unit, yes, zero = torch.eye(4)[None], torch.ones(1, 4).bool(), torch.zeros(1, 4)

@@ -18,7 +18,7 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: as `check_pairs`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> student = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
         >>> cosine_loss(student, torch.tensor([[1.0, 0.0], [0.0, -3.0]])).item()

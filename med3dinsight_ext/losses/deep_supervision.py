@@ -14,7 +14,7 @@ class DeepSupervision(DeepSupervisionLoss):
     A tensor (b, c, x, y, z) is one level, a list or tuple of them several, and so is a stack
     (b, levels, c, x, y, z).
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss = DeepSupervision(torch.nn.MSELoss())
         >>> loss(torch.ones(1, 2, 1, 4, 4, 4), torch.zeros(1, 1, 4, 4, 4))  # 1 + 1/2

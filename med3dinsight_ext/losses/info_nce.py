@@ -25,7 +25,7 @@ def info_nce_loss(
     Raises:
         ValueError: as `check_pairs`.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.eye(4), torch.zeros(4, 4)
         >>> info_nce_loss(student, teacher) == torch.tensor(4.0).log()  # chance
         tensor(True)

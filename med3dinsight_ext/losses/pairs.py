@@ -1,4 +1,4 @@
-"""What the pairwise losses share: row i of the student belongs to row i of the teacher."""
+"""Checks and cosines of pairs: row i of the student belongs to row i of the teacher."""
 
 from __future__ import annotations
 

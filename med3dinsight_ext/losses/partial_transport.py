@@ -52,7 +52,7 @@ def partial_transport_loss(
     Raises:
         ValueError: as `check_pairs`, or ``mass`` or ``epsilon`` is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss = partial_transport_loss(torch.eye(4), torch.eye(4), mass=1, epsilon=0.01)
         >>> round(loss.exp().item(), 3)  # the plan is the identity / 4

@@ -18,7 +18,7 @@ def masked_mse(reconstruction: Tensor, volume: Tensor, mask: Tensor | None = Non
     Raises:
         ValueError: the shapes differ.
 
-    Example:
+    Examples:
         >>> volume = torch.zeros(1, 1, 2, 2, 2)
         >>> guess = torch.arange(8.0).view_as(volume)
         >>> masked_mse(guess, volume, mask=guess > 5)  # (6² + 7²) / 2

@@ -19,7 +19,7 @@ def regression_loss(student: Tensor, residual: Tensor) -> Tensor:
     Raises:
         ValueError: as `check_pairs`.
 
-    Example:
+    Examples:
         >>> residual = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
         >>> regression_loss(torch.zeros(2, 2), residual), regression_loss(residual, residual)
         (tensor(1.), tensor(0.))

@@ -24,7 +24,7 @@ def siglip_loss(
     Raises:
         ValueError: as `check_pairs`.
 
-    Example:
+    Examples:
         >>> zero = torch.zeros(())
         >>> loss = siglip_loss(torch.eye(3), torch.zeros(3, 3), zero, zero)
         >>> torch.allclose(loss, 3 * torch.tensor(2.0).log())  # three undecided pairs a slice

@@ -47,7 +47,7 @@ def solve(cost: Tensor, mass: float, epsilon: float = 0.1, steps: int = 16) -> P
     Raises:
         ValueError: ``cost`` is not (b, n, m), or another argument is out of range.
 
-    Example:
+    Examples:
         >>> cost = torch.tensor([[[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]])
         >>> solve(cost, mass=2 / 3, epsilon=0.05).log_plan[0].exp().mul(3).round(decimals=2)
         tensor([[1., 0., 0.],

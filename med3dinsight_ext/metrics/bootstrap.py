@@ -50,7 +50,7 @@ def bootstrap(
         level: coverage of the interval, in (0, 1).
         seed: of `resamples`.
 
-    Example:
+    Examples:
         >>> volume = torch.arange(40) // 4  # four slices each
         >>> found = bootstrap((volume % 2).float(), volume)
         >>> found.mean, round(found.low, 1), round(found.high, 1)

@@ -44,7 +44,7 @@ def scores(
         ValueError: names repeat, shapes differ, rows are no probabilities, or a label is not in
             [0, k).
 
-    Example:
+    Examples:
         >>> probability = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
         >>> found = scores(probability, torch.tensor([0, 0, 1, 1]), ["healthy", "ill"])
         >>> found["auroc"], found["f1"], found["confusion"]

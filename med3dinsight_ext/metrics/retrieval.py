@@ -158,7 +158,7 @@ class Retrieval(SliceMetric):
         depth_bins: equal parts of the extent.
         output_transform: engine output to (StudentOutput, SliceTargets).
 
-    Example:
+    Examples:
         >>> from med3dinsight_ext.embeddings.targets import SliceTargets
         >>> from med3dinsight_ext.models.student import StudentOutput
         >>> unit, yes, zero = torch.eye(4)[None], torch.ones(1, 4).bool(), torch.zeros(1, 4)

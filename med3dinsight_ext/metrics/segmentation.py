@@ -44,7 +44,7 @@ def case_scores(
     Raises:
         ValueError: the shapes differ, or a map holds other values than the classes' numbers.
 
-    Example:
+    Examples:
         >>> prediction, label = torch.zeros(2, 1, 4, 4, 4)
         >>> label[:, :2], prediction[:, 1:2] = 1, 1
         >>> case_scores(prediction, label, (1.0, 1.0, 1.0), ["background", "liver"])

@@ -44,7 +44,7 @@ class Classifier(nn.Module):
     Raises:
         ValueError: ``head`` is unknown, or "own" and the network's output is not (b, classes).
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Conv3d(1, 4, 2, stride=2), nn.ReLU())
         >>> classifier = Classifier(network, out_channels=3, patch_size=(8, 8, 8))
         >>> classifier(torch.zeros(2, 1, 8, 8, 8)).shape, classifier.head.in_features

@@ -103,7 +103,7 @@ def find_features(network: nn.Module, size: Sequence[int], layer: str = "auto") 
         ValueError: the network cannot take the input, ``layer`` is not in it or returns no
             features.
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Conv3d(1, 8, 4, stride=4), nn.ConvTranspose3d(8, 1, 4, 4))
         >>> find_features(network, (16, 16, 8))
         Features(layer='0', channels=8, grid=(4, 4, 2), call=1)

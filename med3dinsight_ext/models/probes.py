@@ -20,7 +20,7 @@ def knn_probe(train: Tensor, labels: Tensor, test: Tensor, k: int = 20) -> Tenso
         test: (m, d) features to classify.
         k: neighbours; all of ``train`` if there are fewer.
 
-    Example:
+    Examples:
         >>> train, labels = torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1])
         >>> knn_probe(train, labels, torch.tensor([[0.0, 5.0], [1.0, 1.0]]), k=2)[0]
         tensor([0., 1.])

@@ -119,7 +119,7 @@ class PSAT(nn.Module):
     Raises:
         ValueError: ``readout`` is unknown, or ``hidden`` is not divisible by ``heads``.
 
-    Example:
+    Examples:
         >>> psat = PSAT(in_channels=32, out_channels=256)
         >>> features = torch.zeros(1, 32, 6, 6, 4)
         >>> plane, position = torch.tensor([[2, 2, 0]]), torch.tensor([[0.25, 0.75, 0.5]])

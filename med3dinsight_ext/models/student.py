@@ -69,7 +69,7 @@ class Student(nn.Module):
     Raises:
         ValueError: ``mask_ratio`` is out of range, or as `find_features`.
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Conv3d(1, 8, 4, stride=4), nn.ConvTranspose3d(8, 1, 4, 4))
         >>> student = Student(network, PSAT, {"image": 16}, patch_size=(16, 16, 8))
         >>> plane, position = torch.tensor([[0, 2]]), torch.tensor([[0.5, 0.25]])

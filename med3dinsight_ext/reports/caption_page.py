@@ -122,7 +122,7 @@ def captioner_names(sources: Mapping[str, Counts]) -> dict[str, str]:
 
 
 def page_values(summary: Summary) -> dict[str, Any]:
-    """What the template ``captions.html`` shows."""
+    """Values of the template ``captions.html``."""
     total, names = summary.total, captioner_names(summary.sources)
     groups = {
         "Plane": {name: summary.planes[name] for name in PLANES if name in summary.planes},
@@ -163,7 +163,7 @@ def source_facts(summary: Summary, source: str) -> dict[str, str]:
 
 
 def slice_cards(records: Sequence[SliceRecord], names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What the page shows of each slice.
+    """Values of the page's card of each slice.
 
     Args:
         records: those of one image in a row.

@@ -1,4 +1,4 @@
-"""Slice tokens of whole volumes, and what text prompts find along each plane."""
+"""Slice tokens of whole volumes, and scores of text prompts along each plane."""
 
 from __future__ import annotations
 

@@ -54,5 +54,5 @@ class TransferReport:
 
 
 def percent(share: float) -> str:
-    """100 % only if nothing is missing."""
+    """A share in per cent; 100 % only if nothing is missing."""
     return "100 %" if share == 1 else f"{min(100 * share, 99.99):.2f} %"

@@ -485,7 +485,7 @@ def test_noise_table_has_scores_by_loss_and_share() -> None:
 def test_the_first_screen_quotes_the_write_up() -> None:
     said = (ROOT / "README.md").read_text().split("**Does it help?**")[1].split("\n\n")[0]
     figures = re.findall(r"[+−]?\d+\.\d \([^)]+\)", said)
-    page = (EVIDENCE / "README.md").read_text().split("## What holds")[0]
+    page = (EVIDENCE / "README.md").read_text().split("## Findings")[0]
     assert len(figures) == 5 and all(figure in page for figure in figures)
 
 
@@ -512,7 +512,7 @@ def test_the_page_has_each_arm_and_each_failed_run(smoke: Smoke) -> None:
     tables.draw(smoke.root)
     results.remove("smoke", ["odd"], smoke.results)
     assert "| scratch_matched | " in page and "- odd: ValueError: why" in page
-    assert "**Not known yet**" in page and "judged on development cases" in page
+    assert "**Not known yet**" in page and "scored on development cases" in page
     (figure,) = (smoke.root / "figures").glob("*.png")
     assert f"figures/{figure.name}" in page
 

@@ -1,13 +1,23 @@
-"""The docs say what the files say."""
+"""Pages agree with the files, commands and configs that they name."""
 
 import importlib.util
 import re
 from pathlib import Path
+from string import Template
 
 import pytest
+import yaml
+
+from med3dinsight_ext.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bundles/*/docs/*.md")])
+PAGES = sorted([
+    *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bundles/**/*.md"),
+    *ROOT.glob("benchmarks/*.md"), *ROOT.glob("benchmarks/evidence/README.md"),
+])  # fmt: skip
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+ASSIGNED = re.compile(r'(?:^|(?<=; ))([A-Z]+)=(?:"([^"\n]*)"|([^\s;]+))', re.MULTILINE)
+CONFIG_FILE = re.compile(r'--config_file (?:"\[([^]]+)\]"|([^\s"]+))')
 
 
 def test_benchmark_tables_are_generated_from_the_results() -> None:
@@ -17,15 +27,82 @@ def test_benchmark_tables_are_generated_from_the_results() -> None:
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
     page = path.with_name("README.md").read_text()
-    results = list(path.with_name("results").glob("*.json"))
-    assert page == tables.readme() and results and page.count("\n## ") == len(results)
+    results = {file.stem for file in path.with_name("results").glob("*.json")}
+    assert page == tables.readme() and page.count("\n## ") == len(tables.SECTIONS)
+    assert set(tables.SECTIONS) == results
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_to_files_that_are_there(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
-    broken = [x for x in links if "://" not in x and not (page.parent / x).exists()]
-    assert not broken
+def variables(text: str) -> dict[str, str]:
+    """Shell variables that a page assigns, expanded in order."""
+    found: dict[str, str] = {}
+    for name, quoted, bare in ASSIGNED.findall(text):
+        found[name] = Template(quoted or bare).safe_substitute(found)
+    return found
+
+
+def config_files(page: Path) -> list[str]:
+    """Paths after --config_file on a page, without those that hold placeholders."""
+    text = Template(page.read_text("utf-8")).safe_substitute(variables(page.read_text("utf-8")))
+    lists = [listed or one for listed, one in CONFIG_FILE.findall(text)]
+    paths = [part.strip(" '") for listed in lists for part in listed.split(",")]
+    return [path for path in paths if not path.startswith("NAME/")]
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and mkdocs make them."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@every_page
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
+    for link in (link for link in links if "://" not in link):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@every_page
+def test_commands_on_a_page_exist(page: Path) -> None:
+    named = re.findall(r"python -m med3dinsight_ext (?!COMMAND)([\w-]+)", page.read_text("utf-8"))
+    assert set(named) <= set(COMMANDS)
+
+
+@every_page
+def test_config_files_on_a_page_exist(page: Path) -> None:
+    bundle = page.parents[1] if page.parent.parent.parent.name == "bundles" else ROOT
+    assert not [path for path in config_files(page) if not (bundle / path).is_file()]
+
+
+def test_pages_name_links_commands_and_config_files() -> None:
+    text = "".join(page.read_text("utf-8") for page in PAGES)
+    assert len(re.findall(r"python -m med3dinsight_ext [\w-]+", text)) > 20
+    assert sum(len(config_files(page)) for page in PAGES) > 60
+
+
+def test_modules_named_in_the_architecture_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition("## Differences")[0]
+    package = ROOT / "med3dinsight_ext"
+    files = re.findall(r"`(\w+/[\w/]+\.py)`", text)
+    assert len(files) > 12 and not [name for name in files if not (package / name).is_file()]
+    folders = set(re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE))
+    own = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert folders == own - {"bundles"}
+
+
+def test_the_site_lists_every_page_and_module() -> None:
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site.py")
+    assert spec is not None and spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    nav = set(hooks.entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]))
+    pages = {str(page.relative_to(ROOT)) for page in PAGES}
+    reference = {f"docs/reference/{name}.md" for name in hooks.reference()}
+    assert nav == pages | reference
 
 
 def test_tests_named_in_the_method_exist() -> None:

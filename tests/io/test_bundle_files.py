@@ -11,7 +11,6 @@ from med3dinsight_ext.io.bundles import (
     BUNDLES,
     backbone_files,
     bundles_dir,
-    config_files,
     init,
     kind_of,
 )
@@ -20,26 +19,8 @@ from med3dinsight_ext.io.bundles import (
 def bundle_with(folder: Path, name: str, **inference: object) -> Path:
     (folder / name / "configs").mkdir(parents=True)
     (folder / name / "configs" / "inference.json").write_text(json.dumps(inference))
+    (folder / name / "configs" / "train.json").write_text("{}")
     return folder / name
-
-
-@pytest.mark.parametrize(
-    ("inference", "stems"),
-    [
-        ({}, ["b/configs/train", "shared/train"]),
-        ({"label_names": []}, ["b/configs/train", "shared/train", "shared/finetune"]),
-        ({"class_names": []}, ["b/configs/train", "shared/train", "shared/finetune"]),
-    ],
-)
-def test_shared_files_follow_a_bundles_own(
-    inference: dict[str, object], stems: list[str], tmp_path: Path
-) -> None:
-    bundle = bundle_with(tmp_path, "b", **inference)
-    (tmp_path / "shared").mkdir()
-    for name in ("train", "finetune"):
-        (tmp_path / "shared" / f"{name}.json").touch()
-    assert config_files(bundle, "train") == [tmp_path / f"{stem}.json" for stem in stems]
-    assert config_files(bundle, "inference") == [bundle / "configs" / "inference.json"]
 
 
 def test_backbones_are_those_that_name_the_bundle(tmp_path: Path) -> None:
@@ -48,11 +29,6 @@ def test_backbones_are_those_that_name_the_bundle(tmp_path: Path) -> None:
     for name, bundles in {"unet": "pretrain, seg-finetune", "vit": "pretrain"}.items():
         (tmp_path / "backbones" / f"{name}.yaml").write_text(f"# A\n# Bundles: {bundles}.\n")
     assert backbone_files(bundle) == [tmp_path / "backbones" / "unet.yaml"]
-
-
-def test_without_shared_files_a_config_is_one_file(tmp_path: Path) -> None:
-    bundle = bundle_with(tmp_path, "b", label_names=[])
-    assert config_files(bundle, "train") == [bundle / "configs" / "train.json"]
 
 
 def test_the_bundles_are_there_and_have_their_kinds() -> None:
