@@ -67,7 +67,7 @@ def read_record(weights: str | Path) -> dict[str, Any] | None:
         ) from error
     for name in hashes or {"model.pt": None}:
         file = weights if name == "model.pt" else weights.with_name(name)
-        if file.is_file() and state_hash(read_weights(file, nested=False)) != hashes.get(name):
+        if file.is_file() and state_hash(read_weights(file)) != hashes.get(name):
             raise ValueError(
                 f"{path} must be the record of {file}, got other weights; take both from one "
                 "training, or resume a training that was cut off"

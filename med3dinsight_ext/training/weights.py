@@ -18,13 +18,12 @@ from med3dinsight_ext.io.errors import first_line
 NESTED = ("state_dict", "model", "network", "student")  # keys that hold the weights in a file
 
 
-def read_weights(path: str | Path, nested: bool = True) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a weights file by name; code in it is not run.
 
     Args:
         path: .safetensors, or a file of ``torch.save``: a flat state dict, or a dict with one under
             "state_dict", "model", "network" or "student" (of which only the network is read).
-        nested: False reads a flat state dict only.
 
     Raises:
         ValueError: it is missing, empty, broken, holds objects other than tensors, or no weights.
@@ -50,7 +49,7 @@ def read_weights(path: str | Path, nested: bool = True) -> dict[str, Tensor]:
         raise ValueError(
             f"pretrained must be readable, got the broken file {path} ({error}); copy it again"
         ) from error
-    for key in NESTED if nested else ():
+    for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             if key == "student":  # network, PSAT and heads

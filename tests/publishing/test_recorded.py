@@ -211,6 +211,23 @@ def test_clicks_are_published_from_the_record(volumes: Path, tmp_path: Path) -> 
     assert check_record(PublishedFolder(found)) == "1 epochs, 5 cases"
 
 
+def test_inference_takes_imports_and_new_keys_and_keeps_its_own_run(
+    training: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(training / "models", tmp_path / "models")
+    path = tmp_path / "models" / "run.json"
+    record = json.loads(path.read_text())
+    own = json.loads((ROOT / "bundles/seg-finetune/configs/inference.json").read_text())
+    record["config"]["run"].append("$print(1)")
+    record["config"]["imports"].append("$import math")
+    record["config"]["width"] = 3
+    path.write_text(json.dumps(record))
+    found = published(tmp_path, tmp_path / "out")
+    inference = json.loads((found / "configs" / "inference.json").read_text())
+    assert inference["run"] == own["run"] and inference["width"] == 3
+    assert inference["imports"] == [*own["imports"], "$import math"]
+
+
 def test_pretrained_weights_stand_in_the_card_without_their_place(
     training: Path, volumes: Path, tmp_path: Path
 ) -> None:

@@ -111,11 +111,21 @@ def test_names_and_contents_make_the_fingerprint(volumes: Path, tmp_path: Path) 
 
 def test_a_resumed_training_keeps_one_record(volumes: Path, tmp_path: Path) -> None:
     first = train("seg-finetune", tmp_path, volumes, max_epochs=2)
-    again = train("seg-finetune", tmp_path, volumes, max_epochs=4)
-    assert again["epochs"] == 4 and again["resumed_after"] == [2]
-    assert again["started"] == first["started"] and again["seconds"] > first["seconds"]
-    assert (again["best_epoch"], again["best_metric"][1]) == best_of_history(tmp_path)
-    assert again["weights_sha256"] == {"model.pt": hash_of(tmp_path)}
+    path = tmp_path / "models" / "run.json"
+    path.write_text(json.dumps({**first, "started": "once", "seconds": 1000}))
+    train("seg-finetune", tmp_path, volumes, max_epochs=3, val_interval=2)
+    found = train("seg-finetune", tmp_path, volumes, max_epochs=4)
+    assert found["epochs"] == 4 and found["resumed_after"] == [2, 3]
+    assert found["started"] == "once" and found["seconds"] > 1000
+    assert found["weights_sha256"] == {"model.pt": hash_of(tmp_path)}
+
+
+def test_a_resumed_training_keeps_the_best_epoch(volumes: Path, tmp_path: Path) -> None:
+    first = train("seg-finetune", tmp_path, volumes, max_epochs=2)
+    found = train("seg-finetune", tmp_path, volumes, max_epochs=3, val_interval=2)  # not validated
+    assert (first["epochs"], found["epochs"]) == (2, 3) and first["best_epoch"]
+    assert found["best_epoch"] == first["best_epoch"]
+    assert found["best_metric"] == first["best_metric"]
 
 
 def test_pretrained_weights_are_named_by_their_hash(
@@ -167,13 +177,15 @@ def labelled_round(root: Path, volumes: Path, held_out: int, **changes: Any) -> 
 
 
 def test_an_incremental_round_is_recorded_after_the_earlier_ones(
-    volumes: Path, tmp_path: Path
+    trained: Path, volumes: Path, tmp_path: Path
 ) -> None:
-    first = train("seg-finetune", tmp_path, volumes, val_fraction=0, max_epochs=2)
+    start = str(trained / "models" / "model.pt")
+    first = train("seg-finetune", tmp_path, volumes, val_fraction=0, max_epochs=2, pretrained=start)
     labelled_round(tmp_path, volumes, 0)
     found = record(tmp_path)
     assert found["epochs"] == 1 and [row["epochs"] for row in found["rounds"]] == [2]
     assert found["data"]["training"] == first["data"]["training"]
+    assert found["pretrained"] == first["pretrained"] and found["pretrained"]["file"] == "model.pt"
     assert found["weights_sha256"] == {"model.pt": hash_of(tmp_path)} != first["weights_sha256"]
 
 
