@@ -60,7 +60,7 @@ def targets(volume: Tensor, slices: int) -> SliceTargets:
     plane = torch.randint(3, (b, slices), device=DEVICE)
     position = torch.rand(b, slices, device=DEVICE)
     image, text = unit(b, slices, SPACES["image"]), unit(b, slices, SPACES["text"])
-    return SliceTargets(image, text, yes, yes, plane, position, plane * 0, volume)
+    return SliceTargets(image, text, yes, yes, plane, position, plane * 0, volume, plane * 0)
 
 
 def our_step(network: nn.Module, volume: Tensor, slices: int = 16) -> Any:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.files import sync, write_atomic
 
 Slot = tuple[str, int]  # plane and voxel index along the cut axis
 
 
 class AnswerLog:
-    """Raw answers about one volume, appended one line at a time, so that a kill loses none.
+    """Raw answers about one volume, appended and flushed to the disk one at a time.
 
     A line that a kill or a full disk cut short is skipped; its slice has no answer.
 
@@ -48,6 +48,7 @@ class AnswerLog:
         self.answers[slot] = answer
         with self.path.open("a", encoding="utf-8") as file:  # a cut line must not swallow this one
             file.write("\n" + self._line(slot))
+        sync(self.path)
 
     def save(self) -> None:
         """Rewrite the file in the order of slots, with the answers of other processes."""

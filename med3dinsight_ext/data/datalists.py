@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from med3dinsight_ext.data.slicing import MODALITIES
+from med3dinsight_ext.io.claims import npz_array
 
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | dict.fromkeys(
@@ -74,7 +75,8 @@ def datalist(
             named ``*_gtv``, ``*_seg``, ``*_label`` or ``*_mask``); a MedMNIST-style .npz.
         root: folder of relative paths; by default the source's folder.
         split: JSON file ``{"development": [ids], "test": [ids]}``. An id is an item's ``patient``,
-            its file name without extension, or a folder on its path below ``root``.
+            its file name without extension, or a folder on its path below ``root``; it becomes the
+            ``patient`` of an item that has none.
         subset: a list of ``split``; without a split, a section of a Decathlon file ("training" by
             default) or of an .npz ("train", "val" or "test"; all three by default).
         modality: "CT", "MR" or "PET" for all. With "auto" an item's own field counts, and "auto"
@@ -131,7 +133,8 @@ def _sections(source: Path) -> dict[str, list]:
         return {name: [known | _as_dict(row) for row in content[name]] for name in names}
     if source.suffix == ".npz":
         with np.load(source) as arrays:
-            labels = {k[:-7]: arrays[k] for k in arrays.files if k.endswith("_labels")}
+            names = [name for name in arrays.files if name.endswith("_labels")]
+        labels = {name[:-7]: npz_array(source, name) for name in names}
         file = source.resolve()
         rows = {
             name: [
@@ -196,7 +199,7 @@ def _subset(items: list[dict], root: Path, split: Path, subset: str | None) -> l
         if len(homes := {name for name, members in lists.items() if ids & set(members)}) > 1:
             raise ValueError(f"split must keep an image in one list, got {path} in {sorted(homes)}")
         if subset in homes:
-            chosen.append(item)
+            chosen.append({"patient": min(ids), **item})
     if lost := sorted(count.keys() - found):
         raise ValueError(
             f"split must name ids of the source, got {lost} of {split} that match no patient, "

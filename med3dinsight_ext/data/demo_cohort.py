@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -27,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from med3dinsight_ext.data.slicing import PLANES, choose
+from med3dinsight_ext.io.files import move
 
 SOURCE = """Brain volumes made from one template by random transforms; nobody's patient data.
 
@@ -94,7 +94,7 @@ def make_cohort(folder: str | Path, n: int = 24, seed: int = 0) -> Path:
     draft = folder.parent / f".{folder.name}.{uuid4().hex}"
     try:
         _write(draft, n, seed)
-        os.replace(draft, folder)
+        move(draft, folder)
     except OSError:
         if not _is_cohort(folder, made):  # else another process was faster
             raise

@@ -12,6 +12,7 @@ import torch
 from monai.transforms import MapTransform
 
 from med3dinsight_ext.data.volumes import check_each, read_volume
+from med3dinsight_ext.io.claims import ClaimError, open_volume
 
 TOLERANCE = 0.5  # voxels between the same corner of image and label
 Grid = tuple[tuple[int, ...], np.ndarray]  # shape and affine
@@ -80,8 +81,10 @@ def read_label(item: dict[str, Any], names: Sequence[str]) -> set[int]:
     if not isinstance(path, str) or not Path(path).is_file():
         raise _fault("be a file", repr(path), place, "add it, or leave this image out")
     try:
-        label: Any = nib.load(path)
+        label = open_volume(path)
         values = np.unique(np.asanyarray(label.dataobj))
+    except ClaimError:
+        raise
     except Exception as error:  # nibabel, gzip, zlib and numpy each have their own
         cause = f"{type(error).__name__}: {error}"
         raise _fault("be readable", cause, place, "repair it") from error

@@ -14,6 +14,8 @@ from monai.data import MetaTensor
 from monai.transforms import Flip, MapTransform, RandomizableTransform
 from torch import Tensor
 
+from med3dinsight_ext.io.claims import open_volume
+
 logger = logging.getLogger(__name__)
 LEFT_RIGHT = 0  # spatial axis after orientation to RAS
 LEFT = {"left", "links", "linke", "linker", "linkes", "gauche", "izquierda", "izquierdo",
@@ -82,7 +84,7 @@ def offsets(path: str, classes: int) -> dict[int, float]:
         For each class but 0 that the label holds, its centroid's distance from the middle of the
         image as a fraction of the extent: -0.5 is the patient's far left, 0.5 the far right.
     """
-    image: Any = nib.as_closest_canonical(nib.load(path))
+    image: Any = nib.as_closest_canonical(open_volume(path))
     label = np.asanyarray(image.dataobj).reshape(image.shape[:3])
     found = {}
     for number in range(1, classes):

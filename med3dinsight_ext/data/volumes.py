@@ -6,9 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import nibabel as nib
 import numpy as np
 from monai.data import MetaTensor, NibabelReader
 from monai.transforms import LoadImage, MapTransform, Orientation, ScaleIntensityRange
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from med3dinsight_ext.data.slicing import window
+from med3dinsight_ext.io.claims import ClaimError, npz_array, open_volume
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -87,6 +87,20 @@ def read_volume(path: str) -> MetaTensor:
     return volume
 
 
+class CheckClaimd(MapTransform):
+    """Checks what headers claim before ``LoadImaged`` allocates it; see ``open_volume``.
+
+    Args:
+        keys: paths; what is no NIfTI file is left to the reader.
+    """
+
+    def __call__(self, data: dict) -> dict:
+        for key in self.key_iterator(data):
+            if str(data[key]).endswith((".nii", ".nii.gz")):
+                open_volume(data[key])
+        return data
+
+
 class ReadVolumed(MapTransform):
     """``read_volume`` as a transform of the paths at ``keys``: NIfTI and .npz alike, in RAS."""
 
@@ -103,19 +117,18 @@ def _require(ok: object, path: str, rule: str, value: object) -> None:
         raise _fault(path, rule, value)
 
 
-@lru_cache(maxsize=1)  # an archive is unpacked as a whole, so once for all its volumes
-def _npz_array(file: str, name: str) -> np.ndarray:
-    with np.load(file) as arrays:
-        return arrays[name]
+_npz_array = lru_cache(maxsize=1)(npz_array)  # unpacked as a whole, so once for all its volumes
 
 
 def _check_header(path: str) -> None:
     """Check shape, spacing and affine as stored in the file: nibabel repairs some silently."""
     try:
-        image: Any = nib.load(path)
+        image = open_volume(path)
         with Opener(path) as file:
             raw = type(image.header).from_fileobj(file, check=False)
         spacing = np.array(raw["pixdim"][1:4])
+    except ClaimError:
+        raise
     except Exception as error:
         raise _fault(path, "be readable NIfTI", f"{type(error).__name__}: {error}") from error
     shape = image.shape

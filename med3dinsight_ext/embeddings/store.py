@@ -24,6 +24,7 @@ from med3dinsight_ext.captions.sources import shape_of
 from med3dinsight_ext.data.slicing import PLANES, plane_number
 from med3dinsight_ext.embeddings.entry import EntryMaker, SliceChoice
 from med3dinsight_ext.embeddings.shards import merge_ranks, part_of, rank_share
+from med3dinsight_ext.embeddings.usable_captions import caption_statuses, shown
 from med3dinsight_ext.io.files import HashMemo, write_atomic
 from med3dinsight_ext.teachers.teacher import Teacher
 
@@ -220,9 +221,9 @@ class Store:
     def embed(
         self, items: Sequence[dict[str, Any]], skip_bad: bool = False, shard: str | None = None
     ) -> None:
-        """``fill``, then print the number of volumes and the command that shows the captions."""
-        count = len(self.fill(items, skip_bad, shard))
-        print(f"{count:,} volumes are in {self.root}")
+        """``fill``, then print the numbers of volumes and captions, and how to view them."""
+        filled = self.fill(items, skip_bad, shard)
+        print(f"{len(filled):,} volumes are in {self.root}; {shown(caption_statuses(filled))}")
         print(f"view their captions: python -m med3dinsight_ext captions {self.root}")
 
     def plan(self, items: Sequence[dict[str, Any]], shard: str | None = None) -> dict[str, float]:

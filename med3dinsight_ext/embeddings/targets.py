@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class SliceTargets(NamedTuple):
         position: (b, s) float, fraction of the extent of ``volume``, in [0, 1].
         modality: (b, s) long, index into ``slicing.MODALITIES``.
         volume: (b, 1, x, y, z), the student's input.
+        patient: (b, s) long, equal for the volumes of one patient alone.
     """
 
     image: Tensor
@@ -37,6 +39,7 @@ class SliceTargets(NamedTuple):
     position: Tensor
     modality: Tensor
     volume: Tensor
+    patient: Tensor
 
 
 def shuffle_captions(
@@ -119,8 +122,8 @@ class SampleTargetsd(MapTransform, Randomizable):
 
     Apply it after every spatial transform. At least half of the slices have a caption, if there are
     as many. Reads the item's ``targets``, the path of its entry, and ``texts_from``, if set by
-    ``shuffle_captions``. Adds plane, position, modality_index, image_target, text_target, has_text
-    and valid (see ``SliceTargets``, without the batch axis).
+    ``shuffle_captions``. Adds plane, position, modality_index, image_target, text_target, has_text,
+    valid and patient_index (see ``SliceTargets``, without the batch axis).
 
     Args:
         keys: the image, a MetaTensor (1, x, y, z).
@@ -197,6 +200,7 @@ class SampleTargetsd(MapTransform, Randomizable):
             "text_target": text,
             "has_text": has_text,
             "valid": valid,
+            "patient_index": _patient_index(data).expand(count),
         }
 
     def _entry(self, data: dict[str, Any]) -> dict[str, Tensor]:
@@ -217,6 +221,13 @@ class SampleTargetsd(MapTransform, Randomizable):
         captioned, others = order[has_text[order]], order[~has_text[order]]
         half = max(self.slices // 2, self.slices - len(others))
         return torch.cat((captioned[:half], others))[: self.slices]
+
+
+def _patient_index(data: dict[str, Any]) -> Tensor:
+    """Number of an item's patient, the same in every process; without one, of its entry."""
+    name = str(data.get("patient", data["targets"]))
+    digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()
+    return torch.tensor(int.from_bytes(digest[:8], "big", signed=True))
 
 
 class PrepareSlices(PrepareBatch):
@@ -246,7 +257,7 @@ class PrepareSlices(PrepareBatch):
         plane, position = get("plane"), get("position")
         targets = SliceTargets(
             get("image_target"), get("text_target"), get("has_text"), get("valid"),
-            plane, position, get("modality_index"), volume,
+            plane, position, get("modality_index"), volume, get("patient_index"),
         )  # fmt: skip
         student_input = torch.zeros_like(volume) if self.blank else volume
         return student_input, targets, (plane, position), {}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,8 +23,29 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move(draft: Path, path: Path) -> None:
+    """Flush a file, or a folder with its files, to the disk and rename it in one step.
+
+    Without the flush a power cut may leave the new name with an empty file.
+    """
+    for part in (*draft.rglob("*"), draft):
+        sync(part)
+    os.replace(draft, path)
+    with suppress(OSError):  # some network file systems flush no folders
+        sync(path.parent)
+
+
 def write_atomic(path: Path, write: Any) -> None:
-    """Call ``write(draft)`` on a name beside ``path``, then move it there."""
+    """Call ``write(draft)`` on a name beside ``path``, then ``move`` it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
@@ -31,7 +53,7 @@ def write_atomic(path: Path, write: Any) -> None:
         mode = draft.stat().st_mode  # safetensors would leave it to the owner alone
         write(draft)
         draft.chmod(mode)
-        os.replace(draft, path)
+        move(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 

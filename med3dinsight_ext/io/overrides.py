@@ -22,7 +22,8 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
     """Stop if an override on the command line names a key that the configs do not have.
 
     MONAI adds an unknown key silently, so that ``--learning_rat 0.1`` trains at the default rate.
-    Lists need lists, and sizes as many numbers: ``--patch_size 64`` would fail hours later.
+    Lists need lists, and sizes as many numbers, also in overlays: ``--patch_size 64`` would fail
+    hours later.
 
     Args:
         arguments: of ``python -m monai.bundle run``; default: this process's.
@@ -46,6 +47,7 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
     if isinstance(files, str) and files.startswith("["):
         files = [name.strip(" '\"") for name in files.strip("[]").split(",")]
     config = ConfigParser.load_config_files(files)
+    _check_overlays([files] if isinstance(files, str) else files)
     if missing := missing_shared(config):
         names = " and ".join(f"bundles/shared/{name}" for name in missing)
         raise SystemExit(f"config_file must name {names} after configs/train.json, got {files}")
@@ -69,19 +71,45 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
                 hint = advice(part, known, "see the config's first lines")
                 raise SystemExit(f"override must name a key of the config, got --{name}; {hint}")
         else:
-            _check_list(name, DefaultParseValue(value) if isinstance(value, str) else value, node)
+            value = DefaultParseValue(value) if isinstance(value, str) else value
+            _check_list("override", f"--{name} {value}", name, value, node)
 
 
-def _check_list(name: str, value: Any, default: Any) -> None:
-    """A key whose default is a list takes one; of numbers, unless it is a network's, as many."""
-    if not isinstance(default, list) or str(value).startswith(("$", "@")):
+def _check_overlays(files: Sequence[str]) -> None:
+    """Check the lists of each file against the files before it."""
+    before: dict[str, Any] = {}
+    for file in files:
+        content = ConfigParser.load_config_file(file)
+        for name, value in content.items():
+            _check_list(name, f"{name}: {value} in {file}", name, value, before.get(name))
+        before |= content
+
+
+def _check_list(what: str, given: str, name: str, value: Any, default: Any) -> None:
+    """A key whose default is a list takes one; of numbers, unless it is a network's, as many.
+
+    Args:
+        what: for the message.
+        given: for the message: the value and where it stands.
+        name: of the key.
+        value: to check.
+        default: that the value replaces.
+    """
+    if not isinstance(default, list) or _is_expression(value):
         return
     numbers = bool(default) and all(isinstance(x, (int, float)) for x in default)
     if not isinstance(value, (list, tuple)):
         rule = "be a list"
     elif numbers and "::" not in name and len(value) != len(default):
         rule = f"have {len(default)} numbers"
+    elif numbers and not all(isinstance(x, (int, float)) or _is_expression(x) for x in value):
+        rule = "be a list of numbers"
     else:
         return
     shown = str(default).replace(" ", "") if numbers else default or [value]
-    raise SystemExit(f"override must {rule}, got --{name} {value}; write it like {shown}")
+    raise SystemExit(f"{what} must {rule}, got {given}; write it like {shown}")
+
+
+def _is_expression(value: Any) -> bool:
+    """Whether MONAI evaluates it: ``$…`` and ``@…``."""
+    return str(value).startswith(("$", "@"))

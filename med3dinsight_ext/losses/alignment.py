@@ -16,7 +16,7 @@ from med3dinsight_ext.losses.info_nce import info_nce_loss
 from med3dinsight_ext.losses.partial_transport import partial_transport_loss
 from med3dinsight_ext.losses.reconstruction import squared_error
 from med3dinsight_ext.losses.regression import Residual, regression_loss
-from med3dinsight_ext.losses.siglip import siglip_loss
+from med3dinsight_ext.losses.siglip import prior_bias, siglip_loss
 
 if TYPE_CHECKING:
     from med3dinsight_ext.embeddings.targets import SliceTargets
@@ -64,7 +64,8 @@ class AlignmentLoss(nn.Module):
         >>> from med3dinsight_ext.models.student import StudentOutput
         >>> unit, yes, zero = torch.eye(4)[None], torch.ones(1, 4).bool(), torch.zeros(1, 4)
         >>> volume = torch.zeros(1, 1, 2, 2, 2)
-        >>> target = SliceTargets(unit, -unit, yes, yes, zero.long(), zero, zero.long(), volume)
+        >>> plane = modality = patient = zero.long()
+        >>> target = SliceTargets(unit, -unit, yes, yes, plane, zero, modality, volume, patient)
         >>> loss = AlignmentLoss("cosine", text_weight=0.5)
         >>> loss(StudentOutput({"joint": unit}, volume + 2, None), target)
         tensor(5.)
@@ -105,11 +106,11 @@ class AlignmentLoss(nn.Module):
         self.weights = (image_weight, text_weight, reconstruction_weight)
         self.temperature, self.mass, self.epsilon = temperature, mass, epsilon
         self.negatives, self.depth_window = negatives, depth_window
-        self.scales, self.roots = nn.ParameterDict(), nn.ParameterDict()
+        self.logits, self.roots = nn.ParameterDict(), nn.ParameterDict()
         self.residuals = nn.ModuleDict()
         for name in ("image", "text"):
-            if kind == "siglip":  # logarithm of the scale, and bias
-                self.scales[name] = nn.Parameter(torch.tensor([math.log(1 / temperature), -10.0]))
+            if kind == "siglip":  # logarithm of the scale, and what is added to `prior_bias`
+                self.logits[name] = nn.Parameter(torch.tensor([math.log(1 / temperature), 0.0]))
             size = lengths.get(name, lengths.get("joint"))
             if kind == "regression" and size:
                 self.residuals[name] = Residual(size)
@@ -118,16 +119,15 @@ class AlignmentLoss(nn.Module):
                 self.roots[name] = nn.Parameter(torch.eye(size))
         self.latest = LossParts(*torch.zeros(4))
 
-    def _pair_loss(
-        self, name: str, student: Tensor, teacher: Tensor, allowed: Tensor | None
-    ) -> Tensor:
+    def _pair_loss(self, name: str, student: Tensor, teacher: Tensor, allowed: Tensor) -> Tensor:
         """The chosen loss of n pairs of the "image" or "text" target."""
         if self.kind == "cosine":
             return cosine_loss(student, teacher)
         if self.kind == "info_nce":
             return info_nce_loss(student, teacher, self.temperature, allowed)
         if self.kind == "siglip":
-            log_scale, bias = self.scales[name]
+            log_scale, offset = self.logits[name]
+            bias = prior_bias(allowed) + offset
             return siglip_loss(student, teacher, log_scale, bias, allowed)
         if self.kind == "regression":
             return regression_loss(student, teacher)

@@ -9,6 +9,24 @@ from torch.nn import functional as F
 from med3dinsight_ext.losses.pairs import check_pairs, cosine_matrix, excluded
 
 
+def prior_bias(allowed: Tensor) -> Tensor:
+    """The bias () that balances pairs and negatives while all cosines are near zero.
+
+    Then a slice's own pair pulls the bias up by 1 - σ(β), and its k negatives pull it down by
+    k σ(β). They are equal at σ(β) = 1 / (k + 1), the share of pairs, so at β = -log k. The paper's
+    -10 is that of its batches, log 32767 = 10.4.
+
+    Args:
+        allowed: (n, n) bool, as in ``siglip_loss``; k is the mean over slices, at least 1.
+
+    Example:
+        >>> prior_bias(torch.ones(101, 101).bool())  # 100 negatives a slice
+        tensor(-4.6052)
+    """
+    negatives = len(allowed) ** 2 - excluded(allowed).sum() - len(allowed)
+    return -(negatives / len(allowed)).clamp(min=1).log()
+
+
 def siglip_loss(
     student: Tensor, teacher: Tensor, log_scale: Tensor, bias: Tensor, allowed: Tensor | None = None
 ) -> Tensor:

@@ -19,14 +19,14 @@ SPACES = ("image", "text")
 
 
 class Slices(NamedTuple):
-    """n slices: tokens (n, d), targets (n, d); plane, position, modality, volume (n,), numbered."""
+    """n slices: tokens (n, d), targets (n, d); plane, position, modality and patient (n,)."""
 
     tokens: Tensor
     targets: Tensor
     plane: Tensor
     position: Tensor
     modality: Tensor
-    volume: Tensor
+    patient: Tensor
 
 
 def depth_group(plane: Tensor, position: Tensor, bins: int) -> Tensor:
@@ -46,12 +46,12 @@ def retrieval(
     plane: Tensor,
     position: Tensor,
     modality: Tensor,
-    volume: Tensor,
+    patient: Tensor,
     within: bool = True,
     ks: Sequence[int] = (1, 5, 10),
     depth_bins: int = 4,
 ) -> dict[str, float]:
-    """Recall at each k, with its interval over volumes and its chance level.
+    """Recall at each k, with its interval over patients and its chance level.
 
     Queries with fewer than two candidates are left out.
 
@@ -61,7 +61,7 @@ def retrieval(
         plane: (n,) long: 0 sagittal, 1 coronal, 2 axial.
         position: (n,) fraction of the extent, in [0, 1].
         modality: (n,) long.
-        volume: (n,) long, the clusters of `bootstrap`.
+        patient: (n,) long, the clusters of `bootstrap`.
         within: only candidates of the same modality, plane and depth bin, so that these alone
             do not help; else all.
         ks: numbers of places that count.
@@ -83,12 +83,12 @@ def retrieval(
     if not compared.any():
         raise NotComputableError(
             f"retrieval must have a slice with two candidates, got {len(tokens)} slices of "
-            f"{len(volume.unique())} volumes; evaluate more volumes or slices, or set "
+            f"{len(patient.unique())} patients; evaluate more volumes or slices, or set "
             f"depth_bins below {depth_bins}"
         )
     result: dict[str, float] = {}
     for column, k in enumerate(ks):
-        mean, low, high = bootstrap(found.recall[compared, column], volume[compared])
+        mean, low, high = bootstrap(found.recall[compared, column], patient[compared])
         chance = float(found.chance[compared, column].mean())
         result |= {f"r{k}": mean, f"r{k}_low": low, f"r{k}_high": high, f"r{k}_chance": chance}
     median = float(found.candidates[compared].double().median())
@@ -115,7 +115,6 @@ class SliceMetric(Metric):
 
     def reset(self) -> None:
         self.kept: dict[str, list[Slices]] = {space: [] for space in self.spaces}
-        self.volumes = 0
 
     def update(self, output: tuple[Any, Any]) -> None:
         pred, target = output
@@ -124,17 +123,13 @@ class SliceMetric(Metric):
                 f"the engine's output must be one batch, got a list of {len(pred)}; "
                 "set decollate: false in the evaluator"
             )
-        b, s = target.valid.shape
-        volume = self.volumes + torch.arange(b, device=target.valid.device)
-        volume = (volume * idist.get_world_size() + idist.get_rank())[:, None].expand(b, s)
-        self.volumes += b
         for space in self.spaces:
             token = pred.tokens.get(space, pred.tokens.get("joint"))
             if token is None:
                 continue
             mask = target.valid & target.has_text if space == "text" else target.valid
             mask = mask.as_subclass(Tensor)  # MetaTensor indexing is slow
-            about = (target.plane, target.position, target.modality, volume)
+            about = (target.plane, target.position, target.modality, target.patient)
             rows = (token, getattr(target, space), *about)
             kept = (row.detach().as_subclass(Tensor)[mask].cpu() for row in rows)
             self.kept[space].append(Slices(*kept))
@@ -162,7 +157,8 @@ class Retrieval(SliceMetric):
         >>> from med3dinsight_ext.embeddings.targets import SliceTargets
         >>> from med3dinsight_ext.models.student import StudentOutput
         >>> unit, yes, zero = torch.eye(4)[None], torch.ones(1, 4).bool(), torch.zeros(1, 4)
-        >>> target = SliceTargets(unit, unit, yes, yes, zero.long(), zero, zero.long(), zero)
+        >>> number = zero.long()
+        >>> target = SliceTargets(unit, unit, yes, yes, number, zero, number, zero, number)
         >>> metric = Retrieval("image")
         >>> metric.update((StudentOutput({"joint": unit}, None, None), target))
         >>> metric.compute(), metric.latest["r1_chance"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from monai.bundle import ConfigParser
 
-from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.files import move, write_atomic
 from med3dinsight_ext.publishing.bundle import (
     as_json,
     check_click,
@@ -64,5 +64,5 @@ def label_bundle(
     write_atomic(draft / "models" / "model.pt", lambda path: path.write_bytes(weights_file(state)))
     if record is not None:
         shutil.copy(Path(weights).with_name(FILE), draft / "models")
-    draft.rename(folder)
+    move(draft, folder)
     print(f"wrote {folder}; python -m med3dinsight_ext label --studies DIR --bundles {folder}")

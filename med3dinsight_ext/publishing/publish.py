@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.errors import first_line
+from med3dinsight_ext.io.files import move
 from med3dinsight_ext.publishing.bundle import (
     PLACES,
     as_json,
@@ -317,5 +318,5 @@ def write(folder: Path, files: Mapping[str, bytes], large: Iterable[str]) -> Non
                 entry = zipfile.ZipInfo(f"{folder.name}/{path}")  # of 1980
                 entry.external_attr = 0o644 << 16
                 archive.writestr(entry, files[path])
-        draft.rename(folder)
-        draft.with_name(f"{folder.name}.zip").rename(folder.with_name(f"{folder.name}.zip"))
+        move(draft, folder)
+        move(draft.with_name(f"{folder.name}.zip"), folder.with_name(f"{folder.name}.zip"))

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
+from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.training.weights import not_finite
+
 logger = logging.getLogger(__name__)
 
 
 class KeepingDiskSaver(DiskSaver):
-    """Replaces a file in one step; ignite's ``DiskSaver`` deletes the old one first."""
+    """Replaces a file by ``write_atomic``; ignite's ``DiskSaver`` deletes the old one first."""
 
     def __init__(self, dirname: str | Path) -> None:
-        super().__init__(str(dirname), atomic=True, create_dir=True, require_empty=False)
+        super().__init__(str(dirname), create_dir=True, require_empty=False)
+
+    def __call__(self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None) -> None:
+        if idist.get_rank() == self.save_on_rank:
+            write_atomic(Path(self.dirname) / filename, partial(torch.save, checkpoint))
 
     def remove(self, filename: str) -> None:
         """Nothing: the next save has the same name."""
@@ -89,7 +98,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
             f"weights in {path} must fit the network of this config; merge the backbone overlay "
             f"they were trained with into config_file: {error}"
         ) from error
-    if bad := [name for name, value in network.state_dict().items() if not value.isfinite().all()]:
+    if bad := not_finite(network.state_dict()):
         raise ValueError(
             f"weights must be finite, got NaN or infinity in {bad[:3]} of {path}; train again with "
             "a lower learning_rate"

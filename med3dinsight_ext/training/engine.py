@@ -15,7 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from monai.handlers import CheckpointLoader
-from torch import Tensor
+from torch import Tensor, nn
 
 from med3dinsight_ext.io.errors import root_cause
 from med3dinsight_ext.io.files import write_atomic
@@ -23,6 +23,7 @@ from med3dinsight_ext.training import incremental
 from med3dinsight_ext.training.checkpoints import checkpoint, resume
 from med3dinsight_ext.training.history import scalar_metrics
 from med3dinsight_ext.training.record import recorded
+from med3dinsight_ext.training.weights import not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,10 @@ class StopOnNan:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.check_weights)
 
     def check_weights(self, engine: Engine) -> None:
-        """Check the weights too: no loss follows the last step of an epoch."""
-        weights = engine.network.named_parameters()
-        if bad := [name for name, value in weights if not value.isfinite().all()]:
+        """Check the weights too, and the loss's: no loss follows the last step of an epoch."""
+        parts = (engine.network, engine.loss_function)
+        modules = [part for part in parts if isinstance(part, nn.Module)]
+        if bad := [name for module in modules for name in not_finite(module.state_dict())]:
             raise ValueError(
                 f"weights must be finite, got NaN or infinity in {len(bad)} of them ({bad[0]}) "
                 f"after epoch {engine.state.epoch}; lower learning_rate"

@@ -12,6 +12,8 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from tqdm import tqdm
 
+from med3dinsight_ext.io.files import write_atomic
+
 
 def _parts(engine: Engine, latest: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
     """Parts of the last loss, without its graph."""
@@ -58,8 +60,8 @@ class History:
 
     def start(self, engine: Engine) -> None:
         kept = [row for row in read_history(self.path) if row["epoch"] <= engine.state.epoch]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomic(self.path, lambda draft: draft.write_text(text))
 
     def clear(self, engine: Engine) -> None:
         self._sums, self._steps, self._start = {}, 0, time.perf_counter()

@@ -18,6 +18,11 @@ from med3dinsight_ext.io.errors import first_line
 NESTED = ("state_dict", "model", "network", "student")  # keys that hold the weights in a file
 
 
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    return [name for name, value in weights.items() if not value.isfinite().all()]
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a weights file by name; code in it is not run.
 
@@ -63,7 +68,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         found = list(content)[:5] if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"pretrained must hold named tensors, got {found} in {path}")
-    if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
+    if bad := not_finite(tensors):
         raise ValueError(f"pretrained must be finite, got NaN or infinity in {bad[:3]} of {path}")
     return tensors
 

@@ -63,7 +63,10 @@ BAD = {
     "text": (lambda p: text_file(p / "v.nii.gz"), "be readable NIfTI"),
     "absent": (lambda p: str(p / "v.nii.gz"), "be readable NIfTI, got FileNotFoundError"),
     "truncated .nii.gz": (lambda p: cut_short(p / "v.nii.gz"), "be readable, got EOFError"),
-    "truncated .nii": (lambda p: cut_short(p / "v.nii"), "be readable"),
+    "truncated .nii": (
+        lambda p: cut_short(p / "v.nii"),
+        "header must claim what its file can hold",
+    ),
     "nan": (lambda p: with_value(p / "v.nii.gz", np.nan), "be finite, got 1 NaN"),
     "infinite": (lambda p: with_value(p / "v.nii.gz", np.inf), "be finite, got 1 NaN or inf"),
     "4D": (lambda p: nifti(p / "v.nii", np.ones((3, 4, 5, 2))), r"be 3D, got shape \(3, 4, 5, 2\)"),
@@ -289,6 +292,15 @@ def test_a_split_matches_folders(tmp_path: Path) -> None:
     paths = [nifti(tmp_path / f"{p}/{kind}.nii") for p in ("p1", "p2") for kind in ("CT", "PET")]
     file = split(tmp_path, development=["p1"], test=["p2"])
     assert [i["image"] for i in datalist(tmp_path, split=file, subset="test")] == paths[2:]
+
+
+def test_the_id_of_a_split_is_the_patient_of_its_images(tmp_path: Path) -> None:
+    for name in ("p1/CT", "p1/PT", "p2/CT"):
+        nifti(tmp_path / f"{name}.nii.gz")
+    file = split(tmp_path, development=["p1", "p2"])
+    items = datalist(tmp_path, split=file, subset="development")
+    assert [item["patient"] for item in items] == ["p1", "p1", "p2"]
+    assert [len(part) for part in hold_out(items, 0.5)] in ([2, 1], [1, 2])
 
 
 def test_a_split_matches_patients(tmp_path: Path) -> None:

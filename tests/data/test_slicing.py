@@ -12,7 +12,7 @@ from conftest import real_data
 from monai.data import MetaTensor
 
 from med3dinsight_ext.data import slicing
-from med3dinsight_ext.data.slicing import choose, cut, depth, plane_number, window
+from med3dinsight_ext.data.slicing import choose, cut, depth, plane_number, usable, window
 from med3dinsight_ext.data.volumes import read_volume
 
 
@@ -121,6 +121,24 @@ def test_empty_slices_are_not_chosen() -> None:
 def test_faint_noise_in_the_background_does_not_make_a_slice_worth_choosing() -> None:
     noise = 0.05 * torch.rand(1, 20, 24, 28, generator=torch.Generator().manual_seed(0))
     assert torch.equal(choose(ball() + noise, 100, 0)[1], choose(ball(), 100, 0)[1])
+
+
+@pytest.mark.parametrize(("voxels", "chosen"), [(10, True), (20, True), (9, False), (1, False)])
+def test_a_slice_needs_a_tenth_of_the_tissue_of_the_fullest(voxels: int, chosen: bool) -> None:
+    for axis in range(3):
+        volume = torch.zeros(3, 10, 20)
+        volume[0, :, :10] = 1.0  # 100 voxels of tissue
+        volume[1].view(-1)[:voxels] = 1.0
+        turned = volume.movedim(0, axis)[None]
+        assert usable(turned)[axis].tolist() == [True, chosen, False]
+
+
+@pytest.mark.parametrize(("value", "chosen"), [(0.11, True), (0.09, False)])
+def test_tissue_is_brighter_than_a_tenth_of_the_bright_voxels(value: float, chosen: bool) -> None:
+    volume = torch.zeros(1, 3, 10, 20)
+    volume[0, 0, :, :10] = 1.0
+    volume[0, 1, :, :10] = value
+    assert usable(volume)[0].tolist() == [True, chosen, False]
 
 
 def test_slices_without_contrast_are_not_chosen() -> None:

@@ -20,7 +20,8 @@ from med3dinsight_ext.embeddings.targets import SliceTargets
 from med3dinsight_ext.models.student import StudentOutput
 zero, yes = torch.zeros(1, 4), torch.ones(1, 4).bool()
 unit, volume = torch.eye(4)[None], torch.zeros(1, 1, 2, 2, 2)
-target = SliceTargets(unit.flip(1), unit, yes, yes, zero.long(), zero, zero.long(), volume)
+number = zero.long()
+target = SliceTargets(unit.flip(1), unit, yes, yes, number, zero, number, volume, number)
 loss = AlignmentLoss("triplet")
 loss(StudentOutput({"joint": unit}, None, None), target)
 torch.testing.assert_close(loss.latest.image, torch.tensor(1.2))

@@ -152,11 +152,25 @@ def test_the_control_hides_the_volume_from_the_student_alone(
         "text_target",
         "has_text",
         "valid",
+        "patient_index",
     )
     batch = {k: found[k][None] for k in keys}
     shown, targets, question, _ = PrepareSlices(blank=True)(batch)
     assert not shown.any() and targets.volume.any()
     assert not isinstance(shown, MetaTensor) and torch.equal(question[0], targets.plane)
+
+
+def test_volumes_of_one_patient_have_one_number(items: list[dict], store: Store) -> None:
+    """By the item's patient; without one each file is its own."""
+    named = [item | {"patient": name} for item, name in zip(items, "aab", strict=True)]
+    numbers = []
+    for ready in (store.fill(named), store.fill(items)):
+        sample = SampleTargetsd("image", store.embedding_dims, 4)
+        found = [sample({**i, "image": read_volume(i["image"])})["patient_index"] for i in ready]
+        assert all(len(one) == 4 and len(one.unique()) == 1 for one in found)
+        numbers.append([int(one[0]) for one in found])
+    (a, again, b), alone = numbers
+    assert a == again != b and len(set(alone)) == 3
 
 
 def texts(items: list[dict], embedding_dims: dict[str, int]) -> list[torch.Tensor]:

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from running import BACKBONES, BUNDLES, configs
 
+from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.overrides import check_overrides
 
 
@@ -57,6 +59,7 @@ def test_a_word_that_would_arrive_as_text_stops_the_run(config: str, value: str,
     [
         ("patch_size", "64", "be a list"),
         ("patch_size", "[64,64]", "have 3 numbers"),
+        ("patch_size", "[64,64,a]", "be a list of numbers"),
         ("label_names", "tumour", "be a list"),
     ],
 )
@@ -65,6 +68,58 @@ def test_a_list_needs_a_list_of_its_length(
 ) -> None:
     with pytest.raises(SystemExit, match=f"override must {rule}, got --{argument} .*; write it"):
         check_overrides(["run", "--config_file", config, f"--{argument}", value])
+
+
+OVERLAYS = {
+    "patch_size: 64": "patch_size must be a list, got patch_size: 64 in .*o.yaml; write it like",
+    "patch_size: 64 64 64": "patch_size must be a list, got patch_size: 64 64 64 in",
+    "patch_size: null": "patch_size must be a list, got patch_size: None in",
+    "patch_size: [64, 64]": "patch_size must have 3 numbers, got",
+    "patch_size: [64, 64, x]": "patch_size must be a list of numbers, got",
+    "patch_size: {x: 64}": "patch_size must be a list, got",
+    "label_names: tumour": r"label_names must be a list, got .* write it like \['background'",
+}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_whose_list_is_none_is_named(config: str, overlay: str, tmp_path: Path) -> None:
+    path = tmp_path / "o.yaml"
+    path.write_text(overlay + "\n")
+    with pytest.raises(SystemExit, match=OVERLAYS[overlay]):
+        check_overrides(["run", "--config_file", f"['{config}','{path}']"])
+
+
+@pytest.mark.parametrize(
+    "overlay",
+    ["patch_size: [64, 64, 32]", "patch_size: $[8] * 3", 'patch_size: ["@a", 8, 8]', "other: 3",
+     "learning_rate: 1", "label_names: [a]", "prompts: [a, b]", "+prompts: [a]"],
+)  # fmt: skip
+def test_overlays_may_replace_a_list_by_a_list(config: str, overlay: str, tmp_path: Path) -> None:
+    path = tmp_path / "o.yaml"
+    path.write_text(overlay + "\n")
+    check_overrides(["run", "--config_file", f"['{config}','{path}']"])
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("key", ["patch_size", "spacing", "ct_range"])
+def test_each_bundle_names_a_number_that_should_be_a_list(
+    bundle: str, key: str, tmp_path: Path
+) -> None:
+    (tmp_path / "o.yaml").write_text(f"{key}: 2\n")
+    for name in ("train.json", "inference.json"):
+        files = [*with_shared(configs(bundle) / name), str(tmp_path / "o.yaml")]
+        with pytest.raises(SystemExit, match=f"{key} must be a list, got {key}: 2 in .*o.yaml"):
+            check_overrides(["run", "--config_file", str(files)])
+
+
+def test_every_overlay_passes() -> None:
+    overlays = [*BACKBONES.values(), *(p for b in BUNDLES for p in configs(b).glob("*.yaml"))]
+    assert len(overlays) > 10
+    for path in overlays:
+        bundle = path.parts[-3] if path.parts[-3] in BUNDLES else "pretrain"
+        base = "inference.json" if "inference" in path.name else "train.json"
+        files = [*with_shared(configs(bundle) / base), str(path)]
+        check_overrides(["run", "--config_file", str(files)])
 
 
 def test_an_empty_list_shows_the_value_in_brackets(config: str) -> None:

@@ -1,3 +1,4 @@
+import math
 import os
 from typing import Any
 
@@ -32,6 +33,7 @@ def batch(b: int = 2, s: int = 4, seed: int = 0) -> tuple[dict[str, Tensor], Sli
         unit(b, s, 6, seed=seed + 1), unit(b, s, 5, seed=seed + 2), yes, yes.clone(),
         torch.randint(3, (b, s), generator=random), torch.rand(b, s, generator=random),
         torch.zeros(b, s, dtype=torch.long), torch.rand(b, 1, 4, 4, 4, generator=random),
+        torch.zeros(b, s, dtype=torch.long),
     )  # fmt: skip
     tokens = {
         "image": torch.randn(b, s, 6, generator=random),
@@ -140,6 +142,24 @@ def test_float32_inside_autocast(kind: str) -> None:
         value = loss(output(low), target)
     assert value.dtype == torch.float32 and value.isfinite()
     assert torch.allclose(value, plain, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("n", [2, 16, 96, 300])
+@pytest.mark.parametrize("negatives", ["all", "same_plane"])
+def test_an_untrained_student_starts_at_siglips_balance(n: int, negatives: str) -> None:
+    """Its tokens are orthogonal to every target: pairs and negatives pull the bias alike."""
+    _, target = batch(1, n)
+    plane = torch.arange(n)[None] % (1 if n == 2 else 2)
+    image = F.normalize(torch.randn(1, n, 8), dim=-1)
+    image = torch.cat((image, torch.zeros_like(image)), -1)
+    target = target._replace(image=image, plane=plane, position=torch.zeros(1, n))
+    loss = AlignmentLoss("siglip", text_weight=0, negatives=negatives)
+    loss(output({"image": image.roll(8, -1)}), target).backward()
+    count = n - 1 if negatives == "all" or n == 2 else n // 2 - 1
+    expected = math.log(1 + count) + count * math.log(1 + 1 / count)  # of σ = 1 / (count + 1)
+    assert float(loss.latest.image) == pytest.approx(expected, rel=1e-4)
+    gradient = loss.logits["image"].grad
+    assert gradient is not None and abs(float(gradient[1])) < 1e-4
 
 
 def test_learned_parts_get_a_gradient() -> None:

@@ -34,6 +34,7 @@ class Target(NamedTuple):
     plane: Tensor
     position: Tensor
     modality: Tensor
+    patient: Tensor
 
 
 def cohort(b: int = 5, s: int = 7, noise: float = 1.0, seed: int = 0) -> tuple[Pred, Target]:
@@ -50,12 +51,13 @@ def cohort(b: int = 5, s: int = 7, noise: float = 1.0, seed: int = 0) -> tuple[P
         "image": image + noise * torch.randn(b, s, 6, generator=g),
         "text": text + noise * torch.randn(b, s, 4, generator=g),
     }
-    modality = torch.arange(b)[:, None].expand(b, s) % 2
-    return Pred(tokens), Target(image, text, has_text, valid, plane, position, modality)
+    patient = torch.arange(b)[:, None].expand(b, s)
+    modality = patient % 2
+    return Pred(tokens), Target(image, text, has_text, valid, plane, position, modality, patient)
 
 
 def pairs(n: int = 40, d: int = 6, seed: int = 0) -> tuple[Tensor, ...]:
-    """Noisy tokens, targets, plane, position, modality and volume of n slices."""
+    """Noisy tokens, targets, plane, position, modality and patient of n slices."""
     g = torch.Generator().manual_seed(seed)
     targets = F.normalize(torch.randn(n, d, generator=g), dim=1)
     tokens = targets + 0.5 * torch.randn(n, d, generator=g)
@@ -144,7 +146,7 @@ def test_queries_without_rivals_are_left_out() -> None:
 
 def test_no_rival_at_all_is_an_error() -> None:
     tokens, targets, *_ = pairs(3)
-    with pytest.raises(NotComputableError, match="two candidates, got 3 slices of 1 volumes"):
+    with pytest.raises(NotComputableError, match="two candidates, got 3 slices of 1 patients"):
         retrieval(tokens, targets, torch.arange(3), torch.rand(3), *torch.zeros(2, 3).long())
 
 
@@ -169,16 +171,30 @@ def test_metric_equals_the_function_on_valid_slices(target: str, within: bool) -
     metric.update(part(pred, truth, slice(0, 2)))
     metric.update(part(pred, truth, slice(2, 5)))
     mask = truth.has_text if target == "text" else truth.valid
-    volume = torch.arange(5)[:, None].expand(5, 7)
     expected = retrieval(
         *(row[mask] for row in (pred.tokens[target], getattr(truth, target))),
-        *(row[mask] for row in (truth.plane, truth.position, truth.modality, volume)),
+        *(row[mask] for row in (truth.plane, truth.position, truth.modality, truth.patient)),
         within=within,
         ks=(2, 3),
         depth_bins=2,
     )
     assert metric.compute() == expected["r2"]
     assert metric.latest == expected
+
+
+def test_the_interval_is_over_patients() -> None:
+    """Two volumes a patient that are alike: half as many independent units."""
+    pred, truth = cohort(b=12)
+    twice = [Pred({k: v.repeat(2, 1, 1) for k, v in pred.tokens.items()})]
+    twice += [Target(*(v.repeat(2, *[1] * (v.ndim - 1)) for v in truth))]
+    by_volume = Target(*twice[1])._replace(patient=torch.arange(24)[:, None].expand(24, 7))
+    width = []
+    for target in (twice[1], by_volume):
+        metric = Retrieval(within=False)
+        metric.update((twice[0], target))
+        metric.compute()
+        width.append(metric.latest["r5_high"] - metric.latest["r5_low"])
+    assert width[0] / width[1] == pytest.approx(2**0.5, rel=0.15)
 
 
 def test_a_joint_token_is_compared_with_both_targets() -> None:
@@ -311,7 +327,4 @@ def test_uneven_ranks_equal_one_process(shares: list[slice], tmp_path: Path) -> 
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt")
         assert list(got) == list(expected)
-        # The bootstrap draws volumes in another order.
-        assert all(
-            abs(got[k] - expected[k]) < (0.1 if "_low" in k or "_high" in k else 1e-6) for k in got
-        )
+        assert all(abs(got[k] - expected[k]) < 1e-6 for k in got)

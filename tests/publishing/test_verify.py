@@ -148,6 +148,10 @@ def not_finite(root: Path) -> None:
     torch.save(state, root / "models" / "model.pt")
 
 
+def student_not_finite(root: Path) -> None:
+    torch.save({"psat.bias": torch.tensor([torch.nan])}, root / "models" / "student.pt")
+
+
 @pytest.fixture
 def damaged(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(code, "FORMAT", {})  # three processes, which two tests are about
@@ -340,6 +344,10 @@ WITHIN: dict[str, tuple[Callable[[Path], Any], dict[str, str]]] = {
     "not finite": (
         not_finite,
         {"weights": "models/model.pt has model.0.conv.bias with values that are not"},
+    ),
+    "student not finite": (
+        student_not_finite,
+        {"checkpoints": "models/student.pt has psat.bias with values that are not finite"},
     ),
     "target": (
         change("inference.json", preprocessing__transforms__0=ELSEWHERE),

@@ -18,8 +18,8 @@ def test_a_kill_while_saving_keeps_the_old_checkpoint(
     engine.run([0], max_epochs=1)
     before = (tmp_path / "model.pt").read_bytes()
 
-    def die(content: object, file: object, **_: object) -> None:
-        file.write(b"half")  # type: ignore[attr-defined]
+    def die(content: object, file: Path) -> None:
+        file.write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", die)
@@ -59,13 +59,14 @@ def test_a_pickle_with_code_is_never_run(
     assert "ran" not in capsys.readouterr().out
 
 
-def test_weights_that_diverged_are_refused(tmp_path: Path) -> None:
-    network = nn.Linear(2, 1)
-    torch.save(network.state_dict(), tmp_path / "model.pt")
-    load_weights(network, tmp_path / "model.pt")
-    broken = {"weight": torch.tensor([[0.0, float("nan")]]), "bias": torch.zeros(1)}
-    torch.save(broken, tmp_path / "model.pt")
+@pytest.mark.parametrize(("name", "value"), [("model.pt", "nan"), ("student.pt", "inf")])
+def test_weights_that_diverged_are_refused(tmp_path: Path, name: str, value: str) -> None:
+    network = nn.BatchNorm1d(2)
+    torch.save(network.state_dict(), tmp_path / name)
+    load_weights(network, tmp_path / name)
+    broken = {**network.state_dict(), "running_var": torch.tensor([0.0, float(value)])}
+    torch.save(broken, tmp_path / name)
     with pytest.raises(
-        ValueError, match="NaN or infinity in .'weight'. of .*model.pt; train again"
+        ValueError, match=f"NaN or infinity in .'running_var'. of .*{name}; train again"
     ):
-        load_weights(network, tmp_path / "model.pt")
+        load_weights(network, tmp_path / name)

@@ -7,6 +7,7 @@ import pickle
 import re
 
 import torch
+from torch import Tensor
 
 from med3dinsight_ext.publishing.checks.folder import (
     METADATA,
@@ -16,6 +17,7 @@ from med3dinsight_ext.publishing.checks.folder import (
     settle,
 )
 from med3dinsight_ext.publishing.zoo import LARGE, texts
+from med3dinsight_ext.training.weights import not_finite
 
 HASHES = ("md5", "sha1", "sha256", "sha512")  # that MONAI takes
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
@@ -84,12 +86,17 @@ def check_paths(folder: PublishedFolder) -> str:
 
 
 def check_checkpoints(folder: PublishedFolder) -> str:
-    """Checkpoints hold tensors alone, and nothing else could run code when loaded."""
+    """Checkpoints hold finite tensors alone, and nothing else could run code when loaded."""
     names, faults = folder.names(), []
     weights = [name for name in names if name.lower().endswith(CHECKPOINTS)]
     for name in weights:
         try:
-            torch.load(folder.root / name, map_location="cpu", weights_only=True)
+            content = torch.load(folder.root / name, map_location="cpu", weights_only=True)
+            if name != "models/model.pt":  # which has a check of its own
+                named = content.items() if isinstance(content, dict) else ()
+                tensors = {key: value for key, value in named if isinstance(value, Tensor)}
+                faults += [f"{name} has {key} with values that are not finite"
+                           for key in not_finite(tensors)]  # fmt: skip
         except pickle.UnpicklingError as error:
             what = re.search(r"GLOBAL (\S+)", str(error))
             faults.append(
