@@ -59,8 +59,7 @@ def main(
         scores = trained(example, bundle, str(folder), train, test)
         publish(
             str(bundles_dir() / bundle), weights=str(folder / "models" / "model.pt"), name=name,
-            out=out, overlays=str(HERE.parents[1] / "benchmarks" / f"{example}.yaml"),
-            metrics=str(scores), card=str(HERE / f"{example}.yaml"),
+            out=out, metrics=str(scores), card=str(HERE / f"{example}.yaml"),
         )  # fmt: skip
         verify(str(Path(out) / name))
 

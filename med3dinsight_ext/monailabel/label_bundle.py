@@ -16,8 +16,10 @@ from med3dinsight_ext.publishing.bundle import (
     find_bundle,
     measured_metadata,
     merged_configs,
+    takes_clicks,
     weights_file,
 )
+from med3dinsight_ext.training.record import FILE, read_record
 
 COPIED = ("LICENSE", "docs", "configs/multi_gpu_train.json", "configs/logging.conf")
 
@@ -32,8 +34,9 @@ def label_bundle(
         target: new folder; its name is the model's, and with clicks must contain "deepedit", by
             which viewers offer points.
         weights: model.pt of a training with the same overlays.
-        overlays: config files that it was trained with, separated by commas: backbone, label names.
-        click: it was trained with click.yaml.
+        overlays: config files that it was trained with, separated by commas: backbone, label names;
+            not needed where models/run.json records them.
+        click: it was trained with click.yaml; also from the record.
         bundle: seg-finetune, or a folder made of it.
 
     Raises:
@@ -43,8 +46,10 @@ def label_bundle(
     folder, source = Path(target), find_bundle(bundle)
     if folder.exists():
         raise ValueError(f"target must be a new folder, got {target}; choose another name")
+    record = read_record(weights)
+    click = click or takes_clicks(record)
     check_click("target", folder.name, click)
-    merged = merged_configs(source, overlays, click)
+    merged = merged_configs(source, overlays, click, record)
     network = ConfigParser(merged["inference"]).get_parsed_content("network_def")
     state = filled_state(network, weights)
     metadata = measured_metadata(source, network, merged["inference"])
@@ -57,5 +62,7 @@ def label_bundle(
     for name, content in {**merged, "metadata": metadata}.items():
         (draft / "configs" / f"{name}.json").write_text(as_json(content), "utf-8")
     write_atomic(draft / "models" / "model.pt", lambda path: path.write_bytes(weights_file(state)))
+    if record is not None:
+        shutil.copy(Path(weights).with_name(FILE), draft / "models")
     move(draft, folder)
     print(f"wrote {folder}; python -m med3dinsight_ext label --studies DIR --bundles {folder}")

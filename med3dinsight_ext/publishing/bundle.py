@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,18 @@ from typing import Any
 import torch
 import yaml
 from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import Tensor, nn
 
 from med3dinsight_ext.io.bundles import NAMES, bundles_dir, config_files, kind_of
 from med3dinsight_ext.training.weights import read_weights
+
+PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretrained", "ckpt_dir",
+          "output_dir", "store_dir")  # fmt: skip
+MACHINE = ("device", "subset")
+RUN = ("imports", "initialize", "run", "finalize", "evaluator")  # differ between the configs
+DATA = ("train::dataset::data", "validate::dataset::data")  # lists of files by MONAI Label
+ATTACHED = ("CheckpointLoader", "MLFlowHandler")  # to the handlers, by MONAI Label and MONAI
 
 
 def find_bundle(bundle: str | Path) -> Path:
@@ -40,25 +49,92 @@ def check_click(argument: str, name: str, click: bool) -> None:
 
 
 def merged_configs(
-    bundle: Path, overlays: str | Sequence[str], click: bool
-) -> dict[str, dict[str, Any]]:
-    """A bundle's train and inference configs with the overlays that a network was trained with.
+    bundle: Path, overlays: str | Sequence[str] = "", click: bool = False,
+    record: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """A bundle's train and inference configs as a network was trained, without this machine.
 
     Args:
         bundle: folder of the bundle.
         overlays: files, separated by commas.
         click: click.yaml and click_inference.yaml come last.
+        record: of the training, from ``read_record``; its config is taken, and overlays and click
+            must agree with it.
     """
     listed = overlays.split(",") if isinstance(overlays, str) else overlays
     paths = [path for path in (str(path).strip() for path in listed) if path]
     for path in paths:
         _check_overlay(path)
+    recorded = (record or {}).get("config")
+    train = _elsewhere(recorded, bundle) if recorded else {}
+    if train:
+        _check_agreement(bundle, paths, click, train)
     merged = {}
     for name, last in (("train", "click.yaml"), ("inference", "click_inference.yaml")):
-        files = [*config_files(bundle, name), *paths]
-        files += [bundle / "configs" / last] if click else []
-        merged[name] = dict(ConfigParser.load_config_files([str(file) for file in files]))
-    return merged
+        files = config_files(bundle, name)
+        plain = _load(files)
+        more = [bundle / "configs" / last] if click else []
+        merged[name] = _load([*files, *(() if train else paths), *more])
+        merged[name] |= {key: plain[key] for key in PLACES if key in plain}
+    return {"train": train, "inference": _as_trained(merged, train, bundle)} if train else merged
+
+
+def _check_agreement(
+    bundle: Path, overlays: Sequence[str], click: bool, train: Mapping[str, Any]
+) -> None:
+    """Check that overlays and click are those of a recorded train config."""
+    if click and "max_clicks" not in train:
+        raise ValueError("click must agree with run.json, got True; it was trained without clicks")
+    files = config_files(bundle, "train")
+    more = [bundle / "configs" / "click.yaml"] if click else []
+    plain, given = _load(files), _load([*files, *overlays, *more]) if overlays else {}
+    for key in [key for key in given if key not in (*PLACES, *MACHINE)]:
+        if given[key] not in (plain.get(key), train.get(key)):
+            raise ValueError(
+                f"overlays must agree with run.json, got {key} {given[key]}, trained with "
+                f"{train.get(key)}; leave overlays out, the record holds the config"
+            )
+
+
+def _as_trained(
+    merged: Mapping[str, dict[str, Any]], train: Mapping[str, Any], bundle: Path
+) -> dict[str, Any]:
+    """Inference config with what a recorded training changed of the bundle's train config."""
+    plain, inference = _load(config_files(bundle, "train")), merged["inference"]
+    changed = {key: value for key, value in train.items() if value != plain.get(key)}
+    for key, value in changed.items():
+        if key not in RUN and (key in inference or key not in merged["train"]):
+            inference[key] = value
+    new = [line for line in train["imports"] if line not in plain["imports"]]
+    return inference | {"imports": [*inference["imports"], *new]}
+
+
+def takes_clicks(record: Mapping[str, Any] | None) -> bool:
+    """Whether a recorded training was one with click.yaml."""
+    return "max_clicks" in ((record or {}).get("config") or {})
+
+
+def _load(files: Sequence[Path | str]) -> dict[str, Any]:
+    return dict(ConfigParser.load_config_files([str(file) for file in files]))
+
+
+def _elsewhere(config: Mapping[str, Any], bundle: Path) -> dict[str, Any]:
+    """A recorded train config without what bound it to its machine, data and launcher."""
+    parser = ConfigParser(copy.deepcopy(dict(config)))
+    own = ConfigParser(_load(config_files(bundle, "train")))
+    launcher = ConfigParser.load_config_file(bundle / "configs" / "multi_gpu_train.json")
+    reset = [key for key, value in launcher.items() if key in own and parser.get(key) == value]
+    reset += [key for key in DATA if isinstance(parser.get(key), list)]
+    reset += [key for key in (*PLACES, *MACHINE) if key in own]
+    for key in reset:
+        parser[key] = own.get(key)
+    handlers = parser["train"]["handlers"]
+    parser["train"]["handlers"] = [
+        handler for handler in handlers
+        if not isinstance(handler, Mapping) or handler.get("_target_") not in ATTACHED
+    ]  # fmt: skip
+    tracking = DEFAULT_MLFLOW_SETTINGS["configs"]
+    return {k: v for k, v in parser.get().items() if k in own or k not in tracking}
 
 
 def _check_overlay(path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from monai.bundle import ConfigParser
 
 from med3dinsight_ext.io.errors import advice
 from med3dinsight_ext.publishing.zoo import NO_TORCHSCRIPT, PACKAGE, PINS
+from med3dinsight_ext.training.transfer_report import percent
 
 METADATA = ("task", "description", "authors", "copyright", "data_source", "references",
             "intended_use")  # fmt: skip
@@ -23,7 +25,9 @@ TASKS = {
     "classification": "image-classification",
     "pretraining": "image-feature-extraction",
 }
-USED = ("spacing", "ct_range", "batch_size", "max_epochs", "learning_rate", "seed")  # of train
+USED = ("spacing", "ct_range")  # of train
+ROWS = ("epochs", "cases", "learning rate", "batch size", "seed", "device", "time (h:mm:ss)",
+        "versions", "commit", "pre-trained from")  # fmt: skip
 ONNX = "onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.23.2"  # also of Python 3.10
 
 
@@ -78,6 +82,7 @@ def front_matter(name: str, kind: str, metadata: Mapping[str, Any], licence: str
 def readme(
     name: str, kind: str, metadata: Mapping[str, Any], train: Mapping[str, Any],
     card: Mapping[str, Any], table: str, fault: str, traced: bool,
+    record: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """The text in the section order of MONAI's Model Zoo, from templates/README.md.j2.
 
@@ -90,6 +95,7 @@ def readme(
         table: of the scores; "" if there are none.
         fault: why TorchScript cannot take the network; "" if it can.
         traced: whether a trace can.
+        record: of the training, from ``read_record``.
 
     Raises:
         ValueError: spacing or ct_range do not have the numbers that they need.
@@ -111,7 +117,8 @@ def readme(
     )  # fmt: skip
     return environment.get_template("README.md.j2").render(
         name=name, kind=kind, metadata=metadata, image=image, pred=pred, used=used, train=train,
-        card=dict.fromkeys(KEYS, "") | dict(card), table=table, fault=fault, traced=traced,
+        card=dict.fromkeys(KEYS, "") | dict(card), ran=run_table(record), table=table,
+        fault=fault, traced=traced,
         size=" × ".join(map(str, image["spatial_shape"])),
         spacing=" × ".join(map(str, used["spacing"])),
         network=backbone.get("_target_") if isinstance(backbone, Mapping) else backbone,
@@ -119,3 +126,54 @@ def readme(
         click_example=json.dumps(example) if image["num_channels"] > 1 else "",
         package=PACKAGE, no_torchscript=NO_TORCHSCRIPT, onnx=ONNX,
     )  # fmt: skip
+
+
+def run_table(record: Mapping[str, Any] | None) -> str:
+    """Markdown table of what a training ran with.
+
+    Args:
+        record: from ``read_record``; None gives "not recorded" in every row.
+    """
+    rows = dict.fromkeys(ROWS, "not recorded") if record is None else _rows(record)
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {text} |" for key, text in rows.items())])
+
+
+def _rows(record: Mapping[str, Any]) -> dict[str, str]:
+    data, code = record["data"], record["code"]
+    best, metric = record["best_epoch"], record["best_metric"]
+    epochs = str(record["epochs"]) if record["epochs"] else "none, the head was fitted"
+    kept = f"; the weights are of epoch {best}" if best else ""
+    kept += f", {metric[0]} {metric[1]:.4f}" if best and metric else ""
+    again = "".join(f"; resumed after epoch {epoch}" for epoch in record["resumed_after"])
+    again += "".join(
+        f"; after a round of {row['epochs'] or 'unrecorded'} epochs" for row in record["rounds"]
+    )
+    held = data.get("validation", {"cases": 0})["cases"]
+    rate, several = record["learning_rate"], record["processes"] > 1
+    seconds = record["seconds"]
+    machine = record["device"] + (f" × {record['processes']}" if several else "")
+    fingerprint = (data["training"]["sha256"] or "not recorded")[:12]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    changed = " with changes" if code and code["changed"] else ""
+    return {
+        "epochs": f"{epochs}{kept}{again}",
+        "cases": f"{data['training']['cases']} for training (fingerprint {fingerprint}), {held} "
+        "for validation",
+        "learning rate": "none" if rate is None else f"{rate:g}",
+        "batch size": f"{record['batch_size']}{' a process' if several else ''}",
+        "seed": str(record["seed"]),
+        "device": machine,
+        "time (h:mm:ss)": "not recorded" if seconds is None else str(timedelta(0, round(seconds))),
+        "versions": versions,
+        "commit": f"`{code['commit']}`{changed}" if code else "not recorded: no checkout",
+        "pre-trained from": _source(record["pretrained"]),
+    }
+
+
+def _source(start: Mapping[str, Any] | None) -> str:
+    if start is None:
+        return "nothing, from scratch"
+    share = start["share"] if start["encoder_share"] is None else start["encoder_share"]
+    what = "parameters" if start["encoder_share"] is None else "encoder"
+    digest = f", sha256 `{start['sha256']}`" if start["sha256"] else ""
+    return f"`{start['file']}`{digest}, {percent(share)} of the {what}"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from med3dinsight_ext.io.errors import summary
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.training.checkpoints import load_weights
+from med3dinsight_ext.training.record import read_record, state_hash
 
 TOLERANCE = 1e-3  # of the largest output
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
@@ -62,12 +63,14 @@ def export(folder: str) -> None:
     parser["bundle_root"] = str(root)
     network = parser.get_parsed_content("network_def").eval()
     load_weights(network, root / "models" / "model.pt")
+    read_record(root / "models" / "model.pt")
     size = parser.get_parsed_content("patch_size")
     volumes = torch.rand(2, _channels(network), *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         truth = [_tensors(network(volumes[:b])) for b in (1, 2)]
     report: dict[str, Any] = {
-        "network": _name(network), "versions": versions, "tolerance": TOLERANCE,
+        "network": _name(network), "weights_sha256": state_hash(network.state_dict()),
+        "versions": versions, "tolerance": TOLERANCE,
     }  # fmt: skip
     given = {"bundle_root": str(root), "config_file": str(config),
              "ckpt_file": str(root / "models" / "model.pt"), "net_id": "network_def",

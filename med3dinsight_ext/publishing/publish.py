@@ -20,6 +20,7 @@ from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.errors import first_line
 from med3dinsight_ext.io.files import move
 from med3dinsight_ext.publishing.bundle import (
+    PLACES,
     as_json,
     channel_names,
     check_click,
@@ -27,12 +28,14 @@ from med3dinsight_ext.publishing.bundle import (
     find_bundle,
     measured_metadata,
     merged_configs,
+    takes_clicks,
     weights_file,
 )
 from med3dinsight_ext.publishing.card import METADATA, front_matter, read_card, readme
 from med3dinsight_ext.publishing.scores import read_scores
 from med3dinsight_ext.publishing.vendoring import reached_modules, requirements, vendored
 from med3dinsight_ext.publishing.zoo import LARGE, NAME, PACKAGE, TASKS, VERSION
+from med3dinsight_ext.training.record import FILE, read_record
 
 SCHEMA = (
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"
@@ -40,8 +43,6 @@ SCHEMA = (
 )
 COPIED = ("LICENSE", "configs/logging.conf")
 OVERLAYS = ("evaluate", "multi_gpu_train", "embed")  # of train.json
-PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretrained", "ckpt_dir",
-          "output_dir", "store_dir")  # fmt: skip
 BEFORE = r"(?<![\w.>])(?<!\+ ['\"])"  # the path goes on from a name, or joins what a key holds
 HOME = re.compile(BEFORE + r"(?:/(?:home|Users|root|mnt|tmp)/|~/|[A-Z]:\\\w)[^\s\"']*")
 
@@ -54,16 +55,16 @@ def publish(
 ) -> None:  # fmt: skip
     """Write ``out``/``name``, a bundle that runs without this package, and ``name``.zip.
 
-    The same input gives the same bytes. Paths of this machine (``PLACES``) are reset to the
-    bundle's defaults.
+    The same input gives the same bytes. Configs and card repeat the training that models/run.json
+    records; paths of this machine (``bundle.PLACES``) are reset to the bundle's defaults.
 
     Args:
         bundle: pretrain, seg-finetune or cls-finetune, or a folder made of one.
         weights: models/model.pt of its training; pretrain needs student.pt beside it too.
         name: task and modality in lower case with underscores; with clicks it contains "deepedit".
         out: folder that gets the two.
-        overlays: config files that it was trained with, separated by commas.
-        click: it was trained with click.yaml.
+        overlays: config files that it was trained with, separated by commas, if there is no record.
+        click: it was trained with click.yaml; also from the record.
         metrics: JSON that ``evaluate`` wrote: eval/metrics.json, of pretrain eval/retrieval.json.
         card: YAML file about the model; its keys are ``card.KEYS``.
         version: of the model, three numbers.
@@ -76,10 +77,12 @@ def publish(
     source, folder = find_bundle(bundle), Path(out) / str(name)
     if not (source / "configs" / "inference.json").is_file():
         raise ValueError(f"bundle must hold configs/inference.json, got {bundle}; correct the path")
+    record = read_record(weights)
+    click = click or takes_clicks(record)
     check_names(source, folder, click, version)
     files = contents(
         source, Path(weights), folder.name, overlays, click, metrics, card, version,
-        change_text(changes),
+        change_text(changes), record,
     )  # fmt: skip
     check_places(files, (bundle, weights, out, ".", *(path for path in (card, metrics) if path)))
     large = [path for path, data in files.items() if len(data) > LARGE]
@@ -121,11 +124,12 @@ def change_text(changes: object) -> str:
 def contents(
     source: Path, weights: Path, name: str, overlays: str | Sequence[str], click: bool,
     metrics: str | None, card: str | None, version: str, changes: str,
+    record: Mapping[str, Any] | None,
 ) -> dict[str, bytes]:  # fmt: skip
     """Every file of the folder by its path in it; arguments as in ``publish``."""
     facts = read_card(card)
     kind = kind_of(source)
-    configs = release_configs(source, overlays, click)
+    configs = release_configs(source, overlays, click, record)
     train, inference = configs["train"], configs["inference"]
     names = channel_names(kind, inference)
     classes = {"segmentation": names[1:], "classification": names}
@@ -147,7 +151,7 @@ def contents(
     }
     fault = torchscript_fault(network)
     traced = bool(fault) and traces(network, metadata["network_data_format"]["inputs"]["image"])
-    text = readme(name, kind, metadata, train, facts, scores.table, fault, traced)
+    text = readme(name, kind, metadata, train, facts, scores.table, fault, traced, record)
     licence = (source / "docs" / "data_license.txt").read_text("utf-8")
     licence = facts.get("data_license", licence.replace("no data and no weights", "no data"))
     texts = {
@@ -159,21 +163,22 @@ def contents(
         **{path: (source / path).read_text("utf-8") for path in COPIED},
         **vendored(modules),
     }
+    if record is not None:
+        hidden = {key: record[key] for key in record if key != "command"}
+        evaluated = {k: v for k, v in record["evaluated"].items() if k not in PLACES}
+        texts[f"models/{FILE}"] = as_json({**hidden, "config": train, "evaluated": evaluated})
     return files | {path: text.encode() for path, text in texts.items()}
 
 
 def release_configs(
-    source: Path, overlays: str | Sequence[str], click: bool
+    source: Path, overlays: str | Sequence[str], click: bool, record: Mapping[str, Any] | None
 ) -> dict[str, dict[str, Any]]:
-    """Configs by their stems: overlays merged, without paths of this machine and drawings."""
-    merged = merged_configs(source, overlays, click)
-    plain = merged_configs(source, (), False)
-    for stem, config in merged.items():
-        own = plain[stem]
-        config |= {key: own[key] for key in PLACES if key in own}
-        given, merged_teacher = own.get("teacher"), config.get("teacher")
-        if isinstance(given, dict) and isinstance(merged_teacher, dict) and "_disabled_" in given:
-            merged_teacher.setdefault("_disabled_", given["_disabled_"])
+    """Configs by their stems: those of the training, without drawings."""
+    merged = merged_configs(source, overlays, click, record)
+    own = ConfigParser.load_config_file(source / "configs" / "inference.json")
+    given, teacher = own.get("teacher"), merged["inference"].get("teacher")
+    if isinstance(given, dict) and isinstance(teacher, dict) and "_disabled_" in given:
+        merged["inference"]["teacher"] = {"_disabled_": given["_disabled_"], **teacher}
     if kind_of(source) == "pretraining" and "handlers" in merged["inference"]:
         merged["inference"]["handlers"] = without_reports(merged["inference"]["handlers"])
     paths = {stem: source / "configs" / f"{stem}.json" for stem in OVERLAYS}
@@ -274,13 +279,13 @@ def check_places(files: Mapping[str, bytes], given: Iterable[str]) -> None:
     places = {path.parent if path.is_file() else path for path in paths}
     known = sorted(str(place) for place in places if place != place.parent)
     for path, data in sorted(files.items(), key=lambda file: not file[0].startswith("configs/")):
-        text = "" if path.startswith("models/") else data.decode()
+        text = "" if path.endswith(".pt") else data.decode()
         found = [match.group() for match in HOME.finditer(text)]
         found += [place for place in known if re.search(f"{BEFORE}{re.escape(place)}/", text)]
         for place in found:
             raise ValueError(
                 f"{path} must not name a place on this machine, got {place}; take it out of the "
-                "overlays or the card"
+                "overlays, the config that was trained, or the card"
             )
 
 

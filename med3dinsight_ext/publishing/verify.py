@@ -30,7 +30,7 @@ FILE_CHECKS: dict[str, Callable[[PublishedFolder], str]] = {
     "README sections": documents.check_readme, "version": documents.check_version,
     "packages": code.check_packages, "large files": contents.check_large,
     "paths": contents.check_paths, "Python 3.10": code.check_syntax, "format": code.check_format,
-    "checkpoints": contents.check_checkpoints,
+    "checkpoints": contents.check_checkpoints, "record": documents.check_record,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.training import incremental
 from med3dinsight_ext.training.checkpoints import checkpoint, resume
 from med3dinsight_ext.training.history import scalar_metrics
+from med3dinsight_ext.training.record import recorded
 from med3dinsight_ext.training.weights import not_finite
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def run(
         handlers: of the trainer.
     """
     if loaders := [handler for handler in handlers if isinstance(handler, CheckpointLoader)]:
-        incremental.run(trainer, evaluator, best, state, loaders)
+        incremental.run(trainer, evaluator, best, state, loaders, ckpt_dir)
         return
     path = Path(ckpt_dir) / "last.ckpt"
     scaler = getattr(trainer, "scaler_", None)
@@ -118,12 +119,14 @@ def run(
         return
     for saver in best:
         (evaluator or trainer).add_event_handler(Events.EPOCH_COMPLETED, saver)
+    record = recorded(trainer, evaluator, best, ckpt_dir)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint(state, ckpt_dir, path.name))
     trainer.run()
     for saver in best:
         if not saver._saved:  # no epoch was validated
             saver.score_function = None
             saver(trainer)
+    record.update(trainer.state.epoch)
     if idist.get_rank() == 0:
         names = ", ".join(str(Path(ckpt_dir) / saver.filename_pattern) for saver in best)
         logger.info(f"trained for {trainer.state.epoch} epochs; wrote {names}{_best(evaluator)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
@@ -11,6 +12,7 @@ from ignite.handlers import Checkpoint
 from monai.handlers import CheckpointLoader
 
 from med3dinsight_ext.training.checkpoints import load_weights
+from med3dinsight_ext.training.record import recorded
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,7 @@ def run(
     best: Sequence[Checkpoint],
     state: Mapping[str, Any],
     loaders: Sequence[CheckpointLoader],
+    ckpt_dir: str | Path,
 ) -> None:
     """Train from the weights that ``loaders`` name, which must fit the network as a whole.
 
@@ -34,12 +37,15 @@ def run(
         best: savers from ``checkpoints.checkpoint``.
         state: with "network" and, if there is one, its moving "average".
         loaders: handlers of the trainer.
+        ckpt_dir: folder of the record, which stays that of the given weights until an epoch
+            replaces them.
     """
     for loader in loaders:  # by itself, a loader skips what does not fit
         load_weights(state["network"], loader.load_path)
     for saver in best:
         (evaluator or trainer).add_event_handler(Events.EPOCH_COMPLETED, saver)
     if evaluator is None:
+        recorded(trainer, None, best, ckpt_dir, loaders[-1].load_path)
         trainer.run()
         logger.info(f"trained for {trainer.state.epoch} epochs; wrote the last one")
         return
@@ -49,6 +55,7 @@ def run(
     name = evaluator.state.key_metric_name
     start = evaluator.state.metrics[name]
     evaluator.state.epoch = evaluator.state.best_metric_epoch = 0
+    recorded(trainer, evaluator, best, ckpt_dir, loaders[-1].load_path)
     trainer.run()
     found, epoch = evaluator.state.best_metric, evaluator.state.best_metric_epoch
     kept = f"kept epoch {epoch}, now {found:.4f}" if epoch else "no epoch was better"

@@ -76,7 +76,9 @@ def inference(trained: tuple[str, dict[str, Any]], volumes: Path, **changes: Any
 def test_training_writes_what_the_docs_say(trained: tuple[str, dict[str, Any]]) -> None:
     bundle, changes = trained
     root = Path(changes["bundle_root"])
-    files = {"model.pt", "last.ckpt"} | ({"student.pt"} if bundle == "pretrain" else set())
+    files = {"model.pt", "last.ckpt", "run.json"} | (
+        {"student.pt"} if bundle == "pretrain" else set()
+    )
     assert {p.name for p in (root / "models").iterdir()} == files
     rows = [json.loads(line) for line in (root / "eval" / "history.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]

@@ -31,8 +31,10 @@ def test_an_example_is_trained_scored_published_and_verified(tmp_path: Path) -> 
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment(),
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "15 ok, 1 skipped, 0 failed" in done.stdout
+    assert "16 ok, 1 skipped, 0 failed" in done.stdout
     readme = (
         tmp_path / "releases" / "med3dinsight_hippocampus_segmentation" / "README.md"
     ).read_text()
     assert "license: cc-by-sa-4.0" in readme and "| anterior | 2 |" in readme
+    assert "| epochs | 1; the weights are of epoch 1 |" in readme
+    assert "| cases | 6 for training" in readme

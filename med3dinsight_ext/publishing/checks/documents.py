@@ -7,8 +7,10 @@ import json
 import re
 from pathlib import Path
 
+from med3dinsight_ext.publishing.card import run_table
 from med3dinsight_ext.publishing.checks.folder import METADATA, PublishedFolder, Skipped, settle
 from med3dinsight_ext.publishing.zoo import NAME, TASKS, VERSION
+from med3dinsight_ext.training.record import FILE, read_record
 
 FILES = (
     METADATA, "LICENSE", "models/model.pt", "README.md", "docs/README.md",
@@ -63,6 +65,25 @@ def check_readme(folder: PublishedFolder) -> str:
     if card.is_file() and not card.read_text("utf-8").rstrip().endswith(text.strip()):
         faults.append("README.md does not end with the text of docs/README.md")
     return settle(faults, f"{len(SECTIONS)} sections in the zoo's order")
+
+
+def check_record(folder: PublishedFolder) -> str:
+    """The record of the training is that of the weights, of train.json and of the README."""
+    name = f"models/{FILE}"
+    weights = folder.root / "models" / "model.pt"
+    if not (folder.root / name).is_file():
+        raise Skipped(f"{name} is missing; what these weights were trained with is not recorded")
+    if not weights.is_file():
+        raise Skipped("models/model.pt is not here, see files and large files")
+    record = read_record(weights) or {}
+    config, train = record["config"], folder.read("configs/train.json")
+    keys = dict.fromkeys([*config, *train])
+    faults = [f"configs/train.json has {key} {train.get(key)}, {name} {config.get(key)}"
+              for key in keys if train.get(key) != config.get(key)]  # fmt: skip
+    text = folder.text("docs/README.md")
+    faults += [f"docs/README.md lacks the line {line}, see {name}"
+               for line in run_table(record).splitlines() if line not in text]  # fmt: skip
+    return settle(faults, f"{record['epochs']} epochs, {record['data']['training']['cases']} cases")
 
 
 def check_version(folder: PublishedFolder) -> str:

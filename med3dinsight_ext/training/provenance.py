@@ -1,0 +1,131 @@
+"""What a training runs with: config, code, machine, weights and cases that it starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from monai.bundle import ConfigParser
+
+from med3dinsight_ext import __version__
+from med3dinsight_ext.io.files import HashMemo, sha256
+
+LONGEST = 1000  # characters of an evaluated config value that is recorded
+
+
+def running_parser() -> ConfigParser | None:
+    """The parser of the MONAI workflow that is being run, with every override merged in.
+
+    MONAI passes an expression the values of other items but not its parser, so this looks for the
+    parser among the callers.
+    """
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if isinstance(parser := frame.f_locals.get("self"), ConfigParser):
+            return parser
+    return None
+
+
+def settings(parser: ConfigParser | None, evaluated: Mapping[str, Any]) -> dict[str, Any]:
+    """The command and the config with every override; its evaluated values where they are plain."""
+    config = None if parser is None else {k: v for k, v in parser.get().items() if k != "_meta_"}
+    return {
+        "command": ["python", *sys.orig_argv[1:]],
+        "seed": evaluated.get("seed", (config or {}).get("seed")),
+        "config": config,
+        "evaluated": _plain(config or {}, evaluated),
+    }
+
+
+def _plain(config: Mapping[str, Any], evaluated: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the config's expressions and references that are short plain data without paths."""
+    found = {}
+    for key, raw in config.items():
+        if key in evaluated and isinstance(raw, str) and raw[:1] in ("$", "@"):
+            try:
+                text = json.dumps(evaluated[key])
+            except (TypeError, ValueError):
+                continue
+            if len(text) <= LONGEST and not {"/", "\\"} & set(text):
+                found[key] = evaluated[key]
+    return found
+
+
+def machine(device: Any) -> dict[str, Any]:
+    """What the training runs on."""
+    versions = {"python": platform.python_version(), "med3dinsight_ext": __version__}
+    device = torch.device(device)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processes": idist.get_world_size(),
+        "versions": versions | {name: version(name) for name in ("torch", "monai")},
+        "code": _commit(),
+    }
+
+
+def _commit() -> dict[str, Any] | None:
+    """Commit of the checkout that this file is tracked in, and whether files were changed."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", Path(__file__).name):
+            return None
+        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": git("rev-parse", "HEAD"), "changed": changed}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def start_weights(transfer: Any) -> dict[str, Any] | None:
+    """Name and hash of the weights that a run starts from, and what of them was loaded."""
+    report = getattr(transfer, "report", None)
+    if report is None or not report.file:
+        return None
+    file = Path(report.file)
+    counts = {key: len(getattr(report, key)) for key in ("loaded", "extended", "skipped", "unused")}
+    shares = {"share": report.share, "encoder_share": report.encoder_share}
+    return {"file": file.name, "sha256": sha256(file) if file.is_file() else None, **counts,
+            **shares}  # fmt: skip
+
+
+def cases(
+    loaders: Mapping[str, Any], evaluated: Mapping[str, Any], folder: Path, hashed: bool
+) -> dict[str, Any]:
+    """Number of cases of each loader, and a hash over their names and contents or None."""
+    place = evaluated.get("store_dir") or evaluated.get("output_dir") or folder
+    memo = HashMemo(Path(place) / "files.jsonl")
+    split = evaluated.get("split")
+    found: dict[str, Any] = {"split_sha256": sha256(Path(split)) if split else None}
+    for name, loader in loaders.items():
+        items = getattr(loader.dataset, "data", ())
+        rows = sorted(_case(item, memo) for item in items) if hashed else []
+        digest = hashlib.sha256("\n".join(rows).encode()).hexdigest() if hashed else None
+        found[name] = {"cases": len(items), "sha256": digest}
+    return found
+
+
+def _case(item: Any, memo: HashMemo) -> str:
+    """Names and hashes of a case's image and label, or the label itself."""
+    row = []
+    for key in ("image", "label"):
+        value = item.get(key) if isinstance(item, Mapping) else None
+        path, _, member = str(value).partition("::")
+        is_file = isinstance(value, (str, os.PathLike)) and os.path.isfile(path)
+        row += [os.path.basename(path), member, memo(path)] if is_file else [str(value)]
+    return json.dumps(row)

@@ -1,0 +1,205 @@
+"""What a training ran with stands in models/run.json."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+import torch
+from running import command, environment, merged, run, settings
+
+from med3dinsight_ext.training.provenance import running_parser
+from med3dinsight_ext.training.record import read_record, state_hash
+
+UNET = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
+        "channels": [4, 8], "strides": [2]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fakes.write_volumes(tmp_path_factory.mktemp("volumes"), 4)
+
+
+def train(bundle: str, root: Path, volumes: Path, **changes: Any) -> dict[str, Any]:
+    """The record of a training."""
+    if bundle == "cls-finetune":
+        changes |= {"class_names": ["even", "odd"], "val_fraction": 0}
+    run(bundle, ["train.json"], **settings(bundle, root, volumes, backbone=UNET, **changes))
+    return record(root)
+
+
+def record(root: Path) -> dict[str, Any]:
+    return json.loads((root / "models" / "run.json").read_text())
+
+
+def hash_of(root: Path, name: str = "model.pt") -> str:
+    return state_hash(torch.load(root / "models" / name, weights_only=True))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, volumes: Path) -> Path:
+    """bundle_root of a segmentation training, with a split of which two cases are for testing."""
+    root = tmp_path_factory.mktemp("trained")
+    split = {"development": ["v0", "v1"], "test": ["v2", "v3"]}
+    (root / "split.json").write_text(json.dumps(split))
+    train("seg-finetune", root, volumes, max_epochs=2, split=str(root / "split.json"), seed=3)
+    return root
+
+
+def test_a_record_holds_what_ran(trained: Path) -> None:
+    found = record(trained)
+    expected = {"epochs": 2, "seed": 3, "batch_size": 2, "learning_rate": 0.001, "device": "cpu",
+                "resumed_after": [], "rounds": [], "pretrained": None, "processes": 1}  # fmt: skip
+    assert expected.items() <= found.items()
+    assert found["config"]["max_epochs"] == 2 and "_meta_" not in found["config"]
+    assert found["evaluated"]["out_channels"] == 2 and found["seconds"] > 0
+    assert found["versions"]["torch"] == torch.__version__
+
+
+def test_cases_for_testing_are_not_among_the_recorded(trained: Path) -> None:
+    data = record(trained)["data"]
+    assert data["training"]["cases"] == 1 and data["validation"]["cases"] == 1
+    assert len(data["split_sha256"]) == 64
+
+
+def best_of_history(root: Path) -> tuple[int, float]:
+    rows = [json.loads(line) for line in (root / "eval" / "history.jsonl").open()]
+    dice = [row["val_mean_dice"] for row in rows]
+    return 1 + dice.index(max(dice)), pytest.approx(max(dice))
+
+
+def test_the_best_epoch_is_that_of_the_history(trained: Path) -> None:
+    epoch, dice = best_of_history(trained)
+    found = record(trained)
+    assert found["best_epoch"] == epoch and found["best_metric"] == ["val_mean_dice", dice]
+
+
+@pytest.mark.slow
+def test_the_command_line_gives_the_same_record(
+    trained: Path, volumes: Path, tmp_path: Path
+) -> None:
+    given = settings("seg-finetune", tmp_path, volumes, backbone=UNET, max_epochs=2,
+                     split=str(trained / "split.json"), seed=3)  # fmt: skip
+    words = command("seg-finetune", ["train.json"], given)
+    done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    here, there = record(trained), record(tmp_path)
+    for key in ("started", "seconds", "command"):
+        del here[key], there[key]
+    here["config"]["bundle_root"] = str(tmp_path)
+    assert here == there
+
+
+def test_names_and_contents_make_the_fingerprint(volumes: Path, tmp_path: Path) -> None:
+    def fingerprint(name: str, place: Path) -> str:
+        found = train("seg-finetune", tmp_path / name, place, val_fraction=0)
+        return found["data"]["training"]["sha256"]
+
+    first = fingerprint("first", volumes)
+    copy = fakes.write_volumes(tmp_path / "copy", 4)
+    assert fingerprint("moved", copy) == first
+    label = copy / "labels" / "v0.nii.gz"
+    label.write_bytes((copy / "labels" / "v1.nii.gz").read_bytes())
+    assert fingerprint("changed", copy) != first
+
+
+def test_a_resumed_training_keeps_one_record(volumes: Path, tmp_path: Path) -> None:
+    first = train("seg-finetune", tmp_path, volumes, max_epochs=2)
+    path = tmp_path / "models" / "run.json"
+    path.write_text(json.dumps({**first, "started": "once", "seconds": 1000}))
+    train("seg-finetune", tmp_path, volumes, max_epochs=3, val_interval=2)
+    found = train("seg-finetune", tmp_path, volumes, max_epochs=4)
+    assert found["epochs"] == 4 and found["resumed_after"] == [2, 3]
+    assert found["started"] == "once" and found["seconds"] > 1000
+    assert found["weights_sha256"] == {"model.pt": hash_of(tmp_path)}
+
+
+def test_a_resumed_training_keeps_the_best_epoch(volumes: Path, tmp_path: Path) -> None:
+    first = train("seg-finetune", tmp_path, volumes, max_epochs=2)
+    found = train("seg-finetune", tmp_path, volumes, max_epochs=3, val_interval=2)  # not validated
+    assert (first["epochs"], found["epochs"]) == (2, 3) and first["best_epoch"]
+    assert found["best_epoch"] == first["best_epoch"]
+    assert found["best_metric"] == first["best_metric"]
+
+
+def test_pretrained_weights_are_named_by_their_hash(
+    trained: Path, volumes: Path, tmp_path: Path
+) -> None:
+    found = train("seg-finetune", tmp_path, volumes, pretrained=str(trained / "models/model.pt"))
+    start = found["pretrained"]
+    assert start["file"] == "model.pt" and len(start["sha256"]) == 64
+    assert start["encoder_share"] == 1 and start["loaded"] > 0 and start["skipped"] == 0
+
+
+@pytest.mark.parametrize("mode", ["linear", "knn"])
+def test_a_fitted_head_is_recorded_without_epochs(mode: str, volumes: Path, tmp_path: Path) -> None:
+    found = train("cls-finetune", tmp_path, volumes, mode=mode)
+    assert found["epochs"] == 0 and found["data"]["training"]["cases"] == 4
+    assert found["weights_sha256"] == {"model.pt": hash_of(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("bundle", "files"),
+    [("cls-finetune", ["model.pt"]), ("pretrain", ["model.pt", "student.pt"])],
+)
+def test_a_record_is_tied_to_all_weights(
+    bundle: str, files: list[str], volumes: Path, tmp_path: Path
+) -> None:
+    found = train(bundle, tmp_path, volumes)
+    assert found["weights_sha256"] == {name: hash_of(tmp_path, name) for name in files}
+    assert found["epochs"] == 1 and read_record(tmp_path / "models" / "model.pt") == found
+    state = torch.load(tmp_path / "models" / files[-1], weights_only=True)
+    state[next(iter(state))] += 1
+    torch.save(state, tmp_path / "models" / files[-1])
+    with pytest.raises(ValueError, match=rf"models/run.json must be .* of .*models/{files[-1]}"):
+        read_record(tmp_path / "models" / "model.pt")
+
+
+def labelled_round(root: Path, volumes: Path, held_out: int, **changes: Any) -> None:
+    """Train as MONAI Label does: data and handlers replaced, model.pt loaded by one of them."""
+    items = [{"image": str(volumes / f"v{i}.nii.gz"),
+              "label": str(volumes / "labels" / f"v{i}.nii.gz")} for i in range(4)]  # fmt: skip
+    loader = {"_target_": "CheckpointLoader", "load_path": str(root / "models" / "model.pt"),
+              "load_dict": {"model": "$@network"}, "strict": False}  # fmt: skip
+    handlers = merged("seg-finetune", "train.json")["train"]["handlers"]
+    given = settings("seg-finetune", root, volumes, backbone=UNET) | {
+        "train#handlers": [loader, *handlers], "train#dataset#data": items[held_out:],
+        "validate#dataset#data": items[:held_out], "train#trainer#max_epochs": 1,
+        "datalist": None, "dataset_dir": "none", **changes,
+    }  # fmt: skip
+    run("seg-finetune", ["train.json"], **given)
+
+
+def test_an_incremental_round_is_recorded_after_the_earlier_ones(
+    trained: Path, volumes: Path, tmp_path: Path
+) -> None:
+    start = str(trained / "models" / "model.pt")
+    first = train("seg-finetune", tmp_path, volumes, val_fraction=0, max_epochs=2, pretrained=start)
+    labelled_round(tmp_path, volumes, 0)
+    found = record(tmp_path)
+    assert found["epochs"] == 1 and [row["epochs"] for row in found["rounds"]] == [2]
+    assert found["data"]["training"] == first["data"]["training"]
+    assert found["pretrained"] == first["pretrained"] and found["pretrained"]["file"] == "model.pt"
+    assert found["weights_sha256"] == {"model.pt": hash_of(tmp_path)} != first["weights_sha256"]
+
+
+def test_a_round_that_keeps_the_weights_keeps_their_record(volumes: Path, tmp_path: Path) -> None:
+    first = train("seg-finetune", tmp_path, volumes, val_fraction=0)
+    labelled_round(tmp_path, volumes, 1, learning_rate=0.5)
+    assert record(tmp_path) == first
+
+
+def test_what_is_no_record_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match="run.json must be the record of a training"):
+        read_record(tmp_path / "model.pt")
+
+
+def test_outside_of_a_workflow_there_is_no_parser() -> None:
+    assert running_parser() is None
