@@ -6,6 +6,7 @@ Strings, annotations, decorators and the texts of errors and logs stay as they a
 from __future__ import annotations
 
 import ast
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,13 +156,15 @@ def mutants(path: Path) -> Iterator[Mutant]:
     seen: Counter[str] = Counter()
     for node, put, ancestors in slots(tree):
         shown = context(node, ancestors)
-        before = short(shown)
+        before = line_of(shown)
         for new in changes(node):
             put(ast.fix_missing_locations(ast.copy_location(new, node)))
             code = compile(tree, str(path), "exec", dont_inherit=True)
             names = [str(n.name) for n in ancestors if isinstance(n, (ast.ClassDef, FUNCTION))]
-            key = f"{'.'.join(names)}: {before} → {short(new if shown is node else shown)}"
+            after = line_of(new if shown is node else shown)
             put(node)
+            start = max(0, len(os.path.commonprefix([before, after])) - 60)
+            key = ".".join(names) + f": {before[start:][:120]} → {after[start:][:120]}"
             seen[key] += 1
             number = f" ({seen[key]})" if seen[key] > 1 else ""
             lines, function = reach(node, ancestors)
@@ -173,11 +176,13 @@ def context(node: ast.AST, ancestors: tuple[ast.AST, ...]) -> ast.AST:
     for outer in reversed(ancestors):
         if len(ast.unparse(node)) > 24 or isinstance(node, ast.stmt):
             break
-        if isinstance(outer, (ast.expr, ast.stmt)) and not isinstance(outer, FUNCTION):
+        if isinstance(outer, ast.arguments):
+            break
+        if isinstance(outer, (ast.expr, ast.stmt, ast.keyword)):
             node = outer
     return node
 
 
-def short(node: ast.AST) -> str:
+def line_of(node: ast.AST) -> str:
     """A node in one line: of a block, its head."""
-    return ast.unparse(node).partition("\n")[0][:120]
+    return ast.unparse(node).partition("\n")[0]

@@ -12,7 +12,7 @@ from conftest import real_data
 from monai.data import MetaTensor
 
 from med3dinsight_ext.data import slicing
-from med3dinsight_ext.data.slicing import choose, cut, depth, plane_number, window
+from med3dinsight_ext.data.slicing import choose, cut, depth, plane_number, usable, window
 from med3dinsight_ext.data.volumes import read_volume
 
 
@@ -69,6 +69,22 @@ def test_percentiles_of_the_subsample_are_close_to_the_exact_ones() -> None:
     assert (window(volume, "MR") - exact.clamp(0, 1)).abs().max() < 0.01
 
 
+def test_the_range_is_that_of_the_percentiles() -> None:
+    volume = torch.arange(1000.0).view(1, 10, 10, 10)
+    shown = window(volume, "MR").flatten()
+    low, high = 0.005 * 999, 5 + 0.995 * 994  # of all; of those above
+    expected = ((volume.flatten() - low) / (high - low)).clamp(0, 1)
+    torch.testing.assert_close(shown, expected)
+
+
+def test_about_fifty_thousand_evenly_spaced_voxels_give_the_percentiles() -> None:
+    volume = torch.full((1, 120, 110, 102), 1e6)  # 27 x 50,000
+    volume[:, ::3, ::3, ::3] = torch.linspace(0, 1, 40 * 37 * 34).view(40, 37, 34)
+    assert 0.2 < window(volume, "MR")[0, 60, 54, 51] < 0.8
+    volume[:, ::3, ::3, ::3] = 0
+    assert window(volume, "MR").unique().tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("modality", ["MR", "PET"])
 def test_a_constant_volume_has_no_window(modality: str) -> None:
     with pytest.raises(ValueError, match="volume must vary, got 3 everywhere"):
@@ -121,6 +137,50 @@ def test_empty_slices_are_not_chosen() -> None:
 def test_faint_noise_in_the_background_does_not_make_a_slice_worth_choosing() -> None:
     noise = 0.05 * torch.rand(1, 20, 24, 28, generator=torch.Generator().manual_seed(0))
     assert torch.equal(choose(ball() + noise, 100, 0)[1], choose(ball(), 100, 0)[1])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_usable_slices_equal_a_loop(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    volume = random.integers(0, 4, (6, 7, 8)) * (random.random((6, 7, 8)) < 0.3) * 10.0 - 7
+    volume[random.integers(6)], volume[:, random.integers(7)] = -7, -6
+    bright = volume[volume >= volume.mean()].mean()
+    tissue = volume > -7 + 0.1 * (bright + 7)
+    found = usable(torch.from_numpy(volume)[None])
+    assert len(found) == 3
+    for axis, filled in enumerate(found):
+        counts = [tissue.take(i, axis).sum() for i in range(volume.shape[axis])]
+        for i, count in enumerate(counts):
+            varied = volume.take(i, axis).min() < volume.take(i, axis).max()
+            assert filled[i] == (varied and count >= 0.1 * max(counts)), (axis, i)
+
+
+def test_a_tenth_of_the_tissue_of_the_fullest_slice_is_enough_and_less_is_not() -> None:
+    volume = torch.zeros(1, 4, 4, 5)
+    volume[0, 0].view(-1)[:10] = 10.0
+    volume[0, 1].view(-1)[0] = 10.0
+    assert usable(volume)[0].tolist() == [True, True, False, False]
+    volume[0, 0].view(-1)[10] = 10.0
+    assert usable(volume)[0].tolist() == [True, False, False, False]
+
+
+def test_tissue_is_brighter_than_a_tenth_of_the_way_to_the_bright_voxels() -> None:
+    volume = torch.zeros(1, 3, 2, 2)
+    volume[0, 0] = torch.tensor([[10.0, 10.0], [10.0, 0.0]])
+    volume[0, 1] = torch.tensor([[1.0, 0.0], [0.0, 0.0]])  # exactly a tenth
+    volume[0, 2] = torch.tensor([[1.5, 0.0], [0.0, 0.0]])
+    assert usable(volume)[0].tolist() == [True, False, True]
+
+
+def test_a_voxel_at_the_mean_counts_as_bright() -> None:
+    volume = torch.zeros(1, 4, 2, 2)
+    volume[0, 0], volume[0, 1] = torch.tensor([[8.0, 8.0], [7.5, 0.0]]), 2.0
+    volume[0, 2] = torch.tensor([[0.5, 0.0], [0.0, 0.0]])  # the mean is 2, that of the bright 4.5
+    assert usable(volume)[0].tolist() == [True, False, True, False]
+
+
+def test_one_slice_a_plane_may_be_asked_for() -> None:
+    assert choose(torch.rand(1, 5, 6, 7), 1, 0)[0].tolist() == [0, 1, 2]
 
 
 def test_slices_without_contrast_are_not_chosen() -> None:

@@ -33,7 +33,8 @@ def crop(corner: tuple[float, ...], share: tuple[float, ...]) -> Move:
     def cut(volume: MetaTensor, mode: str) -> MetaTensor:
         size = [min(n, max(3, round(s * n))) for n, s in zip(volume.shape[1:], share, strict=True)]
         low = [int(c * (n - m)) for c, n, m in zip(corner, volume.shape[1:], size, strict=True)]
-        return SpatialCrop(low, [a + m for a, m in zip(low, size, strict=True)])(volume)
+        high = [a + m for a, m in zip(low, size, strict=True)]
+        return SpatialCrop(roi_start=low, roi_end=high)(volume)
 
     return cut
 
