@@ -5,9 +5,9 @@
 
 A mutant runs in a process forked after the imports, against the tests that reach its line, the
 fastest first; mutmut and cosmic-ray start a process a mutant, which imports for ten seconds. Writes
-results/mutation.json. mutation_equivalents.json lists the survivors that no test can kill, each
-with its reason. In the log a killed mutant counts while its module is unchanged, a survivor also
-while the tests are.
+results/mutation.json. mutation.yaml names the tests of each module and the mutants that no test can
+kill, each with its reason. In the log a killed mutant counts while its module is unchanged, a
+survivor only while the tests are unchanged too.
 """
 
 from __future__ import annotations
@@ -35,48 +35,13 @@ from typing import Any
 
 import hypothesis
 import pytest
+import yaml
 
 import common
 from mutants import Mutant, mutants
 
 ROOT = Path(__file__).parents[1]
-EQUIVALENTS = Path(__file__).with_name("mutation_equivalents.json")
-DOCS = "tests/models/test_docstring_examples.py"
-PLACES = "tests/data/test_world_positions.py"
-LOOPS = "tests/metrics/test_against_loops.py"
-LOSSES = f"tests/losses/test_pairwise_losses.py tests/losses/test_alignment.py {DOCS}"
-TESTS = {  # the faults that hurt most first
-    "embeddings.targets": f"tests/embeddings/test_targets.py {PLACES}",
-    "data.slicing": "tests/data/test_slicing.py",
-    "losses.transport": f"tests/losses/test_transport.py {DOCS}",
-    "losses.alignment": f"{LOSSES} tests/losses/test_permutations.py",
-    "models.psat": f"tests/models/test_psat.py tests/losses/test_permutations.py {DOCS}",
-    "training.transfer": "tests/training/test_transfer.py tests/training/test_weights.py",
-    "training.weights": "tests/training/test_weights.py tests/training/test_transfer.py",
-    "metrics.segmentation": f"tests/metrics/test_segmentation.py {LOOPS} {DOCS}",
-    "metrics.classification": f"tests/metrics/test_classification.py tests/metrics/test_class_scores.py {LOOPS} {DOCS}",
-    "metrics.recall": f"tests/metrics/test_recall.py {LOOPS} {DOCS}",
-    "metrics.retrieval": f"tests/metrics/test_retrieval.py {LOOPS} {DOCS}",
-    "metrics.bootstrap": f"tests/metrics/test_bootstrap.py {LOOPS} {DOCS}",
-    "losses.partial_transport": LOSSES,
-    "losses.siglip": LOSSES,
-    "losses.info_nce": LOSSES,
-    "losses.regression": LOSSES,
-    "losses.cosine": LOSSES,
-    "losses.reconstruction": LOSSES,
-    "losses.pairs": LOSSES,
-    "losses.deep_supervision": f"tests/losses/test_deep_supervision.py {DOCS}",
-    "data.labels": "tests/data/test_labels.py",
-    "data.laterality": f"tests/data/test_laterality.py {PLACES}",
-    "data.clicks": f"tests/data/test_clicks.py {PLACES}",
-    "models.features": "tests/training/test_transfer.py tests/models",
-    "embeddings.store": "tests/embeddings",
-    "embeddings.entry": "tests/embeddings",
-    "training.seeding": "tests/training/test_seeding.py",
-    "training.checkpoints": "tests/training/test_checkpoints.py tests/training/test_engine.py",
-    "training.inferers": "tests/training/test_sliding_tokens.py tests/reports/test_text_scores.py",
-    "training.engine": "tests/training/test_engine.py tests/training/test_history.py",
-}
+MODULES = yaml.safe_load(Path(__file__).with_name("mutation.yaml").read_text())
 HEAVY = ("monai.bundle", "monai.engines", "monai.transforms", "monai.networks.nets", "monai.losses",
          "monai.metrics", "monai.inferers", "monai.handlers", "ignite.engine", "transformers",
          "matplotlib.pyplot", "nibabel", "scipy.stats", "ot", "einops")  # fmt: skip
@@ -169,7 +134,8 @@ class Session:
 def collect(tests: str, work: Callable[[Session], Any], seconds: dict[str, float]) -> None:
     """Collect tests and do the work on them."""
     options = ["-q", "-s", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
-    options += ["-k", "not rank", "--hypothesis-profile=mutation", *tests.split()]
+    options += ["-k", "not ranks and not two_processes"]  # these import the module anew
+    options += ["--hypothesis-profile=mutation", *tests.split()]
     pytest.main(options, plugins=[Session(work, seconds)])
 
 
@@ -253,16 +219,18 @@ class Run:
         name: of the module, within the package.
         log: JSONL file, a line for each mutant that was tried.
         until: time at which to stop.
+        most: mutants to try, drawn at random but always the same ones; None tries all.
     """
 
-    def __init__(self, name: str, log: Path, until: float) -> None:
-        self.name, self.log, self.until = name, log, until
-        self.tests, self.module = TESTS[name], f"med3dinsight_ext.{name}"
+    def __init__(self, name: str, log: Path, until: float, most: int | None = None) -> None:
+        self.name, self.log, self.until, self.most = name, log, until, most
+        self.module = f"med3dinsight_ext.{name}"
+        found = [sorted(ROOT.glob(f"tests/{pattern}")) for pattern in MODULES[name]["tests"]]
+        self.tests = " ".join(str(path.relative_to(ROOT)) for paths in found for path in paths)
         path = ROOT / f"{self.module.replace('.', '/')}.py"
         self.file, self.mutants = str(path), list(mutants(path))
         self.source = digest([path])
-        places = [ROOT / test for test in self.tests.split()]
-        self.state = digest([f for p in places for f in ([p] if p.suffix else p.glob("*.py"))])
+        self.state = digest([ROOT / test for test in self.tests.split()])
         self.results: dict[str, dict[str, str]] = {}
         for line in log.read_text().splitlines() if log.exists() else ():
             row = json.loads(line)
@@ -275,7 +243,10 @@ class Run:
             key for key, row in self.results.items()
             if row["status"] != "survived" or row["tests"] == self.state
         }  # fmt: skip
-        return [mutant for mutant in self.mutants if mutant.key not in done]
+        drawn = sorted(
+            self.mutants, key=lambda mutant: hashlib.sha256(mutant.key.encode()).digest()
+        )
+        return [mutant for mutant in drawn[: self.most] if mutant.key not in done]
 
     def record(self, mutant: Mutant, status: str) -> None:
         row = {"module": self.name, "mutant": mutant.key, "status": status,
@@ -368,9 +339,10 @@ def summary(run: Run, equivalents: dict[str, str]) -> dict[str, Any]:
 def main() -> None:
     """Try the mutants of the modules and write the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("modules", nargs="*", default=list(TESTS))
+    parser.add_argument("modules", nargs="*", default=list(MODULES))
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "mutation.jsonl")
     parser.add_argument("--minutes", type=float, default=1e5)
+    parser.add_argument("--most", type=int, help="mutants of a module, drawn at random")
     options = parser.parse_args()
     options.log.parent.mkdir(parents=True, exist_ok=True)
     until = time.time() + 60 * options.minutes
@@ -378,13 +350,12 @@ def main() -> None:
     for name in HEAVY:
         importlib.import_module(name)
     for name in options.modules:
-        run = Run(name, options.log, until)
+        run = Run(name, options.log, until, options.most)
         if run.open() and time.time() < until:
             with tempfile.TemporaryDirectory() as folder:
                 run.whole(Path(folder))
-    known = json.loads(EQUIVALENTS.read_text()) if EQUIVALENTS.exists() else {}
-    runs = [Run(name, options.log, until) for name in TESTS]
-    tables = {run.name: summary(run, known.get(run.name, {})) for run in runs if run.results}
+    runs = [run for name in MODULES if (run := Run(name, options.log, until)).results]
+    tables = {run.name: summary(run, MODULES[run.name].get("equivalent", {})) for run in runs}
     common.write("mutation", {"modules": tables})
 
 
