@@ -347,7 +347,7 @@ def main() -> None:
     options.log.parent.mkdir(parents=True, exist_ok=True)
     until = time.time() + 60 * options.minutes
     os.chdir(ROOT)
-    for name in HEAVY:
+    for name in HEAVY if options.minutes else ():
         importlib.import_module(name)
     for name in options.modules:
         run = Run(name, options.log, until, options.most)

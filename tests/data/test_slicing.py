@@ -80,6 +80,7 @@ def test_the_range_is_that_of_the_percentiles() -> None:
 def test_about_fifty_thousand_evenly_spaced_voxels_give_the_percentiles() -> None:
     volume = torch.full((1, 120, 110, 102), 1e6)  # 27 x 50,000
     volume[:, ::3, ::3, ::3] = torch.linspace(0, 1, 40 * 37 * 34).view(40, 37, 34)
+    volume[:, ::9, ::9, ::9] = 0
     assert 0.2 < window(volume, "MR")[0, 60, 54, 51] < 0.8
     volume[:, ::3, ::3, ::3] = 0
     assert window(volume, "MR").unique().tolist() == [0, 1]
@@ -239,9 +240,15 @@ def test_slices_keep_their_physical_aspect(plane: int, height: int, width: int) 
     volume = torch.ones(1, 10, 7, 10)  # 10 x 14 x 30 mm
     shown = cut(volume, (1.0, 2.0, 3.0), plane, torch.tensor([0.5]), 60)[0, 0]
     rows, columns = shown.any(1), shown.any(0)
+    assert shown.shape == (60, 60)
     assert (int(rows.sum()), int(columns.sum())) == (height, width)
     margin = columns.nonzero().flatten()
     assert abs(int(margin[0]) - (59 - int(margin[-1]))) <= 1  # centred
+
+
+def test_a_very_thin_slice_keeps_one_row() -> None:
+    shown = cut(torch.ones(1, 50, 2, 3), (1.0, 0.5, 1.0), 2, torch.tensor([0.5]), 10)[0, 0]
+    assert shown.shape == (10, 10) and shown.any(1).sum() == 1 and shown.any(0).all()
 
 
 @pytest.mark.parametrize("plane", [0, 1, 2])
@@ -277,13 +284,15 @@ def test_a_meta_tensor_gives_plain_slices() -> None:
     assert {type(t) for t in (shown, position, window(volume, "MR"))} == {torch.Tensor}
 
 
-@pytest.mark.parametrize("position", [[-0.1], [0.5, 1.1], [float("nan")], []])
+@pytest.mark.parametrize("position", [[-0.1, 0.5], [0.5, 1.1], [float("nan")], []])
 def test_a_position_outside_the_volume_is_refused(position: list[float]) -> None:
     with pytest.raises(ValueError, match=r"position must hold fractions in \[0, 1\]"):
         cut(ball(), (1, 1, 1), 0, torch.tensor(position), 8)
 
 
-@pytest.mark.parametrize("spacing", [(1, 0, 1), (1, -1, 1), (1, float("nan"), 1), (1, 1)])
+@pytest.mark.parametrize(
+    "spacing", [(1, 0, 1), (1, -1, 1), (1, float("nan"), 1), (1, float("inf"), 1), (1, 1)]
+)
 def test_a_spacing_that_is_no_length_is_refused(spacing: tuple) -> None:
     with pytest.raises(ValueError, match="spacing must be three positive mm"):
         cut(ball(), spacing, 0, torch.tensor([0.5]), 8)
