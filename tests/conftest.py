@@ -6,11 +6,15 @@ import os
 from pathlib import Path
 
 import fakes
+import hypothesis
 import pytest
 
 from med3dinsight_ext.teachers.teacher import Teacher
 
 ROOT = Path(__file__).parents[1]
+hypothesis.settings.register_profile("short", max_examples=20, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile("short")  # more examples: pytest --hypothesis-profile=nightly
 DATA = Path(os.environ.get("MED3D_DATA", ROOT.parent / "shared" / "data"))
 
 

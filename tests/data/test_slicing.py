@@ -69,6 +69,23 @@ def test_percentiles_of_the_subsample_are_close_to_the_exact_ones() -> None:
     assert (window(volume, "MR") - exact.clamp(0, 1)).abs().max() < 0.01
 
 
+def test_the_range_is_that_of_the_percentiles() -> None:
+    volume = torch.arange(1000.0).view(1, 10, 10, 10)
+    shown = window(volume, "MR").flatten()
+    low, high = 0.005 * 999, 5 + 0.995 * 994  # of all; of those above
+    expected = ((volume.flatten() - low) / (high - low)).clamp(0, 1)
+    torch.testing.assert_close(shown, expected)
+
+
+def test_about_fifty_thousand_evenly_spaced_voxels_give_the_percentiles() -> None:
+    volume = torch.full((1, 120, 110, 102), 1e6)  # 27 x 50,000
+    volume[:, ::3, ::3, ::3] = torch.linspace(0, 1, 40 * 37 * 34).view(40, 37, 34)
+    volume[:, ::9, ::9, ::9] = 0
+    assert 0.2 < window(volume, "MR")[0, 60, 54, 51] < 0.8
+    volume[:, ::3, ::3, ::3] = 0
+    assert window(volume, "MR").unique().tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("modality", ["MR", "PET"])
 def test_a_constant_volume_has_no_window(modality: str) -> None:
     with pytest.raises(ValueError, match="volume must vary, got 3 everywhere"):
@@ -141,6 +158,50 @@ def test_tissue_is_brighter_than_a_tenth_of_the_bright_voxels(value: float, chos
     assert usable(volume)[0].tolist() == [True, chosen, False]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_usable_slices_equal_a_loop(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    volume = random.integers(0, 4, (6, 7, 8)) * (random.random((6, 7, 8)) < 0.3) * 10.0 - 7
+    volume[random.integers(6)], volume[:, random.integers(7)] = -7, -6
+    bright = volume[volume >= volume.mean()].mean()
+    tissue = volume > -7 + 0.1 * (bright + 7)
+    found = usable(torch.from_numpy(volume)[None])
+    assert len(found) == 3
+    for axis, filled in enumerate(found):
+        counts = [tissue.take(i, axis).sum() for i in range(volume.shape[axis])]
+        for i, count in enumerate(counts):
+            varied = volume.take(i, axis).min() < volume.take(i, axis).max()
+            assert filled[i] == (varied and count >= 0.1 * max(counts)), (axis, i)
+
+
+def test_a_tenth_of_the_tissue_of_the_fullest_slice_is_enough_and_less_is_not() -> None:
+    volume = torch.zeros(1, 4, 4, 5)
+    volume[0, 0].view(-1)[:10] = 10.0
+    volume[0, 1].view(-1)[0] = 10.0
+    assert usable(volume)[0].tolist() == [True, True, False, False]
+    volume[0, 0].view(-1)[10] = 10.0
+    assert usable(volume)[0].tolist() == [True, False, False, False]
+
+
+def test_tissue_is_brighter_than_a_tenth_of_the_way_to_the_bright_voxels() -> None:
+    volume = torch.zeros(1, 3, 2, 2)
+    volume[0, 0] = torch.tensor([[10.0, 10.0], [10.0, 0.0]])
+    volume[0, 1] = torch.tensor([[1.0, 0.0], [0.0, 0.0]])  # exactly a tenth
+    volume[0, 2] = torch.tensor([[1.5, 0.0], [0.0, 0.0]])
+    assert usable(volume)[0].tolist() == [True, False, True]
+
+
+def test_a_voxel_at_the_mean_counts_as_bright() -> None:
+    volume = torch.zeros(1, 4, 2, 2)
+    volume[0, 0], volume[0, 1] = torch.tensor([[8.0, 8.0], [7.5, 0.0]]), 2.0
+    volume[0, 2] = torch.tensor([[0.5, 0.0], [0.0, 0.0]])  # the mean is 2, that of the bright 4.5
+    assert usable(volume)[0].tolist() == [True, False, True, False]
+
+
+def test_one_slice_a_plane_may_be_asked_for() -> None:
+    assert choose(torch.rand(1, 5, 6, 7), 1, 0)[0].tolist() == [0, 1, 2]
+
+
 def test_slices_without_contrast_are_not_chosen() -> None:
     volume = torch.rand(1, 6, 7, 8)
     volume[..., 3] = 1.0
@@ -197,9 +258,15 @@ def test_slices_keep_their_physical_aspect(plane: int, height: int, width: int) 
     volume = torch.ones(1, 10, 7, 10)  # 10 x 14 x 30 mm
     shown = cut(volume, (1.0, 2.0, 3.0), plane, torch.tensor([0.5]), 60)[0, 0]
     rows, columns = shown.any(1), shown.any(0)
+    assert shown.shape == (60, 60)
     assert (int(rows.sum()), int(columns.sum())) == (height, width)
     margin = columns.nonzero().flatten()
     assert abs(int(margin[0]) - (59 - int(margin[-1]))) <= 1  # centred
+
+
+def test_a_very_thin_slice_keeps_one_row() -> None:
+    shown = cut(torch.ones(1, 50, 2, 3), (1.0, 0.5, 1.0), 2, torch.tensor([0.5]), 10)[0, 0]
+    assert shown.shape == (10, 10) and shown.any(1).sum() == 1 and shown.any(0).all()
 
 
 @pytest.mark.parametrize("plane", [0, 1, 2])
@@ -235,13 +302,15 @@ def test_a_meta_tensor_gives_plain_slices() -> None:
     assert {type(t) for t in (shown, position, window(volume, "MR"))} == {torch.Tensor}
 
 
-@pytest.mark.parametrize("position", [[-0.1], [0.5, 1.1], [float("nan")], []])
+@pytest.mark.parametrize("position", [[-0.1, 0.5], [0.5, 1.1], [float("nan")], []])
 def test_a_position_outside_the_volume_is_refused(position: list[float]) -> None:
     with pytest.raises(ValueError, match=r"position must hold fractions in \[0, 1\]"):
         cut(ball(), (1, 1, 1), 0, torch.tensor(position), 8)
 
 
-@pytest.mark.parametrize("spacing", [(1, 0, 1), (1, -1, 1), (1, float("nan"), 1), (1, 1)])
+@pytest.mark.parametrize(
+    "spacing", [(1, 0, 1), (1, -1, 1), (1, float("nan"), 1), (1, float("inf"), 1), (1, 1)]
+)
 def test_a_spacing_that_is_no_length_is_refused(spacing: tuple) -> None:
     with pytest.raises(ValueError, match="spacing must be three positive mm"):
         cut(ball(), spacing, 0, torch.tensor([0.5]), 8)

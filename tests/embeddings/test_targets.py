@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,24 @@ def test_a_tilted_volume_is_refused() -> None:
         )  # fmt: skip
 
 
+def tilted(angle: float, zoom: float) -> torch.Tensor:
+    """Affine of voxels of 1 / zoom mm, turned about x."""
+    affine = torch.eye(4, dtype=torch.float64) / zoom
+    turn = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    affine[1:3, 1:3] = torch.tensor(turn, dtype=torch.float64) / zoom
+    affine[3, 3] = 1
+    return affine
+
+
+@pytest.mark.parametrize("zoom", [0.25, 1.0, 4.0])
+def test_a_tilt_below_a_voxel_in_a_thousand_is_rounding(zoom: float) -> None:
+    about = torch.tensor([2]), torch.tensor([0.5]), torch.tensor(SIZE), torch.eye(4)
+    plane, position = map_positions(*about, tilted(9e-4, zoom), SIZE)
+    assert int(plane) == 2 and position.isfinite()
+    with pytest.raises(ValueError, match="got a rotated grid"):
+        map_positions(*about, tilted(1.1e-3, zoom), SIZE)
+
+
 def sampled(items: list[dict], store: Store, slices: int | None, crop: bool = False) -> dict:
     item = store.fill(items)[0]
     image = read_volume(item["image"])
@@ -118,6 +137,48 @@ def test_a_crop_leaves_only_the_slices_it_holds_and_pads_the_rest(
     assert 0 < valid.sum() < 12
     assert ((found["position"][valid] > 0) & (found["position"][valid] < 1)).all()
     assert not found["image_target"][~valid].any() and not found["has_text"][~valid].any()
+
+
+@pytest.mark.parametrize("end", ["low", "high", "high, flipped"])
+def test_a_crop_moves_its_slices_and_drops_the_others(
+    end: str, items: list[dict], store: Store
+) -> None:
+    item = store.fill(items)[0]
+    entry = load_file(item["targets"])
+    size, half = torch.tensor(SIZE), torch.tensor(SIZE) // 2
+    start = torch.zeros(3).long() if end == "low" else half
+    crop = SpatialCrop(roi_start=start.tolist(), roi_end=(start + half).tolist())
+    image = crop(read_volume(item["image"]))
+    if "flipped" in end:
+        image = Flip((0, 1, 2))(image)
+    plane = entry["plane"].long()
+    index = (entry["position"] * size[plane]).long() - start[plane]
+    if "flipped" in end:
+        index = half[plane] - 1 - index
+    kept = (index >= 0) & (index < half[plane])
+    found = SampleTargetsd("image", store.embedding_dims, 16)({**item, "image": image})
+    expected = sorted(
+        zip(plane[kept].tolist(), ((index + 0.5) / half[plane])[kept].tolist(), strict=True)
+    )
+    valid = found["valid"]
+    assert 0 < valid.sum() == len(expected) and len(valid) == 16
+    pairs = zip(found["plane"][valid].tolist(), found["position"][valid].tolist(), strict=True)
+    assert [(p, pytest.approx(t, abs=1e-5)) for p, t in sorted(pairs)] == expected
+    assert ((found["position"] >= 0) & (found["position"] <= 1)).all()  # of the padding, too
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_slices_on_the_border_of_a_crop_are_inside(
+    side: int, items: list[dict], store: Store, teacher: Teacher, tmp_path: Path
+) -> None:
+    every = Store(tmp_path / "every", teacher, TemplateCaptions(), per_plane=20)
+    item = every.fill(items)[0]
+    image = read_volume(item["image"])
+    image.affine[:3, 3] += side * 0.5 * torch.tensor([1.5, 1.0, 2.0])
+    found = SampleTargetsd("image", every.embedding_dims, None)({**item, "image": image})
+    assert len(found["position"]) == sum(SIZE)
+    on_it = (found["position"] - (0 if side > 0 else 1)).abs() < 1e-6
+    assert on_it.sum() == 3 and found["position"][on_it].frac().eq(0).any()
 
 
 def test_an_oriented_file_gives_the_same_targets(teacher: Teacher, tmp_path: Path) -> None:
@@ -173,6 +234,79 @@ def test_volumes_of_one_patient_have_one_number(items: list[dict], store: Store)
     assert a == again != b and len(set(alone)) == 3
 
 
+def test_a_prepared_batch_has_each_target_under_its_name(items: list[dict], store: Store) -> None:
+    found = sampled(items, store, 4)
+    batch = {key: found[key][None] for key in (
+        "image", "plane", "position", "modality_index", "image_target", "text_target", "has_text",
+        "valid")}  # fmt: skip
+    shown, targets, (plane, position), more = PrepareSlices()(batch)
+    assert torch.equal(shown, batch["image"].as_tensor()) and more == {}
+    assert torch.equal(plane, batch["plane"]) and torch.equal(position, batch["position"])
+    for name, key in {
+        "image": "image_target", "text": "text_target", "has_text": "has_text", "valid": "valid",
+        "plane": "plane", "position": "position", "modality": "modality_index",
+    }.items():  # fmt: skip
+        assert getattr(targets, name) is batch[key], name
+    assert torch.equal(targets.volume, shown)
+
+
+class Few(TemplateCaptions):
+    """A text for the first slices alone."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def caption(self, item: dict, plane: torch.Tensor, position: torch.Tensor) -> list[str | None]:
+        names = [f"{'e' * (i + 1)} {'a' * (i % 3)}" for i in range(self.count)]
+        return [*names, *[None] * (len(plane) - self.count)]
+
+
+@pytest.mark.parametrize(
+    ("captioned", "slices", "expected"), [(6, 4, 2), (6, 5, 2), (11, 6, 5), (1, 6, 1), (9, 12, 9)]
+)
+def test_half_of_the_slices_have_a_caption_and_more_only_where_others_run_out(
+    captioned: int, slices: int, expected: int, items: list[dict], teacher: Teacher, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "s", teacher, Few(captioned), per_plane=4)  # 12 slices
+    found = sampled(items, store, slices)
+    assert int(found["has_text"].sum()) == expected and found["valid"].all()
+    entry = load_file(found["targets"])
+    place = {
+        (int(p), round(float(t), 4)): row
+        for row, (p, t) in enumerate(zip(entry["plane"], entry["position"], strict=True))
+    }
+    rows = [
+        place[int(p), round(float(t), 4)]
+        for p, t in zip(found["plane"], found["position"], strict=True)
+    ]
+    assert len(set(rows)) == slices
+    for i, row in enumerate(rows):
+        assert torch.equal(found["image_target"][i], entry["image"][row].float())
+        if found["has_text"][i]:
+            text = entry["text"][entry["text_row"].tolist().index(row)].float()
+            assert torch.equal(found["text_target"][i], text)
+        else:
+            assert not found["text_target"][i].any()
+
+
+def test_targets_without_a_text_space_have_texts_of_no_length(
+    items: list[dict], teacher: Teacher, tmp_path: Path
+) -> None:
+    item = Store(tmp_path / "s", teacher, Few(0), per_plane=4).fill(items)[0]
+    found = SampleTargetsd("image", {"image": 6})({**item, "image": read_volume(item["image"])})
+    assert found["text_target"].shape == (16, 0) and not found["has_text"].any()
+
+
+def test_what_cannot_be_sampled_is_named(items: list[dict], store: Store) -> None:
+    with pytest.raises(TypeError, match="min_similarity must be a number or None, got '0.2'"):
+        SampleTargetsd("image", {"joint": 6}, min_similarity="0.2")
+    with pytest.raises(ValueError, match="slices must be at least 1, got 0"):
+        SampleTargetsd("image", {"joint": 6}, 0)
+    with pytest.raises(TypeError, match="image must be a MetaTensor, got Tensor"):
+        SampleTargetsd("image", store.embedding_dims, 1)({"image": torch.zeros(1, 2, 3, 4)})
+
+
 def texts(items: list[dict], embedding_dims: dict[str, int]) -> list[torch.Tensor]:
     """The text targets of whole volumes."""
     sample = SampleTargetsd("image", embedding_dims, None)
@@ -199,9 +333,19 @@ def test_shuffling_is_seeded_and_none_is_none(items: list[dict], store: Store) -
     assert shuffle_captions(ready, 0.0) == ready
 
 
-def test_a_share_beyond_one_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 20"):
-        shuffle_captions([], 20)
+@pytest.mark.parametrize("share", [-0.1, 1.5, 20, "0.2"])
+def test_a_share_beyond_one_is_an_error(share: float) -> None:
+    with pytest.raises(ValueError, match=rf"share must lie in \[0, 1\], got {share}"):
+        shuffle_captions([], share)
+
+
+def test_one_caption_alone_changes_places_with_another(items: list[dict], store: Store) -> None:
+    ready = store.fill(items)  # 36 captions
+    found = [
+        place for item in shuffle_captions(ready, 0.03) for place in item["texts_from"].items()
+    ]
+    assert len(found) == 2
+    assert shuffle_captions(ready, 0.03) == shuffle_captions(ready, 0.03, 0)
 
 
 def test_captions_unlike_their_slice_are_left_out(items: list[dict], tmp_path: Path) -> None:

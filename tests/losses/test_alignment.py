@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from med3dinsight_ext.embeddings.targets import SliceTargets
-from med3dinsight_ext.losses.alignment import KINDS, AlignmentLoss
+from med3dinsight_ext.losses.alignment import KINDS, AlignmentLoss, gather
 from med3dinsight_ext.losses.cosine import cosine_loss
 from med3dinsight_ext.losses.info_nce import info_nce_loss
 from med3dinsight_ext.losses.regression import Residual
@@ -127,6 +127,89 @@ def test_same_plane_negatives_ignore_other_planes_and_far_depths() -> None:
         allowed[0, 1] = allowed[1, 0] = near
         expected = info_nce_loss(tokens["image"][0], target.image[0], 0.07, allowed)
         assert torch.allclose(loss.latest.image, expected)
+
+
+def test_nearly_equal_targets_and_slices_on_the_edge_of_the_window_are_negatives() -> None:
+    tokens, target = batch(1, 3)
+    target = target._replace(
+        position=torch.tensor([[0.25, 0.75, 1.0]]), plane=torch.zeros(1, 3).long()
+    )
+    target.image[0, 0], target.image[0, 1] = torch.zeros(6), torch.zeros(6)
+    target.image[0, 0, 0] = target.image[0, 1, 0] = 1
+    target.image[0, 1, 1] = math.sqrt(3e-5)  # the cosine is 1 - 1.5e-5
+    loss = AlignmentLoss("info_nce", text_weight=0, negatives="same_plane", depth_window=0.5)
+    loss(output(tokens), target)
+    allowed = torch.tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]], dtype=torch.bool)
+    expected = info_nce_loss(tokens["image"][0], target.image[0], 0.07, allowed)
+    assert torch.allclose(loss.latest.image, expected)
+
+
+def test_two_captions_are_enough_and_one_slice_is_not() -> None:
+    tokens, target = batch(1, 4)
+    loss = AlignmentLoss("cosine")
+    for count in (1, 2):
+        target.has_text[:] = torch.arange(4) < count
+        loss(output(tokens), target)
+        assert (loss.latest.text > 0) == (count == 2)
+    target.valid[:] = torch.arange(4) < 1
+    with pytest.raises(ValueError, match="pairs must be at least two, got 1"):
+        loss(output(tokens), target)
+
+
+@pytest.mark.parametrize("hidden", [0, 1, 3])
+def test_the_reconstruction_is_the_mean_over_the_hidden_voxels(hidden: int) -> None:
+    tokens, target = batch()
+    mask = torch.zeros_like(target.volume, dtype=torch.bool)
+    mask.view(-1)[:hidden] = True
+    loss = AlignmentLoss("cosine", image_weight=0, text_weight=0)
+    total = loss(StudentOutput(tokens, target.volume + 3, mask), target)
+    assert float(total) == pytest.approx(9 if hidden else 0, rel=1e-5)
+    assert loss.latest.image == loss.latest.text == 0
+
+
+def test_a_part_of_no_weight_is_not_computed() -> None:
+    tokens, target = batch()
+    loss = AlignmentLoss("cosine", reconstruction_weight=0)
+    assert loss(output(tokens, torch.zeros(1)), target).isfinite()  # of another shape
+    assert loss.latest.reconstruction == 0
+
+
+def test_defaults_are_those_of_the_docs() -> None:
+    loss = AlignmentLoss()
+    assert loss.weights == (1, 1, 1) and loss.depth_window == 1
+    assert (loss.temperature, loss.mass, loss.epsilon) == (0.07, 0.95, 0.1)
+    for start in loss.scales.values():
+        assert torch.allclose(start, torch.tensor([math.log(1 / 0.07), -10.0]))
+    assert AlignmentLoss(temperature=0.5).scales["text"][0].item() == pytest.approx(math.log(2))
+    assert (
+        AlignmentLoss("partial_transport", cost="mahalanobis", dims=DIMS)
+        .roots["text"]
+        .eq(torch.eye(5))
+        .all()
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_rows_of_all_processes_carry_the_gradient_of_their_own(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_gather(parts: list[Tensor], own: Tensor) -> None:
+        for number, part in enumerate(parts):
+            part.copy_(own + 10 * (number - rank))
+
+    values = torch.rand(2, 3).requires_grad_()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    assert gather(values) is values
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    found = gather(values)
+    expected = torch.cat([values + 10 * (number - rank) for number in range(3)])
+    assert torch.allclose(found, expected) and not gather(values.detach()).requires_grad
+    weight = torch.arange(18.0).view(6, 3)
+    (found * weight).sum().backward()
+    assert torch.allclose(values.grad, 3 * weight[2 * rank : 2 * rank + 2])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,3 +47,13 @@ def test_percentiles_leave_out_nan() -> None:
     values = torch.arange(41).double()
     with_nan = torch.cat([values, torch.full((9,), float("nan"), dtype=torch.float64)])
     assert percentiles(with_nan) == percentiles(values) == (1.0, 39.0)
+
+
+def test_a_thousand_draws_of_seed_zero_give_the_interval_of_95_percent_by_default() -> None:
+    values, volume = torch.rand(50, generator=torch.Generator().manual_seed(0)), torch.arange(50)
+    drawn = torch.randint(50, (1000, 50), generator=torch.Generator().manual_seed(0))
+    ends = values.double()[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]).double())
+    found = bootstrap(values, volume)
+    assert (found.low, found.high) == pytest.approx(tuple(ends.tolist()), abs=1e-6)
+    narrow = bootstrap(values, volume, level=0.5)
+    assert found.low < narrow.low < found.mean < narrow.high < found.high

@@ -109,3 +109,27 @@ def test_chance_equals_random_orders_of_repeated_captions() -> None:
     for column, k in enumerate((1, 3)):
         share = (orders[:, :k, None] == caption).any(1).double().mean(0)
         torch.testing.assert_close(found.chance[:, column], share, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(("gap", "expected"), [(0.7e-6, 0.5), (1.4e-6, 0.0)])
+def test_scores_within_float_noise_are_ties(gap: float, expected: float) -> None:
+    targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    tokens = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    tokens[0, 1] += 2**0.5 * gap  # the wrong one scores higher
+    found = recall_at_k(tokens, targets, torch.zeros(2, dtype=torch.long), (1,))
+    assert float(found.recall[0, 0]) == expected
+
+
+@pytest.mark.parametrize(("apart", "same"), [(0.7e-5, True), (1.5e-5, False)])
+def test_targets_of_nearly_one_direction_are_one(apart: float, same: bool) -> None:
+    targets = torch.tensor([[1.0, 0.0, 0.0], [1.0, (2 * apart) ** 0.5, 0.0], [0.0, 0.0, 1.0]])
+    found = recall_at_k(torch.rand(3, 3), targets, torch.zeros(3, dtype=torch.long), (1,))
+    assert float(found.chance[0, 0]) == pytest.approx(2 / 3 if same else 1 / 3)
+
+
+def test_ranks_one_five_and_ten_count_by_default() -> None:
+    tokens, targets, *_ = pairs()
+    group = torch.zeros(40, dtype=torch.long)
+    for a, b in zip(recall_at_k(tokens, targets, group),
+                    recall_at_k(tokens, targets, group, (1, 5, 10)), strict=True):  # fmt: skip
+        assert torch.equal(a, b)

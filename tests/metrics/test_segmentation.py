@@ -182,6 +182,18 @@ def test_summary_of_known_scores() -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+@pytest.mark.parametrize(("mm", "expected"), [(1.0, 1.0), (1.1, 0.5)])
+def test_surfaces_one_mm_apart_are_equal_by_default(mm: float, expected: float) -> None:
+    one, other = torch.zeros(1, 9, 1, 1), torch.zeros(1, 9, 1, 1)
+    one[0, 2:4], other[0, 3:5] = 1, 1
+    assert case_scores(one, other, (mm, 1.0, 1.0), NAMES)["liver"]["nsd"] == expected
+
+
+def test_a_thousand_draws_of_seed_zero_are_the_default() -> None:
+    rows = [{"liver": {"dice": v, "nsd": v, "hd95": v}} for v in (0.1, 0.5, 0.6, 0.9)]
+    assert summary(rows) == summary(rows, 1000, 0) != summary(rows, 1000, 1)
+
+
 def test_the_interval_is_that_of_a_mean() -> None:
     x = np.random.default_rng(0).normal(0.5, 0.1, 400)
     found = summary([{"liver": {"dice": v, "nsd": v, "hd95": v}} for v in x])["mean"]["dice"]

@@ -1,8 +1,17 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from med3dinsight_ext.models.psat import PSAT, SlabPooling, interpolated, slice_code, voxel_code
+from med3dinsight_ext.models.psat import (
+    PSAT,
+    Block,
+    SlabPooling,
+    interpolated,
+    slice_code,
+    voxel_code,
+)
 
 
 @pytest.fixture
@@ -72,6 +81,71 @@ def test_any_position_works_where_a_table_would_end(psat: PSAT) -> None:
     tokens = psat(torch.randn(1, 5, 2, 2, 2), torch.full((1, 600), 2), position)
     assert tokens.isfinite().all()
     assert (tokens[0, 1:] - tokens[0, :-1]).abs().amax(1).min() > 0
+
+
+def test_a_block_is_torchs_decoder_layer_where_keys_are_values() -> None:
+    torch.manual_seed(0)
+    block = Block(8, 2, 12, 0.0)
+    oracle = torch.nn.TransformerDecoderLayer(
+        8, 2, 12, 0.0, "gelu", batch_first=True, norm_first=True
+    )
+    names = {
+        "self_attention": "self_attn", "cross_attention": "multihead_attn", "ffn.0": "linear1",
+        "ffn.3": "linear2", "self_norm": "norm1", "cross_norm": "norm2", "ffn_norm": "norm3",
+    }  # fmt: skip
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    state = {}
+    for name, value in block.state_dict().items():
+        start = next(n for n in names if name.startswith(n + "."))
+        state[names[start] + name.removeprefix(start)] = value
+    oracle.load_state_dict(state)
+    query, memory = torch.randn(2, 3, 4, 8), torch.randn(2, 5, 8)
+    found = block(query, memory, memory)
+    for i in range(3):  # a slice's queries attend to each other
+        assert torch.allclose(found[:, i], oracle(query[:, i], memory), atol=1e-5)
+
+
+def test_tokens_equal_the_steps_written_out(psat: PSAT) -> None:
+    features, (plane, position) = torch.randn(2, 5, 3, 2, 4), slices(2, 3)
+    values = psat.to_memory(features.flatten(2).mT)
+    grid = [
+        [(x + 0.5) / 3, (y + 0.5) / 2, (z + 0.5) / 4]
+        for x in range(3) for y in range(2) for z in range(4)
+    ]  # fmt: skip
+
+    def waves(t: float) -> list[float]:
+        angles = [math.pi * 2**octave * t for octave in range(6)]
+        return [*map(math.sin, angles), *map(math.cos, angles)]
+
+    codes = torch.tensor([[w for t in place for w in waves(t)] for place in grid])
+    keys = values + codes @ psat.where.weight.mT
+    for b in range(2):
+        for s in range(3):
+            code = torch.zeros(3, 12)
+            code[plane[b, s]] = torch.tensor(waves(float(position[b, s])))
+            start = psat.plane.weight[plane[b, s]] + code.flatten() @ psat.where.weight.mT
+            query = (start + psat.queries)[None, None]
+            for block in psat.blocks:
+                query = block(query, keys[b : b + 1], values[b : b + 1])
+            expected = psat.to_token(query[0, 0].mean(0))
+            assert torch.allclose(psat(features, plane, position)[b, s], expected, atol=1e-4)
+
+
+def test_defaults_are_those_of_the_docs() -> None:
+    psat = PSAT(4)
+    assert psat.queries.shape == (4, 256) and len(psat.blocks) == 2 and psat.out_channels == 256
+    assert psat.to_token[1].out_features == 256 and psat.where.bias is None
+    block = psat.blocks[0]
+    assert block.self_attention.num_heads == block.cross_attention.num_heads == 8
+    assert (block.ffn[0].out_features, block.ffn[2].p, block.self_attention.dropout) == (512, 0, 0)
+    assert SlabPooling(4).to_token[1].out_features == SlabPooling(4).out_channels == 256
+
+
+def test_dropout_is_in_attention_and_feed_forward() -> None:
+    block = PSAT(4, hidden=16, dropout=0.3).blocks[0]
+    assert block.ffn[2].p == block.self_attention.dropout == block.cross_attention.dropout == 0.3
 
 
 def test_ffn_has_the_width_it_was_given() -> None:

@@ -11,6 +11,7 @@ from med3dinsight_ext.models.features import encoder_parameters
 from med3dinsight_ext.training.transfer import (
     Transfer,
     load_pretrained,
+    match,
     transfer_report,
 )
 
@@ -179,6 +180,93 @@ def test_only_input_layers_take_extra_channels(tmp_path: Path) -> None:
     path = saved(net(2), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"skipped  1\.weight: its shape in the file is \(4, 2"):
         load_pretrained(net(4), path, add_channels=True)
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.01])
+def test_a_share_to_match_is_above_zero_and_at_most_one(share: float, tmp_path: Path) -> None:
+    path = saved(nn.Linear(1, 1), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=rf"min_match must be in \(0, 1\], got {share}"):
+        load_pretrained(nn.Linear(1, 1), path, min_match=share)
+
+
+def test_shares_of_one_weight_and_of_none(tmp_path: Path) -> None:
+    one = nn.Linear(1, 1, bias=False)
+    report = load_pretrained(one, saved(one, tmp_path / "a.pt"), encoder=["weight"])
+    assert report.share == report.encoder_share == 1
+    match(one.state_dict(), one.state_dict(), report, [], [])
+    assert report.share == report.encoder_share == 0
+
+
+def test_one_extra_channel_of_a_lone_convolution_and_none_where_the_sizes_agree(
+    tmp_path: Path,
+) -> None:
+    path = saved(nn.Conv3d(1, 2, 1), tmp_path / "a.pt")
+    report = load_pretrained(nn.Conv3d(2, 2, 1), path, add_channels=True)
+    assert report.extended == {"weight": "1 extra input channel starts at zero"}
+    assert not load_pretrained(nn.Conv3d(1, 2, 1), path, add_channels=True).extended
+
+
+def test_a_networks_own_module_prefix_is_kept(tmp_path: Path) -> None:
+    target = nn.ModuleDict({"module": nn.Linear(2, 3)})
+    source = {f"module.{k}": v for k, v in nn.Linear(2, 3).state_dict().items()}
+    torch.save({**source, "module.extra": torch.zeros(1)}, tmp_path / "a.pt")
+    report = load_pretrained(target, tmp_path / "a.pt")
+    assert sorted(report.loaded) == ["module.bias", "module.weight"]
+    assert report.unused == ["module.extra"]
+    torch.save({**source, "other": torch.zeros(1)}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="another backbone"):
+        load_pretrained(nn.Linear(2, 3), tmp_path / "b.pt")  # not all names have the prefix
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "cause"),
+    [
+        (nn.Conv3d(4, 8, 1), nn.Conv3d(6, 8, 1), "another width or patch size"),
+        (nn.Conv3d(3, 8, 1), nn.Conv3d(6, 8, 1), "weight takes 3 input channels"),
+        (nn.Conv1d(2, 8, 1), nn.Conv1d(1, 8, 1), "weight takes 2 input channels"),
+        (nn.Linear(2, 3), nn.Linear(1, 3), "another width or patch size"),
+    ],
+)
+def test_few_input_channels_of_a_convolution_are_those_of_an_image(
+    source: nn.Module, target: nn.Module, cause: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=cause):
+        load_pretrained(target, saved(source, tmp_path / "a.pt"))
+
+
+class Positioned(nn.Module):
+    """An embedding of positions before a layer."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.layer, self.pos = nn.Linear(width, 9), nn.Parameter(torch.zeros(tokens))
+
+
+def test_the_position_embedding_is_named_beside_other_layers_that_do_not_fit(
+    tmp_path: Path,
+) -> None:
+    path = saved(Positioned(4, 5), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="the position embedding has another length"):
+        load_pretrained(Positioned(6, 7), path, min_match=0.9)
+
+
+def test_the_cause_is_looked_for_in_the_encoder(tmp_path: Path) -> None:
+    names = {"enc_a": nn.Linear(1, 1), "enc_b": nn.Linear(1, 1), "enc_c": nn.Linear(1, 1)}
+    target = nn.ModuleDict({**names, "head": nn.Linear(2, 2)})
+    encoder = [n for n, _ in target.named_parameters() if n.startswith("enc")]
+    torch.save({"head.weight": torch.zeros(9), "x": torch.ones(1), "y": torch.ones(1)},
+               tmp_path / "a.pt")  # fmt: skip
+    cause = r"\(file: head\.weight, x …; network: enc_a\.weight, enc_a\.bias …\)"
+    with pytest.raises(ValueError, match=f"another backbone, or names with another .*{cause}"):
+        load_pretrained(target, tmp_path / "a.pt", encoder=encoder)
+
+
+def test_a_transfer_adds_no_channels_unless_asked_to(tmp_path: Path) -> None:
+    path = saved(nn.Conv3d(1, 2, 1), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="add_channels=True"):
+        Transfer(nn.Conv3d(2, 2, 1), path, tmp_path / "t.json").load()
+    Transfer(nn.Conv3d(2, 2, 1), path, tmp_path / "t.json", add_channels=True).load()
+    assert "weight" in json.loads((tmp_path / "t.json").read_text())["extended"]
 
 
 def test_another_patch_size_is_named(tmp_path: Path) -> None:

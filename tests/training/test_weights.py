@@ -15,6 +15,28 @@ def test_a_rename_that_matches_nothing_is_an_error() -> None:
         renamed({"a": torch.zeros(1), "ab": torch.zeros(1)}, {"b": ""})
 
 
+def test_renames_are_applied_in_their_order() -> None:
+    found = renamed({"a.weight": torch.ones(1), "x": torch.zeros(1)}, {"^a": "b", "^b": "c"})
+    assert found == {"c.weight": torch.ones(1), "x": torch.zeros(1)}
+
+
+def test_what_is_no_weights_is_named_by_its_first_keys(tmp_path: Path) -> None:
+    torch.save({f"k{i}": i for i in range(7)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"tensors, got \['k0', 'k1', 'k2', 'k3', 'k4'\] in"):
+        read_weights(tmp_path / "a.pt")
+    torch.save([torch.zeros(1)], tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="must hold named tensors, got list in"):
+        read_weights(tmp_path / "b.pt")
+
+
+def test_only_the_network_of_a_student_is_read(tmp_path: Path) -> None:
+    inside = {"network.a": torch.ones(1), "psat.network.b": torch.ones(1)}
+    torch.save({"student": inside, "model": 3}, tmp_path / "a.pt")
+    assert read_weights(tmp_path / "a.pt") == {"a": torch.ones(1)}
+    torch.save({"model": {"network.a": torch.ones(1), "epoch": 2}}, tmp_path / "a.pt")
+    assert read_weights(tmp_path / "a.pt") == {"network.a": torch.ones(1)}
+
+
 class Evil:
     def __reduce__(self) -> tuple:
         return Path.touch, (Path(Evil.mark),)

@@ -1,0 +1,363 @@
+"""Mutation tests of the core modules: does a test fail for every small fault in a module?
+
+    nice python benchmarks/mutation.py               # all modules; resumes from the log
+    nice python benchmarks/mutation.py losses.transport --minutes 30
+
+A mutant runs in a process forked after the imports, against the tests that reach its line, the
+fastest first; mutmut and cosmic-ray start a process a mutant, which imports for ten seconds. Writes
+results/mutation.json. mutation.yaml names the tests of each module and the mutants that no test can
+kill, each with its reason. In the log a killed mutant counts while its module is unchanged, a
+survivor only while the tests are unchanged too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+import hypothesis
+import pytest
+import yaml
+
+import common
+from mutants import Mutant, mutants
+
+ROOT = Path(__file__).parents[1]
+MODULES = yaml.safe_load(Path(__file__).with_name("mutation.yaml").read_text())
+HEAVY = ("monai.bundle", "monai.engines", "monai.transforms", "monai.networks.nets", "monai.losses",
+         "monai.metrics", "monai.inferers", "monai.handlers", "ignite.engine", "transformers",
+         "matplotlib.pyplot", "nibabel", "scipy.stats", "ot", "einops")  # fmt: skip
+MEMORY = 24 * 2**30  # of a process, in bytes of address space
+hypothesis.settings.register_profile(
+    "mutation",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+class Session:
+    """A pytest plugin that hands the collected tests to ``work`` instead of running them.
+
+    Args:
+        work: is called with the session after the collection.
+        seconds: of each test, by its id; the fastest come first.
+    """
+
+    def __init__(self, work: Callable[[Session], Any], seconds: dict[str, float]) -> None:
+        self.work, self.seconds = work, seconds
+        self.items: list[pytest.Item] = []
+        self.failed = False
+        self.lines: set[int] = set()
+        self.shared: dict[str, set[int]] = defaultdict(set)
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.items = sorted(session.items, key=lambda item: self.seconds.get(item.nodeid, 1e9))
+        self.failed = bool(session.testsfailed)  # at the collection
+        self.work(self)
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed |= report.failed
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        before = set(self.lines)
+        self.lines.clear()
+        try:
+            return (yield)
+        finally:
+            if fixturedef.scope != "function":  # counts for every test that uses it
+                self.shared[fixturedef.argname] |= self.lines
+            self.lines |= before
+
+    def run(self, ids: set[str] | None = None) -> bool:
+        """Whether the tests pass, all or those named; stops at the first that fails."""
+        items = [item for item in self.items if ids is None or item.nodeid in ids]
+        for item, after in zip(items, [*items[1:], None], strict=True):
+            if self.failed:
+                break
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+        return not self.failed
+
+    def trace(self, file: str) -> dict[str, tuple[float, list[int]]]:
+        """CPU seconds of every test, and the lines of ``file`` that it reaches."""
+
+        def on_line(frame: FrameType, event: str, _: Any) -> Any:
+            self.lines.add(frame.f_lineno)
+            return on_line
+
+        def on_call(frame: FrameType, event: str, _: Any) -> Any:
+            return on_line(frame, event, _) if frame.f_code.co_filename == file else None
+
+        seconds, lines = {}, {}
+        for item in self.items:
+            self.lines.clear()
+            begin = time.process_time()
+            threading.settrace(on_call)
+            sys.settrace(on_call)
+            passed = self.run({item.nodeid})
+            sys.settrace(None)
+            if not passed:
+                raise ValueError(f"tests must pass on the unchanged module, got {item.nodeid}")
+            seconds[item.nodeid] = time.process_time() - begin
+            lines[item] = set(self.lines)
+        return {
+            item.nodeid: (
+                seconds[item.nodeid],
+                sorted(own.union(*(self.shared[f] for f in getattr(item, "fixturenames", ())))),
+            )
+            for item, own in lines.items()
+        }
+
+
+def collect(tests: str, work: Callable[[Session], Any], seconds: dict[str, float]) -> None:
+    """Collect tests and do the work on them."""
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+    options += ["-k", "not ranks and not two_processes"]  # these import the module anew
+    options += ["--hypothesis-profile=mutation", *tests.split()]
+    pytest.main(options, plugins=[Session(work, seconds)])
+
+
+def forked(work: Callable[[], bool], limit: float) -> str:
+    """Run ``work`` in a child: "survived" if it returns True, else "killed" or "timeout"."""
+    folder = tempfile.mkdtemp()
+    child = os.fork()
+    if not child:
+        try:
+            os.setsid()
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.tempdir = folder
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in (0,) if "MUTATION_DEBUG" in os.environ else (0, 1, 2):
+                os.dup2(null, stream)
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(2)
+    end = time.monotonic() + limit
+    try:
+        while (found := os.waitpid(child, os.WNOHANG))[0] == 0:
+            if time.monotonic() > end:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return "timeout"
+            time.sleep(0.005)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return "killed" if found[1] else "survived"
+
+
+def function_code(code: CodeType, name: str, line: int) -> CodeType | None:
+    """The code of a function within the code of its module."""
+    for inner in (c for c in code.co_consts if isinstance(c, CodeType)):
+        if (inner.co_name, inner.co_firstlineno) == (name, line):
+            return inner
+        if (found := function_code(inner, name, line)) is not None:
+            return found
+    return None
+
+
+def exchange(mutant: Mutant, file: str) -> Callable[[], None] | None:
+    """A function that changes the code of the imported module; None if it must be imported anew."""
+    if mutant.function is None or (code := function_code(mutant.code, *mutant.function)) is None:
+        return None
+    found = [
+        f for f in gc.get_objects()
+        if type(f) is FunctionType and f.__code__.co_filename == file
+        and (f.__code__.co_name, f.__code__.co_firstlineno) == mutant.function
+    ]  # fmt: skip
+    if not found or any(f.__code__.co_freevars != code.co_freevars for f in found):
+        return None
+
+    def apply() -> None:
+        for function in found:
+            function.__code__ = code
+
+    return apply
+
+
+class Changed(importlib.machinery.SourceFileLoader):
+    """Imports one module with another code."""
+
+    def __init__(self, name: str, file: str, code: CodeType) -> None:
+        super().__init__(name, file)
+        self.code = code
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.code
+
+    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_file_location(name, self.path, loader=self)
+
+
+class Run:
+    """The mutants of one module and its log.
+
+    Args:
+        name: of the module, within the package.
+        log: JSONL file, a line for each mutant that was tried.
+        until: time at which to stop.
+        most: mutants to try, drawn at random but always the same ones; None tries all.
+    """
+
+    def __init__(self, name: str, log: Path, until: float, most: int | None = None) -> None:
+        self.name, self.log, self.until, self.most = name, log, until, most
+        self.module = f"med3dinsight_ext.{name}"
+        found = [sorted(ROOT.glob(f"tests/{pattern}")) for pattern in MODULES[name]["tests"]]
+        self.tests = " ".join(str(path.relative_to(ROOT)) for paths in found for path in paths)
+        path = ROOT / f"{self.module.replace('.', '/')}.py"
+        self.file, self.mutants = str(path), list(mutants(path))
+        self.source = digest([path])
+        self.state = digest([ROOT / test for test in self.tests.split()])
+        self.results: dict[str, dict[str, str]] = {}
+        for line in log.read_text().splitlines() if log.exists() else ():
+            row = json.loads(line)
+            if (row["module"], row["source"]) == (name, self.source):
+                self.results[row["mutant"]] = row
+
+    def open(self) -> list[Mutant]:
+        """Mutants that were not tried, or survived other tests than today's."""
+        done = {
+            key for key, row in self.results.items()
+            if row["status"] != "survived" or row["tests"] == self.state
+        }  # fmt: skip
+        drawn = sorted(
+            self.mutants, key=lambda mutant: hashlib.sha256(mutant.key.encode()).digest()
+        )
+        return [mutant for mutant in drawn[: self.most] if mutant.key not in done]
+
+    def record(self, mutant: Mutant, status: str) -> None:
+        row = {"module": self.name, "mutant": mutant.key, "status": status,
+               "source": self.source, "tests": self.state}  # fmt: skip
+        with self.log.open("a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.results[mutant.key] = row
+
+    def attempt(self, mutant: Mutant, times: dict[str, Any], work: Callable[[set[str]], bool],
+                start: float) -> None:  # fmt: skip
+        """Run the tests that reach a mutant's lines, and record it."""
+        if time.time() > self.until:
+            return
+        ids = {i for i, (_, lines) in times.items() if not mutant.lines.isdisjoint(lines)}
+        ids = ids or set(times)
+        limit = start + 30 + 10 * sum(times[i][0] for i in ids)
+        self.record(mutant, forked(lambda: work(ids), limit))
+
+    def whole(self, folder: Path) -> None:
+        """Try all open mutants: first those within functions, then those that need an import."""
+        traced, anew = folder / "traced.json", folder / "anew.json"
+        times: dict[str, Any] = {}
+
+        def within(session: Session) -> None:
+            status = forked(
+                lambda: bool(traced.write_text(json.dumps(session.trace(self.file)))), 3600
+            )
+            if status != "survived":
+                raise ValueError(f"tests of {self.name} must pass on the unchanged module")
+            times.update(json.loads(traced.read_text()))
+            session.items.sort(key=lambda item: times[item.nodeid][0])
+            left = []
+            for mutant in self.open():
+                apply = exchange(mutant, self.file)
+                if apply is None:
+                    left.append(mutant.key)
+                    continue
+
+                def work(ids: set[str], apply: Callable[[], None] = apply) -> bool:
+                    apply()
+                    return session.run(ids)
+
+                self.attempt(mutant, times, work, 0)
+            anew.write_text(json.dumps(left))
+
+        def outer() -> bool:
+            collect(self.tests, within, {})
+            return True
+
+        forked(outer, 1e6)
+        if not anew.exists():
+            raise SystemExit(f"tests of {self.name} must pass unchanged; run {self.tests}")
+        times = json.loads(traced.read_text())
+        left = json.loads(anew.read_text())
+        seconds = {i: time_ for i, (time_, _) in times.items()}
+        for mutant in [m for m in self.mutants if m.key in left]:
+
+            def work(ids: set[str], mutant: Mutant = mutant) -> bool:
+                sys.meta_path.insert(0, Changed(self.module, self.file, mutant.code))
+                passed = []
+                collect(self.tests, lambda session: passed.append(session.run(ids)), seconds)
+                return passed == [True]
+
+            self.attempt(mutant, times, work, 60)
+
+
+def digest(paths: list[Path]) -> str:
+    """Hash of files' contents."""
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(paths))).hexdigest()[:12]
+
+
+def summary(run: Run, equivalents: dict[str, str]) -> dict[str, Any]:
+    """Counts of a module, and its survivors with their lines."""
+    rows = [(m, run.results[m.key]["status"]) for m in run.mutants if m.key in run.results]
+    survivors = [
+        {"line": m.line, "change": m.key, "verdict": f"equivalent: {equivalents[m.key]}"
+         if m.key in equivalents else "open"}
+        for m, status in rows if status == "survived"
+    ]  # fmt: skip
+    killed = len(rows) - len(survivors)
+    equal = sum(row["verdict"] != "open" for row in survivors)
+    return {
+        "mutants": len(run.mutants), "tried": len(rows), "killed": killed,
+        "timeouts": sum(status == "timeout" for _, status in rows),
+        "killed_share": round(killed / max(1, len(rows) - equal), 4),
+        "survivors": survivors,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Try the mutants of the modules and write the counts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", default=list(MODULES))
+    parser.add_argument("--log", type=Path, default=ROOT / "build" / "mutation.jsonl")
+    parser.add_argument("--minutes", type=float, default=1e5)
+    parser.add_argument("--most", type=int, help="mutants of a module, drawn at random")
+    options = parser.parse_args()
+    options.log.parent.mkdir(parents=True, exist_ok=True)
+    until = time.time() + 60 * options.minutes
+    os.chdir(ROOT)
+    for name in HEAVY if options.minutes else ():
+        importlib.import_module(name)
+    for name in options.modules:
+        run = Run(name, options.log, until, options.most)
+        if run.open() and time.time() < until:
+            with tempfile.TemporaryDirectory() as folder:
+                run.whole(Path(folder))
+    runs = [run for name in MODULES if (run := Run(name, options.log, until)).results]
+    tables = {run.name: summary(run, MODULES[run.name].get("equivalent", {})) for run in runs}
+    common.write("mutation", {"modules": tables})
+
+
+if __name__ == "__main__":
+    main()
