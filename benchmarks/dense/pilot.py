@@ -435,12 +435,10 @@ def finetune(
 ) -> None:  # fmt: skip
     """Dice of a U-Net fine-tuned on the labelled cases.
 
-    Args:
-        init: "scratch" or a pre-training's name; all but the last layer is taken.
-        slow: factor on the learning rate of what was taken.
-        hybrid: a teacher's tag: its codes are input channels, too.
-        soft: folder of soft labels ("a+b" averages two); half of each batch are unlabelled cases.
-        save: folder for soft labels of all pre-training cases by the fine-tuned network.
+    ``init`` is "scratch" or a pre-training's name: all but the last layer is taken, at ``slow``
+    times the learning rate. With ``hybrid``, a teacher's tag, its codes are input channels, too.
+    ``soft`` is a folder of soft labels ("a+b" averages two): half of each batch are unlabelled
+    cases then. ``save`` is a folder for soft labels of all pre-training cases by the result.
     """
     begin, cpu = time.time(), time.process_time()
     torch.manual_seed(seed + 100)

@@ -48,7 +48,7 @@ class SampleGridsd(MapTransform, Randomizable):
     """
 
     def __init__(
-        self, keys: str, layers: int, points: int = 2048, slices: int = 16, threshold: float = 0.02
+        self, keys: str, layers: int, points: int = 1024, slices: int = 16, threshold: float = 0.02
     ) -> None:
         super().__init__(keys)
         if points < 1 or slices < 1:

@@ -47,7 +47,9 @@ CHANGES: dict[str, Transform] = {
     "quarter turn": Rotate90(1, (0, 1)),
     "spacing": Spacing((2.5, 2.0, 1.8), mode="bilinear"),
     "rotation": Affine(rotate_params=(0.3, 0.1, -0.2), padding_mode="zeros", image_only=True),
-    "all": Compose([Spacing((2.0, 1.7, 2.2)), Flip(1), SpatialCrop((4, 3, 2), None, (4, 3, 2), (16, 15, 14))]),
+    "all": Compose([
+        Spacing((2.0, 1.7, 2.2)), Flip(1), SpatialCrop(roi_start=(4, 3, 2), roi_end=(16, 15, 14))
+    ]),
 }  # fmt: skip
 
 
