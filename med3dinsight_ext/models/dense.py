@@ -80,11 +80,11 @@ class DenseStudent(nn.Module):
             shown = volume.masked_fill(mask, 0)
             hidden = hidden_at(mask, points)
         features, output = pyramid_of(self.network, self.levels, shown)
-        size = volume.shape[2:]
-        codes = [
-            [head(sample_points(value, points[:, n], size)) for n, head in enumerate(heads)]
-            for value, heads in zip(features, self.heads, strict=True)
-        ]
+        flat = points.flatten(1, 2)
+        codes = []
+        for value, heads in zip(features, self.heads, strict=True):
+            there = sample_points(value, flat, volume.shape[2:]).unflatten(1, points.shape[1:3])
+            codes.append([head(there[:, n]) for n, head in enumerate(heads)])
         if isinstance(output, (tuple, list)):
             output = output[0]
         whole = self.training and isinstance(output, Tensor) and output.shape == volume.shape
