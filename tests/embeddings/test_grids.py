@@ -23,6 +23,7 @@ from med3dinsight_ext.data import slicing
 from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.embeddings import grids as grids_module
 from med3dinsight_ext.embeddings.grid_targets import PrepareGrids, SampleGridsd
+from med3dinsight_ext.embeddings.grid_volumes import codes_on_grid
 from med3dinsight_ext.embeddings.grids import GridStore, cell_voxels
 from med3dinsight_ext.embeddings.whitening import STEP, Whitening, decode, fit_whitening
 from med3dinsight_ext.models.pyramid import sample_points
@@ -227,3 +228,28 @@ def test_a_batch_holds_codes_and_points_of_each_layer(items: list[dict], tmp_pat
     assert [tuple(c.shape) for c in targets.codes] == [(2, 5000, d) for d in store.dims]
     for valid, codes in zip(targets.valid, targets.codes, strict=True):
         assert 0 < valid.sum() < valid.numel() and codes[~valid].abs().max() == 0
+
+
+@pytest.mark.usefixtures("brightness")
+@pytest.mark.parametrize("affine", AFFINES)
+@pytest.mark.parametrize("change", ["none", "flips", "rotation", "all"])
+@pytest.mark.parametrize("axis", range(3))
+def test_codes_on_a_voxel_grid_are_what_the_voxels_show(
+    axis: int, change: str, affine: str, tmp_path: Path
+) -> None:
+    store = GridStore(tmp_path / "s", pooled_teacher(), ["0"], per_plane=10)
+    (item,) = store.fill([ramp(tmp_path / "ct.nii.gz", axis, AFFINES[affine])])
+    volume = read_volume(item["image"])
+    image = CHANGES[change](volume + 1000)
+    codes = codes_on_grid(item["grids"], image.affine, image.shape[1:])
+    assert codes.shape == (len(load_file(item["grids"])["plane"].unique()), *image.shape[1:])
+    voxels = torch.stack(torch.meshgrid(*map(torch.arange, image.shape[1:]), indexing="ij"), -1)
+    step = np.linalg.solve(np.asarray(volume.affine), np.asarray(image.affine))
+    stored = torch.as_tensor(nib.affines.apply_affine(step, voxels.flatten(0, 2).numpy()))
+    whole = inside(stored, SHAPE, 5.0) & (image.as_tensor().flatten() > 850)
+    others = [p for p in range(3) if p != axis]  # along the ramp no slice shows anything
+    assert whole.sum() > 100
+    seen = image.as_tensor().flatten()[whole] - 1000
+    for code in decode_hu(codes.float()).flatten(1)[:, whole]:
+        assert (code - seen).abs().max() / (300 / (SHAPE[axis] - 1)) < 0.6
+    assert len(codes) == len(others)
