@@ -54,3 +54,18 @@ def test_a_finished_dense_run_makes_no_grid_again(trained: tuple[dict[str, Any],
     assert len(files) > 2
     run("pretrain", ["train.json", "dense.yaml"], **given)
     assert files == {p: p.stat().st_mtime_ns for p in (root / "store/grids").rglob("*.safetensors")}
+
+
+def test_fine_tuning_takes_unlabelled_volumes(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    volumes = write_volumes(tmp_path / "labelled", 4)
+    more = write_volumes(tmp_path / "more", 3, (30, 28, 32))
+    given = settings(
+        "seg-finetune", tmp_path / "run", volumes, teacher={"_target_": "test_dense.teacher"},
+        unlabelled=str(more), max_epochs=1,
+    )  # fmt: skip
+    workflow = run("seg-finetune", ["train.json", "unlabelled.yaml"], **given)
+    data = workflow.parser.get_parsed_content("train::dataset::data")
+    assert len(data) == 6 and len({item["image"] for item in data}) == 6
+    assert (tmp_path / "run/models/model.pt").exists()
