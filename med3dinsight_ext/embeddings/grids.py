@@ -22,7 +22,7 @@ from tqdm import tqdm
 from med3dinsight_ext.data import slicing
 from med3dinsight_ext.data.volumes import guess_modality, read_volume
 from med3dinsight_ext.embeddings.whitening import Whitening, fit_whitening
-from med3dinsight_ext.io.files import HashMemo, write_atomic
+from med3dinsight_ext.io.files import HashMemo, sha256, write_atomic
 from med3dinsight_ext.teachers.dense import encode_grids, find_layers
 from med3dinsight_ext.teachers.teacher import Teacher
 
@@ -157,15 +157,16 @@ class GridStore:
         return [self._hashes(file), place, item["modality"]]
 
     def path(self, item: dict[str, Any]) -> Path:
-        """Where the item's grids are, or would be; ``fill`` chooses the whitening before."""
-        key = self._key([self._whitening_key, *self._content(item)])
+        """Where the item's grids are, or would be, once ``fill`` has chosen the whitening."""
+        key = self._key([self._whitening_hash, *self._content(item)])
         return self.root / "grids" / key[:2] / f"{key}.safetensors"
 
     def fill(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Make the grids that are missing.
 
         Args:
-            items: image and modality; the whitening is fitted on an even sample of them.
+            items: image and modality. Where ``root`` has no whitening for these settings yet, it is
+                fitted on an even sample of them, and kept for all that come later.
 
         Returns:
             The items, each with ``grids``, the path of its file.
@@ -175,9 +176,7 @@ class GridStore:
         """
         if not items:
             raise ValueError("items must name at least one volume, got none; check the datalist")
-        sample = list(items[:: -(-len(items) // FIT_VOLUMES)])
-        self._whitening_key = self._key([self._content(item) for item in sample])
-        self._whitening = self._load_whitening(sample)
+        self._load_whitening(items[:: -(-len(items) // FIT_VOLUMES)])
         paths = [self.path(item) for item in items]
         missing = [(i, p) for i, p in zip(items, paths, strict=True) if not p.exists()]
         if missing:
@@ -226,8 +225,8 @@ class GridStore:
             voxels = slices.voxels(maps[layer].shape[2])
             yield layer, features, (voxels + 0.5) / torch.tensor(slices.size)
 
-    def _load_whitening(self, sample: list[dict[str, Any]]) -> dict[str, Whitening]:
-        path = self.root / "grids" / f"whitening-{self._whitening_key}.safetensors"
+    def _load_whitening(self, sample: Sequence[dict[str, Any]]) -> None:
+        path = self.root / "grids" / f"whitening-{self._key([])}.safetensors"
         if not path.exists():
             fitted = self._fit(sample)
             tensors = {
@@ -237,12 +236,13 @@ class GridStore:
             }
             write_atomic(path, lambda draft: save_file(tensors, draft))
         stored = load_file(path)
-        return {
+        self._whitening_hash = sha256(path)
+        self._whitening = {
             layer: Whitening(*(stored[f"{number}.{field}"] for field in Whitening._fields))
             for number, layer in enumerate(self.layers)
         }
 
-    def _fit(self, sample: list[dict[str, Any]]) -> dict[str, Whitening]:
+    def _fit(self, sample: Sequence[dict[str, Any]]) -> dict[str, Whitening]:
         generator = torch.Generator().manual_seed(self.seed)
         found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in self.layers}
         for item in tqdm(sample, "whitening", unit="volume"):

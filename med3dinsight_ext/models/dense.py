@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from med3dinsight_ext.models.pyramid import find_pyramid, pyramid_of, sample_points
 from med3dinsight_ext.models.student import block_mask
+
+logger = logging.getLogger(__name__)
 
 
 class DenseOutput(NamedTuple):
@@ -59,6 +62,8 @@ class DenseStudent(nn.Module):
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}; 0 hides nothing")
         self.levels = find_pyramid(network, patch_size, feature_layers, levels)
+        levels_found = ", ".join(f"{level.layer} {level.grid}" for level in self.levels)
+        logger.info(f"dense levels of the backbone: {levels_found}")
         self.network = network
         self.heads = nn.ModuleList(
             nn.ModuleList(nn.Linear(level.channels, length) for length in dims)

@@ -192,6 +192,15 @@ def test_only_what_is_missing_is_made(items: list[dict], tmp_path: Path) -> None
     assert sum(calls) == 1 + slices  # the size check and one volume
 
 
+def test_new_volumes_leave_the_others_grids(items: list[dict], tmp_path: Path) -> None:
+    store = GridStore(tmp_path / "s", pooled_teacher(), ["0"], per_plane=3)
+    first = store.fill(items[:2])
+    assert store.fill(items)[:2] == first
+    elsewhere = GridStore(tmp_path / "t", pooled_teacher(), ["0"], per_plane=3).fill(items[2:])
+    names = {Path(item["grids"]).name for item in store.fill(items)}
+    assert not names & {Path(item["grids"]).name for item in elsewhere}  # another whitening
+
+
 @pytest.mark.parametrize("change", [{"codes": 2}, {"layers": ["1"]}, {"seed": 1}, {"per_plane": 4}])
 def test_settings_change_the_key(change: dict, items: list[dict], tmp_path: Path) -> None:
     kept = {"layers": ["0"], "per_plane": 3}
