@@ -1,0 +1,191 @@
+"""Task-adapted teaching: soft labels of unlabelled volumes by a head on the frozen 2D features.
+
+The head is fitted on the few labelled cases; the 3D network then learns from both (task-specific
+distillation, arXiv:2503.06976).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.transforms import LoadImage, MapTransform, Orientation, ResampleToMatch, Spacing
+from torch import Tensor
+from tqdm import tqdm
+
+from med3dinsight_ext.data.datalists import datalist
+from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.embeddings.grid_volumes import codes_on_grid
+from med3dinsight_ext.embeddings.whitening import position_terms
+from med3dinsight_ext.io.files import HashMemo, write_atomic
+from med3dinsight_ext.models.voxel_head import VoxelHead, fit_voxel_head
+
+logger = logging.getLogger(__name__)
+FORMAT = 1  # raise it when this file changes what is stored
+LEAST = 13  # of 255: smaller probabilities become 0, so that a crop can find the foreground
+
+
+def unlabelled_items(
+    source: str | None, modality: str, *known: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Images of a datalist or folder, once none is a labelled, validation or test case.
+
+    Args:
+        source: as in ``datalists.datalist``; labels in it are not read.
+        modality: as there.
+        known: the items that must not be in it.
+
+    Raises:
+        ValueError: there is no source, or it names a known image.
+    """
+    if not source:
+        raise ValueError("unlabelled must be a datalist or folder, got none; --unlabelled DIR")
+    listed = datalist(source, modality=modality)
+    items = [{k: v for k, v in item.items() if k != "label"} for item in listed]
+    used = {os.path.realpath(item["image"]) for part in known for item in part}
+    if both := [item["image"] for item in items if os.path.realpath(item["image"]) in used]:
+        raise ValueError(
+            f"unlabelled must hold no labelled, validation or test case, got {len(both)}: "
+            f"{', '.join(both[:5])}; take them out of that list"
+        )
+    return items
+
+
+class SoftLabels:
+    """Makes and keeps soft labels, one file a volume; what exists is not made again.
+
+    Args:
+        root: folder.
+        classes: with the background.
+        spacing: mm of the grid that they are made on; about the network's own, times two.
+        hidden: width of the head.
+        seed: of the head.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        classes: int,
+        spacing: Sequence[float],
+        hidden: int = 128,
+        seed: int = 0,
+    ) -> None:
+        self.root, self.classes, self.spacing = Path(root), classes, list(spacing)
+        self.hidden, self.seed = hidden, seed
+        self._hashes = HashMemo(self.root / "files.jsonl")
+
+    def features(self, item: dict[str, Any]) -> tuple[Tensor, MetaTensor]:
+        """Codes and position (c, x, y, z) of an item with ``grids``, and the image on that grid."""
+        image = Spacing(self.spacing, mode="bilinear")(read_volume(item["image"]))
+        codes = codes_on_grid(item["grids"], image.affine, image.shape[1:])
+        steps = [(torch.arange(n) + 0.5) / n for n in image.shape[1:]]
+        fraction = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1).flatten(0, 2)
+        terms = position_terms(fraction)[:, 1:].mT.unflatten(1, image.shape[1:])
+        return torch.cat((codes, terms.half())), image
+
+    def fit(self, labelled: Sequence[dict[str, Any]]) -> VoxelHead:
+        """A head on the labelled items' features."""
+        rows, labels = [], []
+        load = LoadImage(image_only=True, ensure_channel_first=True)
+        for item in labelled:
+            features, image = self.features(item)
+            label = Orientation("RAS", labels=None)(load(item["label"]))
+            onehot = F.one_hot(label[0].long(), self.classes).movedim(-1, 0).float()
+            onehot = MetaTensor(onehot, affine=label.affine)
+            share = ResampleToMatch(mode="bilinear", padding_mode="border")(onehot, image)
+            share = share.as_tensor().clamp(min=0)
+            rows.append(features.flatten(1).mT)
+            labels.append((share / share.sum(0).clamp(min=1e-6)).flatten(1).mT)
+        return fit_voxel_head(torch.cat(rows), torch.cat(labels), self.hidden, seed=self.seed)
+
+    def fill(
+        self, labelled: Sequence[dict[str, Any]], unlabelled: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """The unlabelled items, each with ``label``, the path of its soft label.
+
+        Args:
+            labelled: image, label and grids.
+            unlabelled: image and grids.
+        """
+        made = [
+            FORMAT, self.classes, self.spacing, self.hidden, self.seed,
+            [[Path(item["grids"]).stem, self._hashes(item["label"])] for item in labelled],
+        ]  # fmt: skip
+        paths = []
+        for item in unlabelled:
+            key = hashlib.sha256(
+                json.dumps([*made, Path(item["grids"]).stem]).encode()
+            ).hexdigest()[:32]
+            paths.append(self.root / "soft" / key[:2] / f"{key}.nii.gz")
+        missing = [(i, p) for i, p in zip(unlabelled, paths, strict=True) if not p.exists()]
+        if missing:
+            logger.info(f"{len(missing)} of {len(unlabelled)} volumes have no soft label")
+            head = self.fit(labelled)
+        for item, path in tqdm(missing, "soft labels", unit="volume", disable=not missing):
+            features, image = self.features(item)
+            share = (head.predict(features) * 255).round().to(torch.uint8)
+            share[share < LEAST] = 0
+            volume = nib.Nifti1Image(share.movedim(0, -1).numpy(), image.affine.numpy())
+            write_atomic(path, lambda draft, volume=volume: _save(volume, draft))
+        return [{**item, "label": str(path)} for item, path in zip(unlabelled, paths, strict=True)]
+
+
+def _save(volume: nib.Nifti1Image, draft: Path) -> None:
+    named = draft.with_name(f"{draft.name}.nii.gz")  # nibabel goes by the name's end
+    nib.save(volume, named)
+    named.replace(draft)
+
+
+class SoftLabeld(MapTransform):
+    """A label map or a soft label as class probabilities (classes, x, y, z) on the image's grid.
+
+    It belongs behind every transform of the image that changes its grid but not at random.
+
+    Args:
+        keys: labels (1, x, y, z) or uint8 probabilities (classes, x, y, z), MetaTensors.
+        image: key of the image that they are resampled to.
+        classes: with the background.
+    """
+
+    def __init__(self, keys: str | list[str], image: str, classes: int) -> None:
+        super().__init__(keys)
+        self.image, self.classes = image, classes
+        self.resample = ResampleToMatch(padding_mode="zeros")
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        data = dict(data)
+        for key in self.keys:
+            label = data[key]
+            if label.shape[0] == 1:
+                label = self.resample(label, data[self.image], mode="nearest")
+                onehot = F.one_hot(label.as_tensor()[0].long(), self.classes).movedim(-1, 0)
+                share = onehot.float()
+            elif label.shape[0] == self.classes:
+                share = self.resample(label.float(), data[self.image], mode="bilinear").as_tensor()
+                share = share / share.sum(0).clamp(min=255 / 2)
+            else:
+                raise ValueError(
+                    f"label must have 1 or {self.classes} channels, got {label.shape[0]}; "
+                    "set label_names to the classes that the soft labels were made for"
+                )
+            data[key] = MetaTensor(share, meta=data[self.image].meta)
+        return data
+
+
+def balance(
+    labelled: Sequence[dict[str, Any]], unlabelled: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Both lists, the labelled one repeated so that half of all items are labelled."""
+    if not unlabelled:
+        return list(labelled)
+    count = max(len(unlabelled), len(labelled))
+    return [labelled[n % len(labelled)] for n in range(count)] + list(unlabelled)

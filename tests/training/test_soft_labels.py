@@ -1,0 +1,136 @@
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from fakes import FakeTexts
+from monai.losses import DiceCELoss
+from torch import nn
+
+from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.embeddings.grids import GridStore
+from med3dinsight_ext.losses.soft import SoftDiceCELoss
+from med3dinsight_ext.models.voxel_head import fit_voxel_head
+from med3dinsight_ext.teachers.teacher import Teacher
+from med3dinsight_ext.teachers.towers import ImageTower
+from med3dinsight_ext.training.soft_labels import (
+    SoftLabeld,
+    SoftLabels,
+    balance,
+    unlabelled_items,
+)
+
+
+class Brightness(ImageTower):
+    size, mean, std, fingerprint = 64, (0.0,) * 3, (1.0,) * 3, "brightness"
+
+    def load(self) -> nn.Module:
+        return nn.Sequential(nn.AvgPool2d(4))
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model(pixels).mean((2, 3))
+
+
+def ball(folder: Path, seed: int) -> dict:
+    """A CT with a bright ball somewhere, and its label, on an uneven left-handed grid."""
+    size, random = (30, 34, 24), np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1)
+    mask = np.linalg.norm(grid - random.uniform(0.4, 0.6, 3) * size, axis=-1) < 7
+    affine = np.diag([-2.0, 2.0, 2.5, 1.0])
+    image, label = folder / f"{seed}.nii.gz", folder / f"{seed}-label.nii.gz"
+    array = (-100 + 200 * mask + 5 * random.standard_normal(size)).astype(np.float32)
+    nib.save(nib.Nifti1Image(array, affine), image)
+    nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), label)
+    return {"image": str(image), "label": str(label), "modality": "CT"}
+
+
+def dice(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+def test_soft_labels_find_what_the_labelled_cases_show(tmp_path: Path) -> None:
+    cases = [ball(tmp_path, seed) for seed in range(4)]
+    store = GridStore(tmp_path / "s", Teacher(Brightness(), FakeTexts()), ["0"], per_plane=20)
+    items = store.fill(cases)
+    maker = SoftLabels(tmp_path / "s", 2, (3.0, 3.0, 3.0), hidden=16)
+    made = maker.fill(items[:2], items[2:])
+    for case, item in zip(cases[2:], made, strict=True):
+        image = read_volume(case["image"])
+        data = {"image": image, "label": load(item["label"])}
+        share = SoftLabeld("label", "image", 2)(data)["label"]
+        truth = SoftLabeld("label", "image", 2)({**data, "label": load(case["label"])})["label"]
+        assert share.shape == truth.shape == (2, *image.shape[1:])
+        assert torch.equal(truth[1].bool(), image[0] > 0)
+        assert dice(share[1] > 0.5, truth[1] > 0.5) > 0.75
+    before = [Path(item["label"]).stat().st_mtime_ns for item in made]
+    again = maker.fill(items[:2], items[2:])
+    assert [Path(item["label"]).stat().st_mtime_ns for item in again] == before
+    other = SoftLabels(tmp_path / "s", 2, (3.0, 3.0, 3.0), hidden=16, seed=1)
+    assert other.fill(items[:2], items[2:3])[0]["label"] != made[0]["label"]
+
+
+def load(path: str) -> torch.Tensor:
+    from monai.transforms import LoadImage, Orientation
+
+    volume = LoadImage(image_only=True, ensure_channel_first=True, reader="NibabelReader")(path)
+    return Orientation("RAS", labels=None)(volume)
+
+
+def test_a_head_learns_what_is_not_linear() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4000, 3)
+    inside = (x.norm(dim=1) < 1.3).long()
+    y = nn.functional.one_hot(inside, 2).float()
+    hits = [
+        (fit_voxel_head(x, y, hidden, steps=300, batch=512)(x).argmax(1) == inside).float().mean()
+        for hidden in (0, 32)
+    ]
+    assert hits[1] > 0.95 > hits[0]
+
+
+def test_hard_labels_cost_what_monai_s_loss_says() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 6, 5, 4)
+    goal = nn.functional.one_hot(torch.randint(3, (2, 6, 5, 4)), 3).movedim(-1, 1).float()
+    expected = DiceCELoss(softmax=True, batch=True)(logits, goal)
+    assert torch.allclose(SoftDiceCELoss()(logits, goal), expected, atol=1e-4)
+
+
+def test_undecided_voxels_do_not_count() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 4, 4, 4)
+    goal = torch.full((1, 2, 4, 4, 4), 0.5)
+    goal[..., :2] = torch.tensor([0.9, 0.1]).view(1, 2, 1, 1, 1)
+    changed = logits.clone()
+    changed[..., 2:] += torch.randn(1, 2, 4, 4, 2) * 5
+    loss = SoftDiceCELoss()
+    assert torch.allclose(loss(logits, goal), loss(changed, goal))
+    assert SoftDiceCELoss(soft_weight=0.0)(logits, goal) == 0
+
+
+def test_known_cases_are_no_unlabelled_ones(tmp_path: Path) -> None:
+    cases = [ball(tmp_path, seed) for seed in range(2)]
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps([{"image": f"{n}.nii.gz", "label": "x.nii.gz"} for n in range(2)]))
+    found = unlabelled_items(str(listed), "CT", [{"image": "elsewhere.nii.gz"}])
+    assert [item["image"] for item in found] == [case["image"] for case in cases]
+    assert not any("label" in item for item in found)
+    with pytest.raises(ValueError, match=r"no labelled, validation or test case, got 1: .*1.nii"):
+        unlabelled_items(str(listed), "CT", [], cases[1:])
+    with pytest.raises(ValueError, match="unlabelled must be a datalist or folder, got none"):
+        unlabelled_items(None, "CT")
+
+
+def test_half_of_the_items_are_labelled() -> None:
+    few, many = [{"image": "a"}, {"image": "b"}], [{"image": str(n)} for n in range(5)]
+    names = [item["image"] for item in balance(few, many)]
+    assert len(names) == 10 and names[:5] == ["a", "b", "a", "b", "a"]
+    assert balance(few, []) == few
+
+
+def test_labels_of_other_classes_are_refused(tmp_path: Path) -> None:
+    image = read_volume(ball(tmp_path, 0)["image"])
+    with pytest.raises(ValueError, match="label must have 1 or 4 channels, got 3"):
+        SoftLabeld("label", "image", 4)({"image": image, "label": image.repeat(3, 1, 1, 1)})
