@@ -238,13 +238,14 @@ def test_a_prepared_batch_has_each_target_under_its_name(items: list[dict], stor
     found = sampled(items, store, 4)
     batch = {key: found[key][None] for key in (
         "image", "plane", "position", "modality_index", "image_target", "text_target", "has_text",
-        "valid")}  # fmt: skip
+        "valid", "patient_index")}  # fmt: skip
     shown, targets, (plane, position), more = PrepareSlices()(batch)
     assert torch.equal(shown, batch["image"].as_tensor()) and more == {}
     assert torch.equal(plane, batch["plane"]) and torch.equal(position, batch["position"])
     for name, key in {
         "image": "image_target", "text": "text_target", "has_text": "has_text", "valid": "valid",
         "plane": "plane", "position": "position", "modality": "modality_index",
+        "patient": "patient_index",
     }.items():  # fmt: skip
         assert getattr(targets, name) is batch[key], name
     assert torch.equal(targets.volume, shown)
