@@ -1,8 +1,8 @@
 """Left and right parotid on test cases: flips that swap paired classes, and flips that do not.
 
-python benchmarks/bench_headneck.py DATA [--out DIR] [--arms auto,plain]
+python benchmarks/bench_headneck.py DATA [--out DIR] [--arms auto,auto_4mm]
 
-A finished run is not repeated; each is the 84 training and 21 validation cases of the defaults.
+A finished run is not repeated; each has the 84 training and 21 validation cases of the defaults.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_finetune import trained  # noqa: E402
 from common import write  # noqa: E402
 
-ARMS: dict[str, dict[str, Any]] = {"auto": {}, "plain": {"mirror_axes": [0], "mirror_pairs": []}}
+COARSE = {"spacing": [4.0, 4.0, 4.0], "patch_size": [64, 64, 48], "val_interval": 5}
+ARMS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "auto_4mm": COARSE,
+    "plain_4mm": COARSE | {"mirror_axes": [0], "mirror_pairs": []},
+}
 GOAL = 0.72  # mean Dice of the defaults
 
 

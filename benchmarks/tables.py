@@ -138,7 +138,11 @@ def hippocampus(result: Result) -> str:
 
 def headneck(result: Result) -> str:
     """Section of bench_headneck.py."""
-    names = {"auto": "swap left and right (default)", "plain": "plain"}
+    names = {
+        "auto": "2.5 mm, swap left and right (default)",
+        "auto_4mm": "4 mm, swap left and right (default)",
+        "plain_4mm": "4 mm, plain",
+    }
     runs, test = result["runs"], result["runs"]["auto"]["test"]
     tests = {names[arm]: run["test"] for arm, run in runs.items()}
     return fill(
