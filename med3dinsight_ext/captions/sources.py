@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import torch
-from nibabel.filebasedimages import ImageFileError
 from torch import Tensor
 
 from med3dinsight_ext.captions.captioner import Captioner
@@ -215,7 +214,7 @@ def _row(where: str, fields: dict) -> Row:
         value = fields.get(name)
         try:
             number[name] = None if value is None or value == "" else kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"{name} must be a number, got {value!r} in {where}; correct it"
             ) from None
@@ -269,5 +268,5 @@ def shape_of(image: str) -> list[int]:
         header: Any = nib.load(image)
         axes = nib.io_orientation(header.affine)[:, 0].tolist()
         return [header.shape[axes.index(axis)] for axis in range(3)]
-    except (ImageFileError, OSError, IndexError, ValueError, TypeError) as error:
+    except Exception as error:  # nibabel, gzip, zlib and numpy each have their own
         raise ValueError(f"image must be a 3D volume, got {image}: {error}; repair it") from error

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from med3dinsight_ext.data.slicing import window
+from med3dinsight_ext.io.reading import readable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -77,9 +78,9 @@ def read_volume(path: str) -> MetaTensor:
         try:
             # A reader given at the call has no fallback that would accept a broken file.
             loaded = LoadImage(image_only=True, ensure_channel_first=True)(path, NibabelReader())
+            volume = Orientation("RAS", labels=None)(loaded)
         except Exception as error:  # gzip, zlib, nibabel and numpy each have their own
             raise _fault(path, "be readable", f"{type(error).__name__}: {error}") from error
-        volume = Orientation("RAS", labels=None)(loaded)
     _require(min(volume.shape[1:]) > 1, path, "be thicker than one voxel", tuple(volume.shape[1:]))
     finite = volume.isfinite().all()
     _require(finite, path, "be finite", f"{int((~volume.isfinite()).sum())} NaN or infinite voxels")
@@ -109,7 +110,7 @@ def _require(ok: object, path: str, rule: str, value: object) -> None:
 
 @lru_cache(maxsize=1)  # an archive is unpacked as a whole, so once for all its volumes
 def _npz_array(file: str, name: str) -> np.ndarray:
-    with np.load(file) as arrays:
+    with readable("volume", file), np.load(file) as arrays:
         return arrays[name]
 
 

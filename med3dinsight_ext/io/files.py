@@ -50,9 +50,10 @@ class HashMemo:
         for line in path.read_bytes().split(b"\n") if path.exists() else ():
             try:
                 name, size, mtime, digest = json.loads(line)
-            except (ValueError, TypeError):  # a line cut by a full disk
+            except (ValueError, TypeError, RecursionError):  # a line cut by a full disk
                 continue
-            self._known[name, size, mtime] = digest
+            if [type(x) for x in (name, size, mtime, digest)] == [str, int, int, str]:
+                self._known[name, size, mtime] = digest
 
     def knows(self, file: str | Path) -> bool:
         """Whether the file need not be read."""

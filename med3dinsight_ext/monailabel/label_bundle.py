@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.training.weights import read_weights
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "seg-finetune"
@@ -92,7 +93,8 @@ def merged_configs(
     for name, last in (("train", "click.yaml"), ("inference", "click_inference.yaml")):
         files = [*with_shared(configs / f"{name}.json"), *paths]
         files += [str(configs / last)] if click else []
-        merged[name] = dict(ConfigParser.load_config_files(files))
+        with readable("overlays", ", ".join(paths) or configs, "correct them"):
+            merged[name] = dict(ConfigParser.load_config_files(files))
     return merged
 
 
@@ -101,7 +103,7 @@ def _check_overlay(path: str) -> None:
         raise ValueError(f"overlays must be files, got {path}; correct the path")
     try:
         content = ConfigParser.load_config_file(path)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"overlays must be JSON or YAML, got {path}: {cause}") from error
     if not isinstance(content, dict):

@@ -42,7 +42,7 @@ def read_card(path: str | Path | None) -> dict[str, Any]:
         raise ValueError(f"card must be a YAML file, got no file at {path}; correct the path")
     try:
         card = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"card must be a YAML file, got {path}: {cause}; correct it") from error
     if not isinstance(card, dict):
@@ -51,13 +51,15 @@ def read_card(path: str | Path | None) -> dict[str, Any]:
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, 1)
             advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(KEYS)}"
-            raise ValueError(f"card must have known keys, got {key}; {advice}")
+            raise ValueError(f"card must have known keys, got {key} in {path}; {advice}")
         kind = list if key == "references" else str
         if not isinstance(value, kind):
-            raise ValueError(f"card {key} must be a {kind.__name__}, got {value!r}")
+            raise ValueError(f"card {key} must be a {kind.__name__}, got {value!r} in {path}")
     licence = card.get("license", "apache-2.0")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
-        raise ValueError(f"card license must be SPDX in lower case, got {licence!r}; cc-by-sa-4.0")
+        raise ValueError(
+            f"card license must be SPDX in lower case, got {licence!r} in {path}; cc-by-sa-4.0"
+        )
     return card
 
 
@@ -86,7 +88,8 @@ def read_scores(path: str | Path | None, kind: str, classes: Sequence[str] = ())
         read = {"segmentation": _segmentation, "classification": _classification}
         flat, rows = read.get(kind, _retrieval)(found)
         scored = list(found.get("classes") or found.get("per_class") or ())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        flat = {key: round(x, 4) for key, x in flat.items() if x is not None and math.isfinite(x)}
+    except Exception as error:  # of a parser, or of a table that is another one
         raise ValueError(
             f"metrics must be the file that evaluate wrote of this {kind}, got {path}: {error!r}"
         ) from error
@@ -95,7 +98,6 @@ def read_scores(path: str | Path | None, kind: str, classes: Sequence[str] = ())
             f"metrics must be of a model with the classes {list(classes)}, got {scored} in {path}; "
             "evaluate this one"
         )
-    flat = {key: round(x, 4) for key, x in flat.items() if x is not None and math.isfinite(x)}
     return Scores(flat, _table(rows))
 
 

@@ -12,6 +12,8 @@ from ignite.engine import Engine
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
+from med3dinsight_ext.io.reading import readable
+
 logger = logging.getLogger(__name__)
 
 
@@ -100,6 +102,7 @@ def embedding_dims_of(path: str | Path) -> dict[str, int]:
     """Embedding dimension of each head of a saved student, by the head's name."""
     if not Path(path).exists():
         raise ValueError(f"student weights must be at {path}, got nothing; train first")
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    heads = [key for key in saved if key.startswith("heads.") and key.endswith(".weight")]
-    return {key.split(".")[1]: saved[key].shape[0] for key in heads}
+    with readable("student weights", path, "take those that the training wrote"):
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        heads = [key for key in saved if key.startswith("heads.") and key.endswith(".weight")]
+        return {key.split(".")[1]: saved[key].shape[0] for key in heads}

@@ -20,7 +20,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "tests"),
+    str(ROOT / "benchmarks"),
+    str(Path(__file__).parent),
+]
 
 import mutate  # noqa: E402
 from guard import MEMORY, SECONDS, Outcome, worker  # noqa: E402
@@ -31,7 +36,7 @@ ISSUE_MINUTES = 30
 
 def verdict(reader: Reader, path: Path, found: Outcome) -> str:
     """The outcome's kind, or "unnamed" for an error that does not name the file."""
-    named = path.name in found.text or not reader.names_file
+    named = (path.name if reader.named is None else reader.named) in found.text
     return "unnamed" if found.kind == "refused" and not named else found.kind
 
 
@@ -84,7 +89,9 @@ def fuzz(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("reader", help="all, or names with commas: " + ", ".join(READERS))
     parser.add_argument("--minutes", type=float, default=0.0)
     parser.add_argument("--inputs", type=int, default=0)
@@ -98,7 +105,10 @@ def main() -> int:
     for name in names:
         found[name] = fuzz(name, given.minutes, given.inputs, given.seed, given.keep)
         row = found[name]
-        print(f"{name:<24}{row['inputs']:>8} inputs {row['per_second']:>8}/s  {row['outcomes']}", flush=True)
+        print(
+            f"{name:<24}{row['inputs']:>8} inputs {row['per_second']:>8}/s  {row['outcomes']}",
+            flush=True,
+        )
         for fault in row["faults"]:
             print(f"    seed {fault['seed']}: {fault['text']}", flush=True)
         if given.out:

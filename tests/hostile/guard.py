@@ -20,8 +20,15 @@ from typing import Any, NamedTuple
 
 MEMORY = 2 << 30  # bytes above what the worker has mapped at its start
 SECONDS = 10.0
-TEXT = 4000  # characters of a message that are kept
-PROGRAMS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class")
+TEXT = 40_000  # characters of a message that are kept
+PROGRAMS = (
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "pickle.find_class",
+)
 PATHS = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -71,7 +78,7 @@ class Watch:
     def _path(self, event: str, path: Any) -> None:
         if isinstance(path, (str, bytes)) and os.path.basename(path):
             real = os.path.realpath(os.fsdecode(path))
-            if real != os.devnull and not real.startswith(self.folder + os.sep):
+            if real not in (os.devnull, self.folder) and not real.startswith(self.folder + os.sep):
                 self.effects.append(f"{event} {real}"[:200])
 
 

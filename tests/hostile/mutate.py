@@ -22,7 +22,14 @@ TEXTS = (
     "../../../../etc/passwd", "/dev/zero", "~", "a\\nb", "'\\\"", "::", "a::b::c", "a::b::-1",
     "${HOME}", "$import os", "%s%n", "{modality.__class__}", "A" * 5000, "\U0001f9e0",
 )  # fmt: skip
-TREES = ("[" * 3000, "{" * 3000, '{"a":' * 2000, "[" * 50 + "]" * 50, "&a [*a]", "!!python/name:os.system")
+TREES = (
+    "[" * 3000,
+    "{" * 3000,
+    '{"a":' * 2000,
+    "[" * 50 + "]" * 50,
+    "&a [*a]",
+    "!!python/name:os.system",
+)
 BINARY = (0, 1, -1, 2**7, 2**15 - 1, -(2**15), 2**31 - 1, -(2**31))
 FLOATS = (0.0, -1.0, float("nan"), float("inf"), 1e38, 1e-38)
 TOKEN = re.compile(rb'-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|"(?:[^"\\]|\\.)*"|true|false|null')

@@ -16,12 +16,12 @@ import nibabel as nib
 import numpy as np
 import torch
 import yaml
-from evidence import results
 from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from running import ROOT
 
+from evidence import results
 from med3dinsight_ext.captions import chat
 from med3dinsight_ext.captions.answer_log import AnswerLog
 from med3dinsight_ext.captions.cleaning import clean_caption
@@ -34,7 +34,6 @@ from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.embeddings.store import Store
 from med3dinsight_ext.embeddings.targets import SampleTargetsd
 from med3dinsight_ext.io.files import HashMemo
-from med3dinsight_ext.io.overrides import check_overrides
 from med3dinsight_ext.monailabel.label_bundle import merged_configs
 from med3dinsight_ext.monailabel.server import class_names
 from med3dinsight_ext.publishing.card import read_card, read_scores
@@ -54,13 +53,13 @@ class Reader(NamedTuple):
         make: writes a valid sample and what belongs to it into a folder; returns its path.
         read: reads a file of that name in that folder.
         how: mutation that suits the format.
-        names_file: whether an error must name the file.
+        named: what an error must contain; by default the file's name.
     """
 
     make: Callable[[Path], Path]
     read: Read
     how: mutate.Mutation
-    names_file: bool = True
+    named: str | None = None
 
 
 READERS: dict[str, Reader] = {}
@@ -150,9 +149,11 @@ def with_images(name: str, content: str | bytes) -> Callable[[Path], Path]:
     return make
 
 
-ROWS = [{"image": f"{i}.nii.gz", "label": i, "patient": f"p{i}", "modality": "CT"} for i in range(3)]
+ROWS = [
+    {"image": f"{i}.nii.gz", "label": i, "patient": f"p{i}", "modality": "CT"} for i in range(3)
+]
 DECATHLON = {"modality": {"0": "MRI"}, "training": ROWS, "test": ["0.nii.gz"], "labels": {"0": "a"}}
-CSV = "image,plane,index,position,caption\n0.nii.gz,axial,3,,\"fat, dark\"\n1.nii.gz,0,,0.5,liver\n"
+CSV = 'image,plane,index,position,caption\n0.nii.gz,axial,3,,"fat, dark"\n1.nii.gz,0,,0.5,liver\n'
 CAPTIONS = [
     {"image": "0.nii.gz", "plane": "axial", "index": 3, "size": 20, "caption": "Dark fat."},
     {"image": "1.nii.gz", "plane": 1, "position": 0.5, "text": "Le foie."},
@@ -165,7 +166,9 @@ def lines(rows: list[dict]) -> str:
 
 @reader("datalist_json", with_images("list.json", json.dumps(DECATHLON)), mutate.text)
 @reader("datalist_jsonl", with_images("list.jsonl", lines(ROWS)), mutate.text)
-@reader("datalist_csv", with_images("list.csv", "image,label\n0.nii.gz,a\n1.nii.gz,b\n"), mutate.text)
+@reader(
+    "datalist_csv", with_images("list.csv", "image,label\n0.nii.gz,a\n1.nii.gz,b\n"), mutate.text
+)
 def read_list(path: Path) -> Any:
     return datalist(path)
 
@@ -200,7 +203,7 @@ def loaded(path: str) -> MetaTensor:
     return LoadImage(image_only=True, ensure_channel_first=True)(path)
 
 
-@reader("clicks_json", with_images("clicks.json", json.dumps(CLICKS)), mutate.text, names_file=False)
+@reader("clicks_json", with_images("clicks.json", json.dumps(CLICKS)), mutate.text, named="")
 def read_clicks(path: Path) -> Any:
     item = datalist(path)[0]
     image = loaded(str(path.with_name("0.nii.gz")))
@@ -220,7 +223,12 @@ backbone:
   channels: [8, 16]
 learning_rate: 1.0e-3
 """
-CARD = {"title": "A network", "data": "84 CT scans.", "license": "cc-by-4.0", "references": ["One."]}
+CARD = {
+    "title": "A network",
+    "data": "84 CT scans.",
+    "license": "cc-by-4.0",
+    "references": ["One."],
+}
 SCORE = {"mean": 0.8, "low": 0.7, "high": 0.9, "n": 4}
 SCORES = {"dice": SCORE, "nsd": SCORE, "hd95": SCORE}
 SEGMENTATION = {"classes": {"organ": SCORES}, "mean": SCORES, "tolerance_mm": 2.0}
@@ -228,7 +236,13 @@ CLASS = {"auroc": 0.7, "balanced_accuracy": 0.7, "f1": 0.7, "ece": 0.1, "sensiti
          "specificity": 0.7, "n": 4}  # fmt: skip
 INTERVALS = {f"{key}_{end}": 0.5 for key in ("auroc", "balanced_accuracy", "f1", "ece")
              for end in ("low", "high")}  # fmt: skip
-CLASSIFICATION = {**CLASS, **INTERVALS, "accuracy": 0.7, "n": 8, "per_class": {"a": CLASS, "b": CLASS}}
+CLASSIFICATION = {
+    **CLASS,
+    **INTERVALS,
+    "accuracy": 0.7,
+    "n": 8,
+    "per_class": {"a": CLASS, "b": CLASS},
+}
 RECALLS = {f"image_within_r1{end}": 0.3 for end in ("", "_low", "_high", "_chance")}
 RETRIEVAL = {"student": RECALLS | {"image_within_queries": 48.0}, "volume_zero": RECALLS}
 
@@ -238,16 +252,6 @@ RETRIEVAL = {"student": RECALLS | {"image_within_queries": 48.0}, "volume_zero":
 def read_overlay(path: Path) -> Any:
     configs = ROOT / "bundles" / "seg-finetune" / "configs"
     return sorted(merged_configs(configs, str(path), click=False)["train"])
-
-
-@reader("args_file", written("args.json", json.dumps({"spacing": [1, 1, 2]})), mutate.text)
-def read_arguments(path: Path) -> Any:
-    files = [str(ROOT / "bundles/seg-finetune/configs/train.json"),
-             *(str(ROOT / "bundles/shared" / name) for name in ("train.json", "finetune.json"))]  # fmt: skip
-    try:
-        return check_overrides(["--config_file", str(files), "--args_file", str(path)])
-    except SystemExit as error:  # its type for refusals; names the key and the value
-        raise ValueError(f"{path}: {error}") from error
 
 
 @reader("card", written("card.yaml", yaml.safe_dump(CARD)), mutate.text)
@@ -282,9 +286,7 @@ PREPROCESSOR = {"crop_size": {"height": 24, "width": 24}, "image_mean": [0.5] * 
                 "image_std": [0.2] * 3}  # fmt: skip
 
 
-@reader(
-    "preprocessor", written("preprocessor_config.json", json.dumps(PREPROCESSOR)), mutate.text
-)
+@reader("preprocessor", written("preprocessor_config.json", json.dumps(PREPROCESSOR)), mutate.text)
 def read_preprocessor(path: Path) -> Any:
     return image_settings(str(path.parent))
 
@@ -378,7 +380,7 @@ def read_entry(path: Path) -> Any:
     return {key: tuple(found[key].shape) for key in ("image_target", "text_target", "plane")}
 
 
-@reader("entry_json", entry(".json"), mutate.text)
+@reader("entry_json", entry(".json"), mutate.text, named="store must be a folder with entries")
 def read_entry_json(path: Path) -> Any:
     return read_store(path.parents[1], 3, 0).total.slices
 
@@ -459,12 +461,17 @@ def answered(data: bytes) -> str:
     return repr(clean_caption(text))
 
 
-@reader("server_answer", written("answer.json", json.dumps(ANSWER)), mutate.text, names_file=False)
+def answer_file(folder: Path) -> Path:
+    answered(json.dumps(ANSWER).encode())  # the client looks at the platform once
+    return written("answer.json", json.dumps(ANSWER))(folder)
+
+
+@reader("server_answer", answer_file, mutate.text, named="")
 def read_answer(path: Path) -> Any:
     return answered(path.read_bytes())
 
 
 @reader("caption_text", written("a.txt", "<think>x</think>**Sure:** The liver, 3 cm. Fat."),
-        mutate.text, names_file=False)  # fmt: skip
+        mutate.text, named="")  # fmt: skip
 def read_caption(path: Path) -> Any:
     return clean_caption(path.read_bytes().decode("utf-8", "replace"))
