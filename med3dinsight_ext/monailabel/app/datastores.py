@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import SimpleITK as sitk
@@ -13,6 +15,7 @@ from monailabel.datastore.local import LocalDatastore
 from pydicom import Dataset
 
 from med3dinsight_ext.data.labels import read_label
+from med3dinsight_ext.monailabel.app.requests import check_extension, check_name
 
 MODALITIES = ("CT", "MR", "PT")
 
@@ -40,8 +43,18 @@ class CheckedDatastore(LocalDatastore):
         image = self.get_image_uri(image_id)
         if not image:
             raise HTTPException(404, f"image must be one of the datastore's, got {image_id!r}")
+        with refused():
+            check_name(label_tag, "tag")
+            check_extension(label_filename, "label")
         check(image, label_filename, self.names)
         return super().save_label(image_id, label_filename, label_tag, label_info)
+
+    def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        with refused():
+            check_extension(image_filename, "image")
+            if image_id:
+                check_name(image_id, "image")
+        return super().add_image(image_id, image_filename, image_info)
 
 
 class DicomStore(DICOMWebDatastore):
@@ -73,8 +86,19 @@ class DicomStore(DICOMWebDatastore):
         image = self.get_image_uri(image_id)
         if not image:
             raise HTTPException(404, f"image must be one of the datastore's, got {image_id!r}")
+        with refused():
+            check_name(label_tag, "tag")
         check(image, label_filename, self.names)
         return super().save_label(image_id, label_filename, label_tag, label_info)
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Answer 400 where a check fails."""
+    try:
+        yield
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
 
 
 def check(image: str, label: str, names: list[str]) -> None:
