@@ -116,7 +116,7 @@ class FileCaptions(Captioner):
 
     def _image(self, where: str, fields: dict) -> str:
         image = fields.get("image")
-        if not isinstance(image, str) or not image:
+        if not isinstance(image, str) or not image or "\0" in image:
             raise ValueError(f"image must be a path, got {image!r} in {where}; add it")
         key = _key(os.path.join(self.root, image))
         if key not in self.rows and not os.path.exists(key.split("::")[0]):

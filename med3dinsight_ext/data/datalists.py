@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from med3dinsight_ext.data.slicing import MODALITIES
-from med3dinsight_ext.io.reading import readable
+from med3dinsight_ext.io.reading import parse_json, readable
 
 LONGEST_LINE = 10_000_000  # characters; no row of an image or a caption is as long
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
@@ -35,8 +34,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(_lines(file, path), 1):
             where = f"{path} line {number}"
             try:
-                row = json.loads(line) if line.strip() else None
-            except (json.JSONDecodeError, RecursionError) as error:
+                row = parse_json(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} must be JSON, got {error}; correct it") from error
             if row is not None and not isinstance(row, dict):
                 raise ValueError(f"{where} must be a JSON object, got {row!r}; correct it")
@@ -108,9 +107,9 @@ def datalist(
     given = modality_name(modality)
     with readable("items", source, "correct the list"):
         items = [_item(row, source, root, given) for row in sections[section]]
-    count = Counter(os.path.realpath(item["image"]) for item in items)
+        count = Counter(os.path.realpath(item["image"]) for item in items)
     for rule, bad in (
-        ("exist", [path for path in count if not os.path.exists(path.split("::")[0])]),
+        ("exist", [path for path in count if not os.path.isfile(path.split("::")[0])]),
         ("be listed once", [path for path, times in count.items() if times > 1]),
     ):
         if bad:
@@ -163,9 +162,10 @@ def _sections(source: Path) -> dict[str, list]:
 
 def _read_json(path: Path) -> dict | list:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON, got {error}; correct it") from error
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, MemoryError) as error:
+        cause = error or type(error).__name__
+        raise ValueError(f"{path} must be JSON, got {cause}; correct it") from error
 
 
 def _is_image(path: Path) -> bool:

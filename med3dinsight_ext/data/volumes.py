@@ -69,8 +69,9 @@ def read_volume(path: str) -> MetaTensor:
             not finite, or the same value everywhere.
     """
     if "::" in path:
-        file, name, index = path.split("::")
-        array = _npz_array(file, name)[int(index)]
+        with readable("volume", path, "write it as file.npz::array::index"):
+            file, name, index = path.split("::")
+            array = _npz_array(file, name)[int(index)]
         _require(array.ndim == 3, path, "be 3D", array.shape)
         volume = MetaTensor(array[None].astype(np.float32), meta={"filename_or_obj": path})
     else:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 from uuid import uuid4
 
@@ -77,6 +78,8 @@ class HashMemo:
 def _identity(file: str | Path) -> tuple[str, int, int]:
     try:
         stat = os.stat(file)
+        if not S_ISREG(stat.st_mode):
+            raise OSError("a pipe or device")  # would be read without an end
     except OSError as error:
         raise ValueError(f"image must be a file, got {file}; correct the datalist") from error
     return os.path.abspath(file), stat.st_size, stat.st_mtime_ns

@@ -32,6 +32,22 @@ def readable(name: str, path: str | Path, fix: str = "repair it") -> Iterator[No
         raise ValueError(f"{name} must be readable, got {path}: {cause}; {fix}") from error
 
 
+def parse_json(text: str) -> Any:
+    """Content of a JSON text whose objects name each key once; Python's parser keeps the last.
+
+    Raises:
+        ValueError: it is not JSON, or a key occurs twice.
+    """
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"key occurs twice among {[key for key, _ in pairs][:10]}")
+    return found
+
+
 def read_json(path: str | Path, name: str, fix: str = "repair it") -> Any:
     """Content of a JSON file in UTF-8.
 

@@ -21,6 +21,7 @@ from med3dinsight_ext.training.weights import read_weights
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "seg-finetune"
 NAMES = {"segmentation": "label_names", "classification": "class_names"}  # keys of configs
+MOST_VALUES = 100_000  # of an overlay
 COPIED = ("LICENSE", "docs", "configs/multi_gpu_train.json", "configs/logging.conf")
 
 
@@ -110,6 +111,22 @@ def _check_overlay(path: str) -> None:
         raise ValueError(
             f"overlays must be mappings, got {type(content).__name__} in {path}; write key: value"
         )
+    if _values(content, {}) > MOST_VALUES:
+        raise ValueError(
+            f"overlays must have at most {MOST_VALUES} values, got more in {path}, whose anchors "
+            "repeat each other; write them out"
+        )
+
+
+def _values(node: Any, known: dict[int, int]) -> int:
+    """Number of values below a node where anchors are written out, as MONAI's parser does."""
+    if not isinstance(node, (dict, list)):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES  # of a node that holds itself
+        below = node.values() if isinstance(node, dict) else node
+        known[id(node)] = 1 + sum(_values(value, known) for value in below)
+    return known[id(node)]
 
 
 def kind_of(configs: Path) -> str:

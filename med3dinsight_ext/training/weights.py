@@ -62,9 +62,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         found = list(content)[:5] if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"pretrained must hold named tensors, got {found} in {path}")
+    if bad := [name for name, value in tensors.items() if _is_expanded(value)]:
+        raise ValueError(
+            f"pretrained must store every number, got {bad[:3]} of {path}, which claim more than "
+            "they hold; save network.state_dict() alone"
+        )
     if bad := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise ValueError(f"pretrained must be finite, got NaN or infinity in {bad[:3]} of {path}")
     return tensors
+
+
+def _is_expanded(value: Tensor) -> bool:
+    """Whether a tensor is sparse, or larger than its storage: copying it may fill the memory."""
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return True
+    return value.numel() * value.element_size() > value.untyped_storage().nbytes()
 
 
 def renamed(weights: Mapping[str, Tensor], rename: Mapping[str, str]) -> dict[str, Tensor]:

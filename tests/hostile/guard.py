@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -29,7 +30,8 @@ PROGRAMS = (
     "os.fork",
     "pickle.find_class",
 )
-PATHS = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+LINKS = ("os.link", "os.symlink")
+PATHS = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", *LINKS)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -72,7 +74,7 @@ class Watch:
             if (isinstance(flags, int) and flags & WRITES) or set(str(mode)) & set("wax+"):
                 self._path(event, path)
         elif event in PATHS:
-            for path in arguments[:2]:
+            for path in arguments[1:2] if event in LINKS else arguments[:2]:
                 self._path(event, path)
 
     def _path(self, event: str, path: Any) -> None:
@@ -107,6 +109,7 @@ def _message(error: BaseException) -> str:
 
 def _serve(pipe: Any, call: Callable[[str], Any], folder: Path, memory: int) -> None:
     os.chdir(folder)
+    tempfile.tempdir = str(folder)
     with open(os.devnull, "w") as null:  # loggers hold the streams themselves
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
