@@ -18,6 +18,7 @@ from med3dinsight_ext.captions.captioner import Captioner
 from med3dinsight_ext.data.datalists import read_rows
 from med3dinsight_ext.data.slicing import PLANES, depth, plane_number
 from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.io.reading import readable
 
 
 def source(captions: str | Captioner | None, root: str | Path | None = None) -> Captioner:
@@ -68,8 +69,9 @@ class FileCaptions(Captioner):
         self.path = Path(path)
         self.root = Path(root or self.path.parent)
         self.rows: dict[str, list[Row]] = defaultdict(list)
-        for where, fields in read_rows(path):
-            self.rows[self._image(where, fields)].append(_row(where, fields))
+        with readable("captions", path):
+            for where, fields in read_rows(path):
+                self.rows[self._image(where, fields)].append(_row(where, fields))
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class FileCaptions(Captioner):
 
     def _image(self, where: str, fields: dict) -> str:
         image = fields.get("image")
-        if not isinstance(image, str) or not image or "\0" in image:
+        if not isinstance(image, str) or not image:
             raise ValueError(f"image must be a path, got {image!r} in {where}; add it")
         key = _key(os.path.join(self.root, image))
         if key not in self.rows and not os.path.exists(key.split("::")[0]):

@@ -141,10 +141,11 @@ def _sections(source: Path) -> dict[str, list]:
             return {"all": content}
         if "training" not in content:
             raise ValueError(f"source must have a list 'training', got {list(content)} in {source}")
-        names = [name for name in ("training", "validation", "test") if name in content]
-        kinds = list(dict(content.get("modality") or {}).values())  # one name a channel
-        known = {"modality": kinds[0]} if kinds else {}
-        return {name: [known | _as_dict(row) for row in content[name]] for name in names}
+        with readable("source", source, "write it like a Decathlon dataset.json"):
+            names = [name for name in ("training", "validation", "test") if name in content]
+            kinds = list(dict(content.get("modality") or {}).values())  # one name a channel
+            known = {"modality": kinds[0]} if kinds else {}
+            return {name: [known | _as_dict(row) for row in content[name]] for name in names}
     if source.suffix == ".npz":
         with readable("source", source), np.load(source) as arrays:
             labels = {k[:-7]: arrays[k] for k in arrays.files if k.endswith("_labels")}
