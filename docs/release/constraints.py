@@ -40,5 +40,5 @@ if __name__ == "__main__":
     texts += [setup["options.extras_require"][extra] for extra in EXTRAS]
     names = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     text = "".join(f"{name}=={version}\n" for name, version in pins(names).items())
-    head = "# A known-good set, written by docs/release/constraints.py: pip install -c constraints.txt .\n"
+    head = "# A known-good set, written by docs/release/constraints.py\n"
     (ROOT / "constraints.txt").write_text(head + text)

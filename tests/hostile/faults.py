@@ -125,7 +125,8 @@ def settings(bundle: str, folder: Path) -> dict[str, Any]:
     backbone: dict[str, Any] = {"_target_": "fakes.PlainNet"}
     if bundle == "seg-finetune":
         backbone = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1,
-                    "out_channels": "@out_channels", "channels": [4, 8], "strides": [2]}  # fmt: skip
+                    "out_channels": "@out_channels", "channels": [4, 8],
+                    "strides": [2]}  # fmt: skip
     return running.settings(bundle, folder / "out", folder / "in", max_epochs=2, backbone=backbone)
 
 
@@ -250,6 +251,9 @@ def inject(name: str, faults: list[str], every: int, most: float = 0) -> dict[st
         work.mkdir()
         scenario.prepare(work)
         shutil.copytree(work, kept)
+        scenario.run(work)  # children inherit what it imports
+        shutil.rmtree(work)
+        shutil.copytree(kept, work)
         state, why, calls = child(scenario.run, work, 0, "kill")
         if state != "done":
             raise ValueError(f"{name} must run without faults, got {why}")
@@ -324,10 +328,8 @@ def main() -> int:
     for name in names:
         row = inject(name, given.faults.split(","), given.every, given.most)
         bad += len(row["open"])
-        print(
-            f"{name:<14}{row['calls']} calls, {row['tried']} of {row['of']} tried in {row['seconds']} s",
-            flush=True,
-        )
+        tried = f"{row['tried']} of {row['of']} tried in {row['seconds']} s"
+        print(f"{name:<14}{row['calls']} calls, {tried}", flush=True)
         for outcome, count in row["outcomes"].items():
             print(f"    {count:>5} {outcome}", flush=True)
         for fault in row["open"][:12]:
