@@ -167,6 +167,7 @@ def publish_it(folder: Path) -> None:
 
 def published(folder: Path) -> dict[str, Any]:
     files = (p for p in (folder / "out").rglob("*") if p.is_file())
+    files = (p for p in files if ".publish-" not in str(p))  # drafts of a killed run
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
