@@ -366,6 +366,52 @@ def data_laws(result: Result) -> str:
     )
 
 
+def fuzz(result: Result) -> str:
+    """Section of tests/hostile/fuzz.py."""
+    limits, readers = result["limits"], result["readers"]
+    lines, forbidden = [], 0
+    for name, row in sorted(readers.items()):
+        found = row["outcomes"]
+        bad = sum(found.values()) - found.get("value", 0) - found.get("refused", 0)
+        forbidden += bad
+        counts = [
+            row["inputs"],
+            row["seconds"],
+            found.get("value", 0),
+            found.get("refused", 0),
+            bad,
+        ]
+        expected = 60 * limits["issue_minutes"] * row["per_second"]
+        lines.append([f"`{name}`", *(f"{n:,}" for n in counts), f"{expected:,.0f}"])
+    return fill(
+        "fuzz",
+        where=where(result),
+        memory=limits["memory_bytes"] / 2**30,
+        seconds=limits["seconds"],
+        minutes=limits["issue_minutes"],
+        forbidden=forbidden,
+        total=sum(row["inputs"] for row in readers.values()),
+        rows=table(lines),
+    )
+
+
+def faults(result: Result) -> str:
+    """Section of tests/hostile/faults.py."""
+    lines = []
+    for name, row in result["scenarios"].items():
+        found = "; ".join(f"{outcome} {count}" for outcome, count in row["outcomes"].items())
+        part = f"{row['tried']} of {row['calls']} × faults"
+        lines.append([name, str(row["calls"]), part, found])
+    scenarios = result["scenarios"].values()
+    return fill(
+        "faults",
+        where=where(result),
+        open=sum(len(row["open"]) for row in scenarios),
+        total=sum(row["tried"] for row in scenarios),
+        rows=table(lines),
+    )
+
+
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "pretrain": pretrain,
     "captions": captions,
@@ -382,6 +428,8 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "backbones": backbones,
     "exports": exports,
     "data_laws": data_laws,
+    "fuzz": fuzz,
+    "faults": faults,
 }
 
 

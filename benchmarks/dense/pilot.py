@@ -23,9 +23,9 @@ from monai.networks.nets import UNet
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import machine  # noqa: E402
 from pilot_data import CODES, position_terms, sample, split  # noqa: E402
 
+from common import machine  # noqa: E402
 from med3dinsight_ext.models.student import block_mask  # noqa: E402
 
 PATCH = (48, 48, 40)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.reading import readable
 
 RESULTS = Path(__file__).parent / "results"
 SUFFIX = ".jsonl.gz"
@@ -32,8 +33,9 @@ def read(budget: str, folder: Path = RESULTS) -> dict[str, Record]:
     path = folder / f"{budget}{SUFFIX}"
     if not path.exists():
         return {}
-    records = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
-    return {record["name"]: record for record in records}
+    with readable("runs", path, "take the committed file"):
+        records = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
+        return {record["name"]: record for record in records}
 
 
 def add(budget: str, record: Record, folder: Path = RESULTS) -> None:

@@ -36,9 +36,11 @@ class AnswerLog:
         for line in self.path.read_bytes().split(b"\n") if self.path.exists() else ():
             try:
                 fields = json.loads(line)
-                found[fields["plane"], fields["index"]] = fields["answer"]
-            except (ValueError, KeyError, TypeError):
+                slot, answer = (fields["plane"], fields["index"]), fields["answer"]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
+            if [type(x) for x in (*slot, answer)] == [str, int, str]:
+                found[slot] = answer
         return found
 
     def add(self, slot: Slot, answer: str) -> None:
@@ -46,7 +48,8 @@ class AnswerLog:
         if not self.path.exists():
             self.save()
         self.answers[slot] = answer
-        with self.path.open("a", encoding="utf-8") as file:  # a cut line must not swallow this one
+        # After a new line: a cut one must not swallow this one.
+        with self.path.open("a", encoding="utf-8", errors="replace") as file:
             file.write("\n" + self._line(slot))
         sync(self.path)
 
@@ -56,7 +59,7 @@ class AnswerLog:
         lines = [json.dumps(self.provenance, ensure_ascii=False)]
         lines += [self._line(slot) for slot in sorted(self.answers)]
         text = "\n".join(lines) + "\n"
-        write_atomic(self.path, lambda draft: draft.write_text(text, "utf-8"))
+        write_atomic(self.path, lambda draft: draft.write_text(text, "utf-8", "replace"))
 
     def _line(self, slot: Slot) -> str:
         fields = {"plane": slot[0], "index": slot[1], "answer": self.answers[slot]}

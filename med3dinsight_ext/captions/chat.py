@@ -180,7 +180,10 @@ def models(client: Any) -> list[str]:
 
 def error_message(body: Any) -> str:
     """The error in a response's body, in whichever of the usual places."""
-    body = body.to_dict(warnings=False) if hasattr(body, "to_dict") else body
+    try:
+        body = body.to_dict(warnings=False) if hasattr(body, "to_dict") else body
+    except ValueError:  # half a surrogate pair
+        body = repr(body)
     while isinstance(body, dict) and (keys := [k for k in ERROR_KEYS if k in body]):
         body = body[keys[0]]
     return str(body)

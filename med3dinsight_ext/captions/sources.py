@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import torch
-from nibabel.filebasedimages import ImageFileError
 from torch import Tensor
 
 from med3dinsight_ext.captions.captioner import Captioner
 from med3dinsight_ext.data.datalists import read_rows
 from med3dinsight_ext.data.slicing import PLANES, depth, plane_number
 from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.io.reading import readable
 
 
 def source(captions: str | Captioner | None, root: str | Path | None = None) -> Captioner:
@@ -69,8 +69,9 @@ class FileCaptions(Captioner):
         self.path = Path(path)
         self.root = Path(root or self.path.parent)
         self.rows: dict[str, list[Row]] = defaultdict(list)
-        for where, fields in read_rows(path):
-            self.rows[self._image(where, fields)].append(_row(where, fields))
+        with readable("captions", path):
+            for where, fields in read_rows(path):
+                self.rows[self._image(where, fields)].append(_row(where, fields))
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -215,7 +216,7 @@ def _row(where: str, fields: dict) -> Row:
         value = fields.get(name)
         try:
             number[name] = None if value is None or value == "" else kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"{name} must be a number, got {value!r} in {where}; correct it"
             ) from None
@@ -269,5 +270,5 @@ def shape_of(image: str) -> list[int]:
         header: Any = nib.load(image)
         axes = nib.io_orientation(header.affine)[:, 0].tolist()
         return [header.shape[axes.index(axis)] for axis in range(3)]
-    except (ImageFileError, OSError, IndexError, ValueError, TypeError) as error:
+    except Exception as error:  # nibabel, gzip, zlib and numpy each have their own
         raise ValueError(f"image must be a 3D volume, got {image}: {error}; repair it") from error

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -16,7 +15,9 @@ from torch import Tensor
 
 from med3dinsight_ext.data.slicing import MODALITIES
 from med3dinsight_ext.io.claims import npz_array
+from med3dinsight_ext.io.reading import parse_json, readable
 
+LONGEST_LINE = 10_000_000  # characters; no row of an image or a caption is as long
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 VAL_FRACTION, FEW = 0.2, 10  # held out by default, of at least so many cases
 MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | dict.fromkeys(
@@ -27,21 +28,32 @@ MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | di
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Rows of a JSONL or CSV file, each after its place: ("a.jsonl line 3", row)."""
     path = Path(path)
-    with open(path, encoding="utf-8", newline="") as file:
+    with readable("source", path), open(path, encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
-            table = csv.DictReader(file)
+            table = csv.DictReader(_lines(file, path))
             yield from ((f"{path} line {table.line_num}", row) for row in table)
             return
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file, path), 1):
             where = f"{path} line {number}"
             try:
-                row = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
+                row = parse_json(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} must be JSON, got {error}; correct it") from error
             if row is not None and not isinstance(row, dict):
                 raise ValueError(f"{where} must be a JSON object, got {row!r}; correct it")
             if row:
                 yield where, row
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """Lines of a text file, none of which fills the memory."""
+    while line := file.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise ValueError(
+                f"lines must have at most {LONGEST_LINE} characters, got a longer one in {path}; "
+                "write one row a line"
+            )
+        yield line
 
 
 def modality_name(name: object) -> str:
@@ -96,10 +108,12 @@ def datalist(
             f"subset must be one of {list(sections)} in {source}, got {subset!r}; "
             "correct it, or give the split file that defines it"
         )
-    items = [_item(row, source, root, modality_name(modality)) for row in sections[section]]
-    count = Counter(os.path.realpath(item["image"]) for item in items)
+    given = modality_name(modality)
+    with readable("items", source, "correct the list"):
+        items = [_item(row, source, root, given) for row in sections[section]]
+        count = Counter(os.path.realpath(item["image"]) for item in items)
     for rule, bad in (
-        ("exist", [path for path in count if not os.path.exists(path.split("::")[0])]),
+        ("exist", [path for path in count if not os.path.isfile(path.split("::")[0])]),
         ("be listed once", [path for path, times in count.items() if times > 1]),
     ):
         if bad:
@@ -109,7 +123,10 @@ def datalist(
             )
     if not items:
         raise ValueError(f"source must list images, got none in {source}; name another source")
-    return _subset(items, root, Path(split), subset) if split else items
+    if not split:
+        return items
+    with readable("split", split, "correct it"):
+        return _subset(items, root, Path(split), subset)
 
 
 def subset_names(source: str | Path) -> list[str]:
@@ -147,19 +164,21 @@ def _sections(source: Path) -> dict[str, list]:
             return {"all": content}
         if "training" not in content:
             raise ValueError(f"source must have a list 'training', got {list(content)} in {source}")
-        names = [name for name in ("training", "validation", "test") if name in content]
-        kinds = list(dict(content.get("modality") or {}).values())  # one name a channel
-        known = {"modality": kinds[0]} if kinds else {}
-        return {name: [known | _as_dict(row) for row in content[name]] for name in names}
+        with readable("source", source, "write it like a Decathlon dataset.json"):
+            names = [name for name in ("training", "validation", "test") if name in content]
+            kinds = list(dict(content.get("modality") or {}).values())  # one name a channel
+            known = {"modality": kinds[0]} if kinds else {}
+            return {name: [known | _as_dict(row) for row in content[name]] for name in names}
     if source.suffix == ".npz":
-        with np.load(source) as arrays:
-            names = [name for name in arrays.files if name.endswith("_labels")]
-        labels = {name[:-7]: npz_array(source, name) for name in names}
+        with readable("source", source):
+            with np.load(source) as arrays:
+                names = [name for name in arrays.files if name.endswith("_labels")]
+            labels = {name[:-7]: npz_array(source, name) for name in names}
         file = source.resolve()
         rows = {
             name: [
-                {"image": f"{file}::{name}_images::{i}", "label": row.squeeze().tolist()}
-                for i, row in enumerate(array)
+                {"image": f"{file}::{name}_images::{i}", "label": np.squeeze(row).tolist()}
+                for i, row in enumerate(np.atleast_1d(array))
             ]
             for name, array in labels.items()
         }
@@ -169,9 +188,10 @@ def _sections(source: Path) -> dict[str, list]:
 
 def _read_json(path: Path) -> dict | list:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got {error}; correct it") from error
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, MemoryError) as error:
+        cause = error or type(error).__name__
+        raise ValueError(f"{path} must be JSON, got {cause}; correct it") from error
 
 
 def _is_image(path: Path) -> bool:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from med3dinsight_ext.data.slicing import window
 from med3dinsight_ext.io.claims import ClaimError, npz_array, open_volume
+from med3dinsight_ext.io.reading import readable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,8 +69,9 @@ def read_volume(path: str) -> MetaTensor:
             not finite, or the same value everywhere.
     """
     if "::" in path:
-        file, name, index = path.split("::")
-        array = _npz_array(file, name)[int(index)]
+        with readable("volume", path, "write it as file.npz::array::index"):
+            file, name, index = path.split("::")
+            array = _npz_array(file, name)[int(index)]
         _require(array.ndim == 3, path, "be 3D", array.shape)
         volume = MetaTensor(array[None].astype(np.float32), meta={"filename_or_obj": path})
     else:
@@ -77,9 +79,9 @@ def read_volume(path: str) -> MetaTensor:
         try:
             # A reader given at the call has no fallback that would accept a broken file.
             loaded = LoadImage(image_only=True, ensure_channel_first=True)(path, NibabelReader())
+            volume = Orientation("RAS", labels=None)(loaded)
         except Exception as error:  # gzip, zlib, nibabel and numpy each have their own
             raise _fault(path, "be readable", f"{type(error).__name__}: {error}") from error
-        volume = Orientation("RAS", labels=None)(loaded)
     _require(min(volume.shape[1:]) > 1, path, "be thicker than one voxel", tuple(volume.shape[1:]))
     finite = volume.isfinite().all()
     _require(finite, path, "be finite", f"{int((~volume.isfinite()).sum())} NaN or infinite voxels")
@@ -117,7 +119,10 @@ def _require(ok: object, path: str, rule: str, value: object) -> None:
         raise _fault(path, rule, value)
 
 
-_npz_array = lru_cache(maxsize=1)(npz_array)  # unpacked as a whole, so once for all its volumes
+@lru_cache(maxsize=1)  # an archive is unpacked as a whole, so once for all its volumes
+def _npz_array(file: str, name: str) -> np.ndarray:
+    with readable("volume", file):
+        return npz_array(file, name)
 
 
 def _check_header(path: str) -> None:

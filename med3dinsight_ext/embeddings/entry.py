@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.captions.captioner import Captioner, SlicedVolume
@@ -15,7 +15,31 @@ from med3dinsight_ext.captions.cleaning import Reply
 from med3dinsight_ext.data import slicing
 from med3dinsight_ext.data.volumes import guess_modality, read_volume
 from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.teachers.teacher import Teacher
+
+
+def read_entry(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of an entry, see ``EntryMaker``.
+
+    Raises:
+        ValueError: the file is broken, or its tensors do not fit together.
+    """
+    with readable("entry", path, "delete it, and the next run makes it again"):
+        entry = load_file(path)
+        slices, texts = len(entry["plane"]), len(entry["text_row"])
+        shapes = {"plane": (slices,), "position": (slices,), "image": (slices, -1), "size": (3,),
+                  "text_row": (texts,), "affine": (4, 4), "modality": ()}  # fmt: skip
+        shapes |= {"text": (texts, -1)} if texts else {}
+        for name, shape in shapes.items():
+            entry[name].view(shape)
+        rows, planes = entry["text_row"], entry["plane"]
+        if (planes >= 3).any() or (rows < 0).any() or (rows >= slices).any():
+            raise IndexError("a plane or row is out of range")
+        if not all(torch.isfinite(value).all() for value in entry.values()):
+            raise ValueError("NaN or infinity")
+        torch.linalg.inv(entry["affine"].double())
+    return entry
 
 
 class SliceChoice(NamedTuple):

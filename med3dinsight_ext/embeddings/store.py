@@ -26,6 +26,7 @@ from med3dinsight_ext.embeddings.entry import EntryMaker, SliceChoice
 from med3dinsight_ext.embeddings.shards import merge_ranks, part_of, rank_share
 from med3dinsight_ext.embeddings.usable_captions import caption_statuses, shown
 from med3dinsight_ext.io.files import HashMemo, write_atomic
+from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -126,8 +127,8 @@ class Store:
         """Length of each target space: {"image": d, "text": d'}, or {"joint": d} if it is one."""
         name = hashlib.sha256(self._teacher_print.encode()).hexdigest()[:16]
         path = self.root / f"teacher-{name}.json"
-        if path.exists() and "embedding_dims" in (about := json.loads(path.read_text())):
-            return about["embedding_dims"]
+        if known := _known_dims(path, self._teacher_print):
+            return known
         size = self.teacher.image.size
         image = self.teacher.encode_image(torch.zeros(1, 1, size, size)).shape[1]
         text = self.teacher.encode_text(["image"]).shape[1]
@@ -288,6 +289,18 @@ def read_ahead(
                 yield path, future.result()
             except (ValueError, OSError, RuntimeError) as error:
                 yield path, error
+
+
+def _known_dims(path: Path, fingerprint: str) -> dict[str, int] | None:
+    """Embedding dimensions from a teacher's file; None if it is missing, broken or of another."""
+    try:
+        about = read_json(path, "teacher file")
+        dims = about["embedding_dims"]
+        sound = all(type(n) is int and 0 < n < 2**20 for n in dims.values())
+        named = set(dims) in ({"joint"}, {"image", "text"})
+        return dims if sound and named and about["fingerprint"] == fingerprint else None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _file(item: dict[str, Any]) -> str:

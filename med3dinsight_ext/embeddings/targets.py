@@ -12,8 +12,9 @@ from monai.data import MetaTensor
 from monai.engines.utils import PrepareBatch
 from monai.transforms import MapTransform, Randomizable
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
+
+from med3dinsight_ext.embeddings.entry import read_entry
 
 
 class SliceTargets(NamedTuple):
@@ -205,7 +206,7 @@ class SampleTargetsd(MapTransform, Randomizable):
 
     def _entry(self, data: dict[str, Any]) -> dict[str, Tensor]:
         """The volume's entry, with shuffled and without dissimilar captions."""
-        entry = load_file(data["targets"])
+        entry = read_entry(data["targets"])
         for row, (path, other) in data.get("texts_from", {}).items():
             with safe_open(path, "pt") as file:
                 entry["text"][row] = file.get_slice("text")[other]

@@ -8,6 +8,7 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 from uuid import uuid4
 
@@ -72,9 +73,10 @@ class HashMemo:
         for line in path.read_bytes().split(b"\n") if path.exists() else ():
             try:
                 name, size, mtime, digest = json.loads(line)
-            except (ValueError, TypeError):  # a line cut by a full disk
+            except (ValueError, TypeError, RecursionError):  # a line cut by a full disk
                 continue
-            self._known[name, size, mtime] = digest
+            if [type(x) for x in (name, size, mtime, digest)] == [str, int, int, str]:
+                self._known[name, size, mtime] = digest
 
     def has(self, file: str | Path) -> bool:
         """Whether the hash is cached."""
@@ -98,6 +100,8 @@ class HashMemo:
 def _identity(file: str | Path) -> tuple[str, int, int]:
     try:
         stat = os.stat(file)
+        if not S_ISREG(stat.st_mode):
+            raise OSError("a pipe or device")  # would be read without an end
     except OSError as error:
         raise ValueError(f"image must be a file, got {file}; correct the datalist") from error
     return os.path.abspath(file), stat.st_size, stat.st_mtime_ns

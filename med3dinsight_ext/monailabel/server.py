@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from med3dinsight_ext import __version__
+from med3dinsight_ext.io.reading import read_json, readable
 from med3dinsight_ext.monailabel.app import compatibility
 
 NAME = "med3dinsight-ext"
@@ -100,9 +100,11 @@ def find_bundles(bundles: str | Sequence[str]) -> list[Path]:
 
 def class_names(bundle: Path) -> list[str]:
     """Names of a bundle's classes as its metadata has them; the label value is the index."""
-    metadata = json.loads((bundle / "configs" / "metadata.json").read_text("utf-8"))
-    names = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
-    return [names[str(i)] for i in range(len(names))]
+    path = bundle / "configs" / "metadata.json"
+    with readable("metadata", path, "take the bundle's own"):
+        metadata = read_json(path, "metadata")
+        names = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+        return [names[str(i)] for i in range(len(names))]
 
 
 def requirements() -> tuple[list[str], list[str]]:

@@ -16,7 +16,10 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import Tensor, nn
 
 from med3dinsight_ext.io.bundles import NAMES, bundles_dir, config_files, kind_of
+from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.training.weights import read_weights
+
+MOST_VALUES = 100_000  # of an overlay
 
 PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretrained", "ckpt_dir",
           "output_dir", "store_dir")  # fmt: skip
@@ -74,7 +77,8 @@ def merged_configs(
         files = config_files(bundle, name)
         plain = _load(files)
         more = [bundle / "configs" / last] if click else []
-        merged[name] = _load([*files, *(() if train else paths), *more])
+        with readable("overlays", ", ".join(paths) or bundle, "correct them"):
+            merged[name] = _load([*files, *(() if train else paths), *more])
         merged[name] |= {key: plain[key] for key in PLACES if key in plain}
     return {"train": train, "inference": _as_trained(merged, train, bundle)} if train else merged
 
@@ -142,13 +146,29 @@ def _check_overlay(path: str) -> None:
         raise ValueError(f"overlays must be files, got {path}; correct the path")
     try:
         content = ConfigParser.load_config_file(path)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"overlays must be JSON or YAML, got {path}: {cause}") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"overlays must be mappings, got {type(content).__name__} in {path}; write key: value"
         )
+    if _values(content, {}) > MOST_VALUES:
+        raise ValueError(
+            f"overlays must have at most {MOST_VALUES} values, got more in {path}, whose anchors "
+            "repeat each other; write them out"
+        )
+
+
+def _values(node: Any, known: dict[int, int]) -> int:
+    """Number of values below a node where anchors are written out, as MONAI's parser does."""
+    if not isinstance(node, (dict, list)):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES  # of a node that holds itself
+        below = node.values() if isinstance(node, dict) else node
+        known[id(node)] = 1 + sum(_values(value, known) for value in below)
+    return known[id(node)]
 
 
 def channel_names(kind: str, config: Mapping[str, Any]) -> list[str]:

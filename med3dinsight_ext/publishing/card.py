@@ -46,7 +46,7 @@ def read_card(path: str | Path | None) -> dict[str, Any]:
         raise ValueError(f"card must be a YAML file, got no file at {path}; correct the path")
     try:
         card = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"card must be a YAML file, got {path}: {cause}; correct it") from error
     if not isinstance(card, dict):
@@ -54,13 +54,15 @@ def read_card(path: str | Path | None) -> dict[str, Any]:
     for key, value in card.items():
         if key not in KEYS:
             hint = advice(key, KEYS, f"known are {', '.join(KEYS)}")
-            raise ValueError(f"card must have known keys, got {key}; {hint}")
+            raise ValueError(f"card must have known keys, got {key} in {path}; {hint}")
         kind = list if key == "references" else str
         if not isinstance(value, kind):
-            raise ValueError(f"card {key} must be a {kind.__name__}, got {value!r}")
+            raise ValueError(f"card {key} must be a {kind.__name__}, got {value!r} in {path}")
     licence = card.get("license", "apache-2.0")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
-        raise ValueError(f"card license must be SPDX in lower case, got {licence!r}; cc-by-sa-4.0")
+        raise ValueError(
+            f"card license must be SPDX in lower case, got {licence!r} in {path}; cc-by-sa-4.0"
+        )
     return card
 
 

@@ -34,7 +34,8 @@ def read_scores(path: str | Path | None, kind: str, classes: Sequence[str] = ())
         read = {"segmentation": _segmentation, "classification": _classification}
         flat, rows = read.get(kind, _retrieval)(found)
         scored = list(found.get("classes") or found.get("per_class") or ())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        flat = {key: round(x, 4) for key, x in flat.items() if x is not None and math.isfinite(x)}
+    except Exception as error:  # of a parser, or of a table that is another one
         raise ValueError(
             f"metrics must be the file that evaluate wrote of this {kind}, got {path}: {error!r}"
         ) from error
@@ -43,7 +44,6 @@ def read_scores(path: str | Path | None, kind: str, classes: Sequence[str] = ())
             f"metrics must be of a model with the classes {list(classes)}, got {scored} in {path}; "
             "evaluate this one"
         )
-    flat = {key: round(x, 4) for key, x in flat.items() if x is not None and math.isfinite(x)}
     return Scores(flat, _table(rows))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from med3dinsight_ext.io.files import sha256
+from med3dinsight_ext.io.reading import read_json, readable
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
@@ -65,13 +65,14 @@ def hub_file(model: str, name: str, revision: str | None = None) -> str:
 def image_settings(model: str, revision: str | None = None) -> tuple[int, list[float], list[float]]:
     """Input size in pixels, mean and standard deviation from a checkpoint's preprocessor file."""
     try:
-        settings = json.loads(
-            Path(hub_file(model, "preprocessor_config.json", revision)).read_text()
-        )
+        path, part = hub_file(model, "preprocessor_config.json", revision), None
     except ValueError:
-        path = hub_file(model, "processor_config.json", revision)
-        settings = json.loads(Path(path).read_text())["image_processor"]
-    size: Any = settings.get("crop_size") or settings.get("size") or 224
-    if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge") or max(size.values())
-    return int(size), list(settings["image_mean"]), list(settings["image_std"])
+        path, part = hub_file(model, "processor_config.json", revision), "image_processor"
+    with readable("preprocessor settings", path, "copy the model's files again"):
+        settings = read_json(path, "preprocessor settings")
+        settings = settings[part] if part else settings
+        size: Any = settings.get("crop_size") or settings.get("size") or 224
+        if isinstance(size, dict):
+            size = size.get("height") or size.get("shortest_edge") or max(size.values())
+        mean, std = ([float(x) for x in settings[key]] for key in ("image_mean", "image_std"))
+        return int(size), mean, std

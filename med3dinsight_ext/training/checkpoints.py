@@ -15,6 +15,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
 from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.training.weights import not_finite
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ def embedding_dims_of(path: str | Path) -> dict[str, int]:
     """Embedding dimension of each head of a saved student, by the head's name."""
     if not Path(path).exists():
         raise ValueError(f"student weights must be at {path}, got nothing; train first")
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    heads = [key for key in saved if key.startswith("heads.") and key.endswith(".weight")]
-    return {key.split(".")[1]: saved[key].shape[0] for key in heads}
+    with readable("student weights", path, "take those that the training wrote"):
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        heads = [key for key in saved if key.startswith("heads.") and key.endswith(".weight")]
+        return {key.split(".")[1]: saved[key].shape[0] for key in heads}

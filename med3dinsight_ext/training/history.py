@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 from tqdm import tqdm
 
 from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.reading import readable
 
 
 def _parts(engine: Engine, latest: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
@@ -84,7 +85,11 @@ class History:
 def read_history(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a history file; none if it does not exist."""
     path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    with readable("history", path, "move it away to start anew"):
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return [row for row in rows if row["epoch"] >= 0]
 
 
 class Progress:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import SimpleITK as sitk
@@ -13,8 +15,18 @@ from monailabel.datastore.local import LocalDatastore
 from pydicom import Dataset
 
 from med3dinsight_ext.data.labels import read_label
+from med3dinsight_ext.monailabel.app.requests import check_extension, check_name
 
 MODALITIES = ("CT", "MR", "PT")
+
+
+@contextmanager
+def refused(prefix: str = "") -> Iterator[None]:
+    """Answer 400 where a check fails."""
+    try:
+        yield
+    except ValueError as error:
+        raise HTTPException(400, f"{prefix}{error}") from error
 
 
 class LabelChecks:
@@ -30,10 +42,11 @@ class LabelChecks:
         image = self.get_image_uri(image_id)  # type: ignore[attr-defined]
         if not image:
             raise HTTPException(404, f"image must be one of the datastore's, got {image_id!r}")
-        try:
+        with refused():
+            check_name(label_tag, "tag")
+            check_extension(label_filename, "label")
+        with refused("refused, nothing was saved: "):
             read_label({"image": image, "label": label_filename}, self.names)
-        except ValueError as error:
-            raise HTTPException(400, f"refused, nothing was saved: {error}") from error
         return store.save_label(image_id, label_filename, label_tag, label_info)
 
 
@@ -53,6 +66,14 @@ class CheckedDatastore(LabelChecks, LocalDatastore):
             auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
+
+    def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        """Save an image; answer 400 where its name is not a plain one."""
+        with refused():
+            check_extension(image_filename, "image")
+            if image_id:
+                check_name(image_id, "image")
+        return super().add_image(image_id, image_filename, image_info)
 
 
 class DicomStore(LabelChecks, DICOMWebDatastore):

@@ -35,8 +35,14 @@ from monailabel.utils.others.generic import file_ext
 from med3dinsight_ext import __version__
 from med3dinsight_ext.data.labels import read_label
 from med3dinsight_ext.io.errors import root_cause
-from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore, DicomStore, on_grid
+from med3dinsight_ext.monailabel.app.datastores import (
+    CheckedDatastore,
+    DicomStore,
+    on_grid,
+    refused,
+)
 from med3dinsight_ext.monailabel.app.kcenter_greedy import Features, kcenter_greedy
+from med3dinsight_ext.monailabel.app.requests import check_extension, check_values, is_inside
 from med3dinsight_ext.monailabel.server import class_names, find_bundles
 
 logger = logging.getLogger(__name__)
@@ -100,8 +106,12 @@ class LabelApp(MONAILabelApp):
         known(request.get("model"), self._infers, "model")
         image = request.get("image")
         store = datastore or self.datastore()
-        # The server's own code would read its working folder in place of an image that it misses.
-        if isinstance(image, str) and not os.path.exists(image) and not store.get_image_uri(image):
+        with refused():
+            check_values({key: value for key, value in request.items() if key != "image"})
+        # The server's own code would read any path: of its working folder, of other patients.
+        given = (tempfile.gettempdir(), self.sessions().store_path)  # uploads and sessions
+        uploaded = isinstance(image, str) and os.path.exists(image) and is_inside(image, given)
+        if isinstance(image, str) and not uploaded and not store.get_image_uri(image):
             raise HTTPException(404, f"image must be one of the datastore's, got {image!r}")
         try:
             return super().infer(request, datastore)
@@ -150,6 +160,7 @@ class Inference(BundleInferTask):
     def writer(self, data: dict[str, Any], extension: Any = None, dtype: Any = None) -> Any:
         """NIfTI by nibabel: itk takes seconds at its first use, and refuses sheared grids."""
         ending = data.get("result_extension") or file_ext(data.get("image_path") or "")
+        check_extension(f"a{ending}", "result_extension")
         if ending not in (".nii", ".nii.gz"):
             return super().writer(data, extension, dtype)
         mask = data[self.output_label_key]
@@ -166,6 +177,7 @@ class Training(BundleTrainTask):
         return super().config() | {"model_filename": ["model.pt"]}
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> Any:
+        check_values(request)
         if not request.get("pretrained", True):
             raise ValueError("pretrained must be true, got false; train from scratch by the bundle")
         lock = FileLock(Path(self.bundle_path) / "models" / ".training")

@@ -1,0 +1,70 @@
+"""Write the table of docs/security.md from the tests' own lists.
+
+python tests/hostile/table.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HERE = ("tests/hostile", "tests", "benchmarks", "")
+sys.path[:0] = [str(ROOT / part) for part in HERE]
+
+from cases import CASES  # noqa: E402
+from faults import FAULTS, SCENARIOS  # noqa: E402
+from readers import READERS  # noqa: E402
+
+PAGE = ROOT / "docs" / "security.md"
+START, END = "<!-- table: tests/hostile/table.py -->\n", "<!-- end of table -->\n"
+TEST = "tests/hostile/test_hostile.py"
+WHAT = {
+    "kill": "is killed (kill -9) at", "ENOSPC": "finds the disk full from", "EIO": "gets EIO at",
+    "EINTR": "is interrupted (EINTR) at", "EROFS": "finds the disk read-only from",
+    "EACCES": "loses its permission from",
+}  # fmt: skip
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """Input, behaviour and test of every case, reader and fault."""
+    found = []
+    for name, case in CASES.items():
+        behaviour = "ValueError or TypeError that names it"
+        if "value" in case.kind:
+            behaviour = "read; nothing runs, nothing is written elsewhere"
+        found.append((case.title, behaviour, f"`test_hostile_input_ends_as_it_must[{name}]`"))
+    for name in READERS:
+        behaviour = "the value, or ValueError or TypeError that names the file"
+        test = f"`test_mutants_are_read_or_refused[{name}]`"
+        found.append((f"mutants of a valid `{name}`", behaviour, test))
+    for name in SCENARIOS:
+        for fault in FAULTS:
+            behaviour = "the next run's results equal an undisturbed run's, or it says what to do"
+            short = name in ("evidence", "store") and fault in ("kill", "ENOSPC")
+            test = "`test_faults_lose_nothing`" if short else "`faults.py` (nightly)"
+            found.append((f"`{name}` {WHAT[fault]} any write", behaviour, test))
+    return found
+
+
+def table() -> str:
+    """The table as Markdown."""
+    lines = ["| input | behaviour | test |", "|---|---|---|"]
+    for row in rows():
+        cells = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """docs/security.md with the table of now."""
+    before, _, rest = PAGE.read_text("utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"{PAGE} must have the lines {START.strip()} and {END.strip()}")
+    return f"{before}{START}{table()}{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")
+    print(f"{len(rows())} rows in {PAGE}")

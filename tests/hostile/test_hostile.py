@@ -1,0 +1,108 @@
+"""Hostile files, answers and requests, mutants of valid files, and faults of the disk."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import CASES
+from faults import SCENARIOS
+from guard import Outcome, worker
+from mutate import mutant, text, zipped
+from readers import READERS
+from running import environment
+from table import PAGE, page, rows
+
+HERE = Path(__file__).parent
+INPUTS = 15  # of each reader; fuzz.py takes minutes
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Outcomes of all cases and of a few mutants for each reader, from a process of their own."""
+    out = tmp_path_factory.mktemp("short") / "short.json"
+    words = [sys.executable, str(HERE / "short.py"), str(out), str(INPUTS)]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hostile_input_ends_as_it_must(name: str, short: dict[str, Any]) -> None:
+    kind, found = short["cases"][name]
+    assert re.fullmatch(CASES[name].kind, kind), found
+    assert re.search(CASES[name].match, found)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_mutants_are_read_or_refused(name: str, short: dict[str, Any]) -> None:
+    row = short["readers"][name]
+    assert not row["faults"] and row["inputs"] == INPUTS
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="a C compiler makes the library that fails")
+@pytest.mark.parametrize(("name", "every"), [("evidence", 2), ("store", 9)])
+def test_faults_lose_nothing(name: str, every: int, tmp_path: Path) -> None:
+    words = [sys.executable, str(HERE / "faults.py"), name, "--faults", "kill,ENOSPC"]
+    words += ["--every", str(every), "--out", str(tmp_path / "found.json")]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    row = json.loads((tmp_path / "found.json").read_text())["scenarios"][name]
+    assert not row["open"] and done.returncode == 0
+    assert {state.split(":")[0] for state in row["outcomes"]} == {"kill", "ENOSPC"}
+
+
+def test_the_table_of_the_docs_is_that_of_the_tests() -> None:
+    assert PAGE.read_text("utf-8") == page() and len(rows()) >= 60
+
+
+# The guard sees what it must see
+
+
+def evil(name: str) -> Any:
+    """Breaks one rule of the guard."""
+    if name == "crash":
+        os._exit(3)
+    if name == "loop":
+        while True:
+            pass
+    if name == "memory":
+        return len(bytearray(4 << 30))
+    if name == "write":
+        return Path("/tmp/med3d_outside").write_text("x")
+    if name == "program":
+        return os.system("true")
+    if name == "key":
+        raise KeyError(name)
+    return json.loads("{")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("crash", "crash"), ("loop", "time"), ("memory", "error"), ("write", "effect"),
+     ("program", "effect"), ("key", "error"), ("json", "error")],
+)  # fmt: skip
+def test_the_guard_sees(name: str, kind: str, tmp_path: Path) -> None:
+    with worker(evil, tmp_path, seconds=1) as made:
+        found: Outcome = made(name)
+        assert found.kind == kind and not found.allowed
+        assert made("json").kind == "error"  # it goes on
+    Path("/tmp/med3d_outside").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("how", [text, zipped])
+def test_a_mutant_depends_on_its_seed_alone(how: Any, tmp_path: Path) -> None:
+    reader = READERS["weights_pt" if how is zipped else "card"]
+    data = reader.make(tmp_path).read_bytes()
+    first = [mutant(data, how, seed) for seed in range(20)]
+    assert first == [mutant(data, how, seed) for seed in range(20)] and len(set(first)) > 15
+
+
+def test_every_scenario_of_faults_is_named_by_the_issue() -> None:
+    assert set(SCENARIOS) == {
+        "store", "answers", "pretrain", "segmentation", "publish", "evidence"
+    }  # fmt: skip

@@ -1,0 +1,34 @@
+"""Two runs with one seed and one thread, in fresh processes, have bit-equal results."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+from faults import settings, trained
+from running import command, environment
+
+BUNDLES = ("pretrain", "seg-finetune")
+
+
+def train(bundle: str, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Digests of the weights and the history of a run of two steps."""
+    fakes.write_volumes(folder / "in", 3)
+    words = command(bundle, ["train.json"], settings(bundle, folder) | {"seed": seed})
+    done = subprocess.run(
+        [sys.executable, *words], env=environment(), cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return trained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_seed_gives_the_same_bits_in_another_process(bundle: str, tmp_path: Path) -> None:
+    first, second, other = (
+        train(bundle, tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first == second and len(first["history"]) == 2
+    assert first["model.pt"] != other["model.pt"]
