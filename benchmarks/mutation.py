@@ -240,7 +240,7 @@ def summary(run: Run, equivalents: dict[str, str]) -> dict[str, Any]:
         for mutant, row in rows
         if row["status"] == "survived"
     ]
-    equal = sum(row["verdict"].startswith("equivalent") for row in survivors)
+    equal = sum(mutant.key in equivalents for mutant, row in rows if row["status"] == "survived")
     killed = status["killed"] + status["timeout"]
     return {
         "mutants": len(run.mutants),
@@ -270,7 +270,8 @@ def main() -> None:
         if run.open() and time.time() < until:
             with tempfile.TemporaryDirectory() as folder:
                 run.whole(Path(folder))
-    runs = [run for name in MODULES if (run := Run(name, options.log, until)).results]
+    tried = {json.loads(line)["module"] for line in options.log.read_text().splitlines()}
+    runs = [Run(name, options.log, until) for name in MODULES if name in tried]
     tables = {run.name: summary(run, MODULES[run.name].get("equivalent", {})) for run in runs}
     common.write("mutation", {"modules": tables})
 
