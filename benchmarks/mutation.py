@@ -25,20 +25,18 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
-import hypothesis
-import pytest
 import yaml
 
 import common
 from mutants import Mutant, mutants
+from mutation_session import Session, collect
 
 ROOT = Path(__file__).parents[1]
 MODULES = yaml.safe_load(Path(__file__).with_name("mutation.yaml").read_text())
@@ -46,97 +44,6 @@ HEAVY = ("monai.bundle", "monai.engines", "monai.transforms", "monai.networks.ne
          "monai.metrics", "monai.inferers", "monai.handlers", "ignite.engine", "transformers",
          "matplotlib.pyplot", "nibabel", "scipy.stats", "ot", "einops")  # fmt: skip
 MEMORY = 24 * 2**30  # of a process, in bytes of address space
-hypothesis.settings.register_profile(
-    "mutation",
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-
-
-class Session:
-    """A pytest plugin that hands the collected tests to ``work`` instead of running them.
-
-    Args:
-        work: is called with the session after the collection.
-        seconds: of each test, by its id; the fastest come first.
-    """
-
-    def __init__(self, work: Callable[[Session], Any], seconds: dict[str, float]) -> None:
-        self.work, self.seconds = work, seconds
-        self.items: list[pytest.Item] = []
-        self.failed = False
-        self.lines: set[int] = set()
-        self.shared: dict[str, set[int]] = defaultdict(set)
-
-    def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        self.items = sorted(session.items, key=lambda item: self.seconds.get(item.nodeid, 1e9))
-        self.failed = bool(session.testsfailed)  # at the collection
-        self.work(self)
-        return True
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.failed |= report.failed
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
-        before = set(self.lines)
-        self.lines.clear()
-        try:
-            return (yield)
-        finally:
-            if fixturedef.scope != "function":  # counts for every test that uses it
-                self.shared[fixturedef.argname] |= self.lines
-            self.lines |= before
-
-    def run(self, ids: set[str] | None = None) -> bool:
-        """Whether the tests pass, all or those named; stops at the first that fails."""
-        items = [item for item in self.items if ids is None or item.nodeid in ids]
-        for item, after in zip(items, [*items[1:], None], strict=True):
-            if self.failed:
-                break
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
-        return not self.failed
-
-    def trace(self, file: str) -> dict[str, tuple[float, list[int]]]:
-        """CPU seconds of every test, and the lines of ``file`` that it reaches."""
-
-        def on_line(frame: FrameType, event: str, _: Any) -> Any:
-            self.lines.add(frame.f_lineno)
-            return on_line
-
-        def on_call(frame: FrameType, event: str, _: Any) -> Any:
-            return on_line(frame, event, _) if frame.f_code.co_filename == file else None
-
-        seconds, lines = {}, {}
-        for item in self.items:
-            self.lines.clear()
-            begin = time.process_time()
-            threading.settrace(on_call)
-            sys.settrace(on_call)
-            passed = self.run({item.nodeid})
-            sys.settrace(None)
-            if not passed:
-                raise ValueError(f"tests must pass on the unchanged module, got {item.nodeid}")
-            seconds[item.nodeid] = time.process_time() - begin
-            lines[item] = set(self.lines)
-        return {
-            item.nodeid: (
-                seconds[item.nodeid],
-                sorted(own.union(*(self.shared[f] for f in getattr(item, "fixturenames", ())))),
-            )
-            for item, own in lines.items()
-        }
-
-
-def collect(tests: str, work: Callable[[Session], Any], seconds: dict[str, float]) -> None:
-    """Collect tests and do the work on them."""
-    options = ["-q", "-s", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
-    options += ["-k", "not ranks and not two_processes"]  # these import the module anew
-    options += ["--hypothesis-profile=mutation", *tests.split()]
-    pytest.main(options, plugins=[Session(work, seconds)])
 
 
 def forked(work: Callable[[], bool], limit: float) -> str:
@@ -320,20 +227,29 @@ def digest(paths: list[Path]) -> str:
 
 def summary(run: Run, equivalents: dict[str, str]) -> dict[str, Any]:
     """Counts of a module, and its survivors with their lines."""
-    rows = [(m, run.results[m.key]["status"]) for m in run.mutants if m.key in run.results]
+    rows = [(m, run.results[m.key]) for m in run.mutants if m.key in run.results]
+    status = Counter(row["status"] for _, row in rows)
+
+    def verdict(mutant: Mutant, row: dict[str, str]) -> str:
+        if mutant.key in equivalents:
+            return f"equivalent: {equivalents[mutant.key]}"
+        return "open" if row["tests"] == run.state else "tests changed, not tried since"
+
     survivors = [
-        {"line": m.line, "change": m.key, "verdict": f"equivalent: {equivalents[m.key]}"
-         if m.key in equivalents else "open"}
-        for m, status in rows if status == "survived"
-    ]  # fmt: skip
-    killed = len(rows) - len(survivors)
-    equal = sum(row["verdict"] != "open" for row in survivors)
+        {"line": mutant.line, "change": mutant.key, "verdict": verdict(mutant, row)}
+        for mutant, row in rows
+        if row["status"] == "survived"
+    ]
+    equal = sum(mutant.key in equivalents for mutant, row in rows if row["status"] == "survived")
+    killed = status["killed"] + status["timeout"]
     return {
-        "mutants": len(run.mutants), "tried": len(rows), "killed": killed,
-        "timeouts": sum(status == "timeout" for _, status in rows),
+        "mutants": len(run.mutants),
+        "tried": len(rows),
+        "killed": killed,
+        "timeouts": status["timeout"],
         "killed_share": round(killed / max(1, len(rows) - equal), 4),
         "survivors": survivors,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -354,7 +270,8 @@ def main() -> None:
         if run.open() and time.time() < until:
             with tempfile.TemporaryDirectory() as folder:
                 run.whole(Path(folder))
-    runs = [run for name in MODULES if (run := Run(name, options.log, until)).results]
+    tried = {json.loads(line)["module"] for line in options.log.read_text().splitlines()}
+    runs = [Run(name, options.log, until) for name in MODULES if name in tried]
     tables = {run.name: summary(run, MODULES[run.name].get("equivalent", {})) for run in runs}
     common.write("mutation", {"modules": tables})
 

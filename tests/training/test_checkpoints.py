@@ -5,7 +5,12 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from med3dinsight_ext.training.checkpoints import checkpoint, load_weights, resume
+from med3dinsight_ext.training.checkpoints import (
+    checkpoint,
+    embedding_dims_of,
+    load_weights,
+    resume,
+)
 
 
 def test_a_kill_while_saving_keeps_the_old_checkpoint(
@@ -70,3 +75,51 @@ def test_weights_that_diverged_are_refused(tmp_path: Path, name: str, value: str
         ValueError, match=f"NaN or infinity in .'running_var'. of .*{name}; train again"
     ):
         load_weights(network, tmp_path / name)
+
+
+def test_only_a_rise_of_the_metric_is_saved(tmp_path: Path) -> None:
+    network, saved = nn.Linear(1, 1), []
+    engine = Engine(lambda *_: None)
+    saver = checkpoint({"model": network}, tmp_path / "new", "model.pt", "score")
+    for score in (0.5, 0.4, 0.7):
+        engine.state.metrics = {"score": score}
+        engine.state.epoch += 1
+        nn.init.constant_(network.weight, score)
+        saver(engine)
+        weights = torch.load(tmp_path / "new" / "model.pt", weights_only=True)
+        saved.append(round(float(weights["weight"]), 2))
+    assert saved == [0.5, 0.5, 0.7]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.pt"]
+
+
+def test_a_resumed_trainer_keeps_its_own_number_of_epochs(tmp_path: Path) -> None:
+    first, second = Engine(lambda *_: None), Engine(lambda *_: None)
+    saver = checkpoint({"trainer": first}, tmp_path, "last.ckpt")
+    first.add_event_handler(Events.EPOCH_COMPLETED, saver)
+    first.run([0, 1], max_epochs=2)
+    second.state.max_epochs = 5
+    resume(tmp_path / "none.ckpt", {"trainer": second}, second)
+    assert second.state.epoch == 0
+    resume(tmp_path / "last.ckpt", {"trainer": second}, second)
+    assert (second.state.epoch, second.state.max_epochs) == (2, 5)
+
+
+def test_weights_that_are_missing_or_of_another_network_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weights must be at .*gone.pt, got nothing; train first"):
+        load_weights(nn.Linear(2, 1), tmp_path / "gone.pt")
+    torch.save(nn.Linear(3, 1).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="weights in .* must fit the network of this config"):
+        load_weights(nn.Linear(2, 1), tmp_path / "model.pt")
+    source, target = nn.Linear(2, 1), nn.Linear(2, 1)
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+    load_weights(target, tmp_path / "model.pt")
+    assert torch.equal(source.weight, target.weight)
+
+
+def test_the_heads_of_a_saved_student_give_its_spaces(tmp_path: Path) -> None:
+    heads = nn.ModuleDict({"image": nn.Linear(3, 5), "text": nn.Linear(3, 4)})
+    student = nn.ModuleDict({"heads": heads, "psat": nn.Linear(2, 9)})
+    torch.save(student.state_dict(), tmp_path / "student.pt")
+    assert embedding_dims_of(tmp_path / "student.pt") == {"image": 5, "text": 4}
+    with pytest.raises(ValueError, match="student weights must be at .*, got nothing; train first"):
+        embedding_dims_of(tmp_path / "gone.pt")

@@ -45,3 +45,17 @@ def test_an_epoch_that_ends_with_broken_weights_is_not_saved(
     with pytest.raises(ValueError, match=f"weights must be finite, .*{name}.* after epoch 1"):
         trainer.run([{"image": torch.zeros(1)}])
     assert not list(tmp_path.iterdir())
+
+
+def test_objects_that_are_none_are_left_out() -> None:
+    assert engine.present(a=0, b=None, c="x") == {"a": 0, "c": "x"}
+
+
+def test_the_summary_has_a_line_for_each_target_and_rank() -> None:
+    row = {"image_all_r1": 0.5, "image_all_r1_low": 0.4, "image_all_r1_high": 0.6,
+           "image_all_r1_chance": 0.125, "image_all_queries": 9.0}  # fmt: skip
+    tables = {"student": row, "volume_zero": {**row, "image_all_r1": 0.25}}
+    _, *lines = engine.summary(tables).splitlines()
+    assert [line.split() for line in lines] == [
+        ["image_all", "1", "0.500", "0.400", "to", "0.600", "0.250", "0.125"]
+    ]
