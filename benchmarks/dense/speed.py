@@ -17,7 +17,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import write  # noqa: E402
-
 from med3dinsight_ext.embeddings.grid_targets import GridTargets  # noqa: E402
 from med3dinsight_ext.losses.dense import DenseLoss  # noqa: E402
 from med3dinsight_ext.models.dense import DenseStudent  # noqa: E402
