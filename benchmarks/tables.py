@@ -366,6 +366,18 @@ def data_laws(result: Result) -> str:
     )
 
 
+def mutation(result: Result) -> str:
+    """Section of mutation.py."""
+    rows = []
+    for name, row in result["modules"].items():
+        share = f"{100 * row['killed_share']:.0f} %"
+        verdicts = [survivor["verdict"] for survivor in row["survivors"]]
+        equal = sum(verdict.startswith("equivalent") for verdict in verdicts)
+        counts = (row["mutants"], row["tried"], row["killed"], equal, len(verdicts) - equal)
+        rows.append([f"`{name}`", *map(str, counts), share])
+    return fill("mutation", where=where(result), rows=table(rows))
+
+
 def fuzz(result: Result) -> str:
     """Section of tests/hostile/fuzz.py."""
     limits, readers = result["limits"], result["readers"]
@@ -428,6 +440,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "backbones": backbones,
     "exports": exports,
     "data_laws": data_laws,
+    "mutation": mutation,
     "fuzz": fuzz,
     "faults": faults,
 }

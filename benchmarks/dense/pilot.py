@@ -1,8 +1,9 @@
 """Pilot of dense teaching on head and neck, development cases only.
 
-Each function is one link: what a light head reads from the frozen teacher's grids or from a
-student's features, what a student explains of the codes on cases to score, and Dice after
-fine-tuning. Every call appends one line to WORK/results.jsonl.
+``pretrain`` trains a student on the teacher's codes, ``readout`` a light head on the codes alone,
+``finetune`` a U-Net on labelled cases. Every call appends one line to WORK/results.jsonl.
+
+python benchmarks/dense/pilot.py DATA WORK CALLS
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from monai.networks.nets import UNet
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from pilot_data import CODES, position_terms, sample, split  # noqa: E402
+from pilot_data import CODES, position_terms, split  # noqa: E402
 
 from common import machine  # noqa: E402
 from med3dinsight_ext.models.student import block_mask  # noqa: E402
@@ -35,10 +36,8 @@ ROOT = Path("/data")
 WORK = Path("/tmp")
 
 
-def unet(out_channels: int, in_channels: int = 1) -> UNet:
-    net = UNet(
-        3, in_channels, out_channels, [16, 32, 64, 128], [2, 2, 2], num_res_units=2, norm="INSTANCE"
-    )
+def unet(out_channels: int) -> UNet:
+    net = UNet(3, 1, out_channels, [16, 32, 64, 128], [2, 2, 2], num_res_units=2, norm="INSTANCE")
     return net.to(memory_format=torch.channels_last_3d)
 
 
@@ -91,8 +90,8 @@ def corner(
 
 
 def cut(value: Tensor, start: tuple[int, ...], every: int = 1) -> Tensor:
-    index = [slice(s // every, (s + p) // every) for s, p in zip(start, PATCH, strict=True)]
-    return value[(..., *index)]
+    x, y, z = (slice(s // every, (s + p) // every) for s, p in zip(start, PATCH, strict=True))
+    return value[..., x, y, z]
 
 
 def hook_levels(net: nn.Module, store: dict[str, Tensor]) -> list[Any]:
@@ -146,7 +145,7 @@ SCALE: dict[str, dict[str, Tensor]] = {}
 def level_scale(tag: str) -> dict[str, Tensor]:
     """Standard deviation of the pooled codes of each level, inside the body."""
     if tag not in SCALE:
-        sums = {level: [] for level in LEVELS}
+        sums: dict[str, list[Tensor]] = {level: [] for level in LEVELS}
         for name in split(ROOT)["pretrain"][:20]:
             data = case(name, tag)
             inside = F.avg_pool3d((data["image"][None, None].float() > 0).float(), 2)
@@ -164,11 +163,9 @@ def forward_codes(
     image: Tensor,
     codes: Tensor,
     mask: Tensor | None,
-    scale: dict[str, Tensor] | None = None,
-    visible: float = 0.0,
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Network output, dense loss, and by level (guess, goal, weight)."""
-    scale = scale or next(iter(SCALE.values()))
+    scale = next(iter(SCALE.values()))
     store: dict[str, Tensor] = {}
     hooks = hook_levels(net, store)
     with bf16():
@@ -184,7 +181,7 @@ def forward_codes(
         weight = (F.avg_pool3d(inside, 2**i) > 0.5).float()
         if shown is not None:
             hidden = F.avg_pool3d(shown, 2**i)
-            weight = weight * (visible + (1 - visible) * hidden)
+            weight = weight * hidden
         guess = heads[level.replace(".", "_")](store[level].float())
         each = F.smooth_l1_loss(guess, goal, reduction="none").mean(1, keepdim=True)
         loss = loss + (each * weight).sum() / weight.sum().clamp(min=1) / len(LEVELS)
@@ -198,8 +195,6 @@ def pretrain(
     dense: float = 1.0,
     reconstruction: float = 0.0,
     steps: int = 800,
-    mask_ratio: float = 0.3,
-    visible: float = 0.0,
     lr: float = 2e-3,
     seed: int = 0,
 ) -> None:
@@ -209,12 +204,12 @@ def pretrain(
     net = unet(1)
     heads = nn.ModuleDict({k.replace(".", "_"): nn.Conv3d(c, CODES, 1) for k, c in WIDTHS.items()})
     tag = tag if dense else None
-    scale = level_scale(tag) if tag else None
+    if tag:
+        level_scale(tag)
     names = split(ROOT)["pretrain"]
     params = [*net.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(params, lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, 0.1)
-    trace = []
     for step in range(steps):
         images, codes = [], []
         for _ in range(2):
@@ -225,31 +220,26 @@ def pretrain(
                 codes.append(cut(data["codes"], start, 2).float())
         image = torch.stack(images)[:, None]
         clean = image * rng.uniform(0.9, 1.1) + rng.uniform(-0.1, 0.1) * (image > 0)
-        mask = block_mask(image, mask_ratio, 8) if mask_ratio else None
+        mask = block_mask(image, 0.3, 8)
         if tag:
-            output, loss, _ = forward_codes(
-                net, heads, clean, torch.stack(codes), mask, scale, visible
-            )
-            trace.append(float(loss))
+            output, loss, _ = forward_codes(net, heads, clean, torch.stack(codes), mask)
             loss = dense * loss
         else:
             with bf16():
-                output = net(clean if mask is None else clean.masked_fill(mask, 0)).float()
+                output = net(clean.masked_fill(mask, 0)).float()
             loss = torch.zeros(())
         if reconstruction:
-            error = (output - clean).square()
-            term = error[mask].mean() if mask is not None else error.mean()
-            loss = loss + reconstruction * term
+            loss = loss + reconstruction * (output - clean).square()[mask].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 100 == 99:
-            print(name, step + 1, float(loss), np.mean(trace[-100:]) if trace else "", flush=True)
+            print(name, step + 1, float(loss), flush=True)
     torch.save({"net": net.state_dict(), "heads": heads.state_dict()}, WORK / f"{name}.bin")
-    figures = {
+    figures: dict[str, Any] = {
         "name": name, "tag": tag, "dense": dense, "reconstruction": reconstruction,
-        "steps": steps, "mask_ratio": mask_ratio, "visible": visible, "lr": lr, "seed": seed,
+        "steps": steps, "lr": lr, "seed": seed,
         "wall_s": time.time() - begin, "cpu_s": time.process_time() - cpu,
     }  # fmt: skip
     if tag:
@@ -270,18 +260,10 @@ def dice(guess: Tensor, label: Tensor) -> list[float]:
     return found
 
 
-def inputs(data: dict[str, Tensor]) -> Tensor:
-    image = data["image"].float()[None, None]
-    if "codes" not in data:
-        return image
-    codes = F.interpolate(data["codes"].float()[None], image.shape[2:], mode="trilinear")
-    return torch.cat((image, codes / 3), 1)
-
-
 def predict(net: nn.Module, data: dict[str, Tensor]) -> Tensor:
     with torch.no_grad(), bf16():
         logits = sliding_window_inference(
-            inputs(data), PATCH, 4, net, overlap=0.25, mode="gaussian"
+            data["image"].float()[None, None], PATCH, 4, net, overlap=0.25, mode="gaussian"
         )
     return logits.float().softmax(1)[0]
 
@@ -297,70 +279,34 @@ def score(run: Callable[[str], Tensor]) -> dict[str, Any]:
 # ---------------------------------------------------------------- read-outs
 
 
+def features(tag: str, name: str) -> Tensor:
+    """Codes and position at every second voxel: (c, x, y, z)."""
+    size = tuple(n // 2 for n in case(name)["image"].shape)
+    codes = torch.from_numpy(np.load(WORK / tag / f"{name}.npy"))
+    found = torch.cat((codes, position_terms(tuple(codes.shape[1:]))[1:].half()))
+    missing = zip(reversed(size), reversed(found.shape[1:]), strict=True)
+    return F.pad(found, [v for n, m in missing for v in (0, n - m)])
+
+
 def readout(
-    source: str, draw: int = 0, labelled: int = 5, hidden: int = 128, seed: int = 0, every: int = 2,
-    soft: str = "",
-) -> None:  # fmt: skip
-    """Dice of a light head a voxel on frozen features: "teacher:TAG", "codes:TAG", "net:NAME"."""
+    tag: str, draw: int = 0, labelled: int = 5, hidden: int = 128, seed: int = 0, soft: str = ""
+) -> None:
+    """Dice of a light head a voxel on the codes; ``soft`` is a folder for its soft labels."""
     begin = time.time()
-    kind, _, what = source.partition(":")
     torch.manual_seed(seed)
-    if kind == "net":
-        net = unet(1)
-        if what != "untrained":
-            net.load_state_dict(torch.load(WORK / f"{what}.bin")["net"])
-        net.eval()
-    if kind == "teacher":
-        centre = json.loads((WORK / what / "centre.json").read_text())
-        centre = {int(k): v for k, v in centre.items()}
-
-    @torch.no_grad()
-    def features(name: str) -> Tensor:
-        data = case(name)
-        size = tuple(n // every for n in data["image"].shape)
-        if kind == "teacher":
-            shape = np.load(WORK / "volumes" / f"{name}.npz")["image"].shape
-            found = sample(torch.load(WORK / what / f"{name}.pt"), centre, shape, every)
-        elif kind == "codes":
-            found = torch.from_numpy(np.load(WORK / what / f"{name}.npy"))
-        elif kind == "net":
-            store: dict[str, Tensor] = {}
-            hooks = hook_levels(net, store)
-            x = data["image"].float()[None, None]
-            pad = [v for n in reversed(x.shape[2:]) for v in (0, -n % 8)]
-            net(F.pad(x, pad))
-            for hook in hooks:
-                hook.remove()
-            parts = [
-                F.interpolate(v, scale_factor=2**i, mode="trilinear") if i else v
-                for i, v in enumerate(store[level] for level in LEVELS)
-            ]
-            found = torch.cat(parts, 1)[0][:, : size[0], : size[1], : size[2]].half()
-        else:
-            found = torch.zeros(0, *size, dtype=torch.half)
-        terms = position_terms(tuple(found.shape[1:]))[1:].half()
-        found = torch.cat((found, terms))
-        pad = [v for n, m in zip(reversed(size), reversed(found.shape[1:]), strict=True)
-               for v in (0, n - m)]  # fmt: skip
-        return F.pad(found, pad)
-
     rows, labels = [], []
     for name in split(ROOT, labelled, draw)["labelled"]:
         data = case(name)
         onehot = F.one_hot(data["label"].long(), 5).movedim(-1, 0).float()[None]
         image = data["image"].float()[None, None]
-        if every > 1:
-            onehot, image = F.avg_pool3d(onehot, every), F.avg_pool3d(image, every)
+        onehot, image = F.avg_pool3d(onehot, 2), F.avg_pool3d(image, 2)
         keep = image[0, 0] > 0.05
-        rows.append(features(name)[:, keep].T.float())
+        rows.append(features(tag, name)[:, keep].T.float())
         labels.append(onehot[0][:, keep].T)
     x, y = torch.cat(rows), torch.cat(labels)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-3)
     x = (x - mean) / std
-    if hidden:
-        head = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.GELU(), nn.Linear(hidden, 5))
-    else:
-        head = nn.Sequential(nn.Linear(x.shape[1], 5))
+    head = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.GELU(), nn.Linear(hidden, 5))
     optimizer = torch.optim.AdamW(head.parameters(), 2e-3, weight_decay=0.05)
     steps = 600
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, 0.1)
@@ -378,11 +324,9 @@ def readout(
 
     @torch.no_grad()
     def run(name: str) -> Tensor:
-        value = features(name)
+        value = features(tag, name)
         logits = head((value.flatten(1).T.float() - mean) / std).T.reshape(1, 5, *value.shape[1:])
-        size = case(name)["image"].shape
-        if every > 1:
-            logits = F.interpolate(logits, size, mode="trilinear")
+        logits = F.interpolate(logits, case(name)["image"].shape, mode="trilinear")
         logits[0, 1:, case(name)["image"] <= 0.05] -= 10
         return logits.softmax(1)[0]
 
@@ -393,8 +337,8 @@ def readout(
             np.save(WORK / soft / f"{name}.npy", run(name).half().numpy())
     record(
         "readout",
-        {"source": source, "draw": draw, "labelled": labelled, "hidden": hidden, "seed": seed,
-         "every": every, "features": x.shape[1], "wall_s": time.time() - begin, **figures},
+        {"source": f"codes:{tag}", "draw": draw, "labelled": labelled, "hidden": hidden,
+         "seed": seed, "features": x.shape[1], "wall_s": time.time() - begin, **figures},
     )  # fmt: skip
 
 
@@ -417,67 +361,55 @@ def augment(image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Ten
         theta = torch.tensor(np.c_[matrix, np.zeros(3)], dtype=torch.float32)[None]
         points = F.affine_grid(theta, [1, 1, *image.shape[2:]], align_corners=False)
         both = F.grid_sample(torch.cat((image, label), 1), points, align_corners=False)
-        image, label = both[:, : image.shape[1]], both[:, image.shape[1] :]
+        image, label = both[:, :1], both[:, 1:]
         label = torch.cat((1 - label[:, 1:].sum(1, keepdim=True), label[:, 1:]), 1)
-    image = image.clone()
-    ct = image[:, :1]
     if rng.random() < 0.5:
-        ct = ct * rng.uniform(0.8, 1.2) + rng.uniform(-0.1, 0.1)
+        image = image * rng.uniform(0.8, 1.2) + rng.uniform(-0.1, 0.1)
     if rng.random() < 0.2:
-        ct = ct + 0.05 * torch.randn_like(ct)
-    return torch.cat((ct, image[:, 1:]), 1), label
+        image = image + 0.05 * torch.randn_like(image)
+    return image, label
+
+
+def soft_loss(logits: Tensor, goal: Tensor) -> Tensor:
+    """Cross-entropy and Dice against soft labels, weighted by their confidence."""
+    sure = ((goal.amax(1, keepdim=True) - 0.5) * 2).clamp(0, 1)
+    ce = -(goal * logits.log_softmax(1)).sum(1, keepdim=True)
+    p = logits.softmax(1)
+    inter = (p * goal * sure).sum((0, 2, 3, 4))
+    union = ((p + goal) * sure).sum((0, 2, 3, 4))
+    return (ce * sure).mean() + (1 - (2 * inter + 1) / (union + 1)).mean()
 
 
 def finetune(
     init: str = "scratch", draw: int = 0, labelled: int = 5, seed: int = 0, steps: int = 300,
-    lr: float = 2e-3, slow: float = 1.0, hybrid: str | None = None, soft: str = "", save: str = "",
-    soft_weight: float = 1.0, name: str = "",
+    lr: float = 2e-3, soft: str = "", name: str = "",
 ) -> None:  # fmt: skip
     """Dice of a U-Net fine-tuned on the labelled cases.
 
-    ``init`` is "scratch" or a pre-training's name: all but the last layer is taken, at ``slow``
-    times the learning rate. With ``hybrid``, a teacher's tag, its codes are input channels, too.
-    ``soft`` is a folder of soft labels ("a+b" averages two): half of each batch are unlabelled
-    cases then. ``save`` is a folder for soft labels of all pre-training cases by the result.
+    ``init`` is "scratch" or a pre-training's name: all but the last layer is taken. ``soft`` is a
+    folder of soft labels: half of each batch are unlabelled cases then.
     """
     begin, cpu = time.time(), time.process_time()
     torch.manual_seed(seed + 100)
     rng = np.random.default_rng(seed + 100)
-    net = unet(5, 1 + (CODES if hybrid else 0))
-    taken: set[str] = set()
+    net = unet(5)
     if init != "scratch":
         state = torch.load(WORK / f"{init}.bin")["net"]
         own = net.state_dict()
         taken = {k for k, v in state.items() if v.shape == own[k].shape and k[:8] != "model.2."}
         net.load_state_dict(own | {k: state[k] for k in taken})
-    groups = [
-        {"params": [p for k, p in net.named_parameters() if k in taken], "lr": lr * slow},
-        {"params": [p for k, p in net.named_parameters() if k not in taken], "lr": lr},
-    ]
-    groups = [g for g in groups if g["params"]]
-    optimizer = torch.optim.AdamW(groups, lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [g["lr"] for g in groups], steps, 0.1, anneal_strategy="cos"
-    )
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, 0.1)
     loss_of = DiceCELoss(softmax=True, batch=True)
     names = split(ROOT, labelled, draw)["labelled"]
     others = [n for n in split(ROOT)["pretrain"] if n not in names]
     foreground = {n: (case(n)["label"] > 0).nonzero().numpy() for n in names}
-    softs: dict[str, Tensor] = {}
-
-    def soft_of(n: str) -> Tensor:
-        if n not in softs:
-            found = [
-                torch.from_numpy(np.load(WORK / f / f"{n}.npy")).float() for f in soft.split("+")
-            ]
-            softs[n] = torch.stack(found).mean(0).half()
-        return softs[n]
 
     def draw_patch(unlabelled: bool) -> tuple[Tensor, Tensor]:
         n = (others if unlabelled else names)[rng.integers(len(others if unlabelled else names))]
-        data = case(n, hybrid)
+        data = case(n)
         if unlabelled:
-            goal = soft_of(n)
+            goal = torch.from_numpy(np.load(WORK / soft / f"{n}.npy"))
             likely = (goal[1:].sum(0) > 0.5).nonzero().numpy()
         else:
             goal = F.one_hot(data["label"].long(), 5).movedim(-1, 0)
@@ -485,10 +417,6 @@ def finetune(
         at = likely[rng.integers(len(likely))] if rng.random() < 2 / 3 and len(likely) else None
         start = corner(tuple(data["image"].shape), rng, at)
         image = cut(data["image"], start).float()[None, None]
-        if hybrid:
-            codes = cut(data["codes"], start, 2).float()[None]
-            codes = F.interpolate(codes, PATCH, mode="trilinear")
-            image = torch.cat((image, codes / 3), 1)
         return augment(image, cut(goal, start).float()[None], rng)
 
     for _ in range(steps):
@@ -499,14 +427,7 @@ def finetune(
         logits = logits.float()
         if soft:
             loss = loss_of(logits[:1], batch[0][1])
-            goal = batch[1][1]
-            sure = ((goal.amax(1, keepdim=True) - 0.5) * 2).clamp(0, 1)
-            ce = -(goal * logits[1:].log_softmax(1)).sum(1, keepdim=True)
-            p = logits[1:].softmax(1)
-            inter = (p * goal * sure).sum((0, 2, 3, 4))
-            union = ((p + goal) * sure).sum((0, 2, 3, 4))
-            term = (ce * sure).mean() + (1 - (2 * inter + 1) / (union + 1)).mean()
-            loss = loss + soft_weight * term
+            loss = loss + soft_loss(logits[1:], batch[1][1])
         else:
             loss = loss_of(logits, torch.cat([b[1] for b in batch]))
         optimizer.zero_grad()
@@ -514,16 +435,11 @@ def finetune(
         optimizer.step()
         schedule.step()
     net.eval()
-    figures = score(lambda n: predict(net, case(n, hybrid)))
-    if save:
-        (WORK / save).mkdir(exist_ok=True)
-        for n in split(ROOT)["pretrain"]:
-            np.save(WORK / save / f"{n}.npy", predict(net, case(n, hybrid)).half().numpy())
+    figures = score(lambda n: predict(net, case(n)))
     record(
         "finetune",
         {"name": name or init, "init": init, "draw": draw, "labelled": labelled, "seed": seed,
-         "steps": steps, "lr": lr, "slow": slow, "hybrid": hybrid, "soft": soft, "save": save,
-         "soft_weight": soft_weight, "wall_s": time.time() - begin,
+         "steps": steps, "lr": lr, "soft": soft, "wall_s": time.time() - begin,
          "cpu_s": time.process_time() - cpu, **figures},
     )  # fmt: skip
 
@@ -539,7 +455,10 @@ def run(root: str, work: str, calls: str) -> None:
         if not line.strip() or line in seen or line.startswith("#"):
             continue
         function, arguments = json.loads(line)
-        {"pretrain": pretrain, "readout": readout, "finetune": finetune}[function](**arguments)
+        functions: dict[str, Callable[..., None]] = {
+            "pretrain": pretrain, "readout": readout, "finetune": finetune
+        }  # fmt: skip
+        functions[function](**arguments)
         with done.open("a") as file:
             file.write(line + "\n")
 

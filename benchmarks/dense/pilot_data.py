@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from med3dinsight_ext.data.slicing import window
 from med3dinsight_ext.data.volumes import read_volume
-from med3dinsight_ext.teachers.towers import EfficientNetLite0
+from med3dinsight_ext.teachers.efficientnet import EfficientNetLite0
 
 SPACING = 4.0  # mm
 ZOOM = 3  # teacher pixels a voxel side
@@ -66,7 +66,7 @@ class Taps(nn.Module):
         super().__init__()
         tower = EfficientNetLite0()
         if random:
-            tower.forget(0)
+            tower.randomize(0)
         self.net = tower.model
         self.mean = torch.tensor(tower.mean).view(3, 1, 1)
         self.std = torch.tensor(tower.std).view(3, 1, 1)

@@ -64,4 +64,5 @@ def measure(name: str) -> dict[str, float]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     settings = {"size": SIZE, "batch": BATCH, "points": POINTS, "dims": DIMS}
-    write("dense_speed", settings | {name: measure(name) for name in NETWORKS})
+    figures = settings | {name: measure(name) for name in NETWORKS}
+    write("speed", figures, Path(__file__).parent / "results")

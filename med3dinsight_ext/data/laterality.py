@@ -211,7 +211,8 @@ class RandMirrord(MapTransform, RandomizableTransform):
 
     Args:
         keys: volumes (c, x, y, z), or numbers of a class.
-        label_keys: those of ``keys`` that are label maps or numbers of a class.
+        label_keys: those of ``keys`` that are label maps, probabilities (classes, x, y, z), or
+            numbers of a class.
         mirror: axes and pairs.
         prob: of a flip along each axis, in [0, 1].
         allow_missing_keys: as in MONAI.
@@ -247,6 +248,8 @@ class RandMirrord(MapTransform, RandomizableTransform):
         return result
 
     def _swapped(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim == 4 and len(value) > 1:
+            return value[swap(self.mirror.pairs, len(value))]
         if isinstance(value, Tensor):
             return swap_labels(value, self.mirror.pairs)
         partner = {a: b for pair in self.mirror.pairs for a, b in (pair, pair[::-1])}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from med3dinsight_ext.losses.alignment import masked_mse
+from med3dinsight_ext.losses.reconstruction import masked_mse
 
 if TYPE_CHECKING:
     from med3dinsight_ext.embeddings.grid_targets import GridTargets

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from med3dinsight_ext.models.features import first_output
 from med3dinsight_ext.models.pyramid import find_pyramid, pyramid_of, sample_points
 from med3dinsight_ext.models.student import block_mask
 
@@ -90,8 +91,7 @@ class DenseStudent(nn.Module):
         for value, heads in zip(features, self.heads, strict=True):
             there = sample_points(value, flat, volume.shape[2:]).unflatten(1, points.shape[1:3])
             codes.append([head(there[:, n]) for n, head in enumerate(heads)])
-        if isinstance(output, (tuple, list)):
-            output = output[0]
+        output = first_output(output)
         whole = self.training and isinstance(output, Tensor) and output.shape == volume.shape
         return DenseOutput(codes, hidden, output if whole else None, mask)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from med3dinsight_ext.models.features import Features, as_grid, evaluating
+from med3dinsight_ext.models.features import Features, as_grid, dry_run
 
 
 def find_pyramid(
@@ -53,10 +53,8 @@ def find_pyramid(
 
     watched = modules if layers == "auto" else {name: modules[name] for name in layers}
     hooks = [module.register_forward_hook(look(name)) for name, module in watched.items()]
-    parameter = next(network.parameters(), torch.empty(0))
     try:
-        with evaluating(network):
-            network(torch.zeros(1, 1, *size, device=parameter.device))
+        dry_run(network, size)
     finally:
         for hook in hooks:
             hook.remove()

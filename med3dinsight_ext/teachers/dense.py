@@ -70,7 +70,7 @@ def find_layers(tower: ImageTower) -> list[str]:
         ValueError: no layer of the tower gives a feature map.
     """
     names = [name for name, _ in tower.model.named_modules() if name]
-    pixels = torch.zeros(1, 3, tower.size, tower.size, device=tower._device)
+    pixels = torch.zeros(1, 3, tower.size, tower.size, device=tower.device)
     maps = _maps(tower, pixels, names)
     outer: dict[int, str] = {}
     inner: dict[int, str] = {}

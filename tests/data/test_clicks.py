@@ -240,7 +240,9 @@ def test_training_clicks_on_some_items_and_leaves_others_alone(
     peaks = (guidance == 1).flatten(1).sum(1)
     assert peaks.max() > 2 and peaks.max() <= 5
     assert (guidance == 1).sum((0, 2, 3, 4)).min() > 0  # on both labels
-    assert {p.name for p in (tmp_path / "models").iterdir()} == {"model.pt", "last.ckpt"}
+    assert {p.name for p in (tmp_path / "models").iterdir()} == {
+        "model.pt", "last.ckpt", "run.json"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("share", "used"), [(1.0, {0.0}), (0.0, {1.0})])

@@ -174,6 +174,13 @@ def test_a_left_right_flip_moves_voxels_and_swaps_classes() -> None:
     assert made["label"].applied_operations or made["image"].applied_operations
 
 
+def test_a_left_right_flip_swaps_the_channels_of_paired_classes() -> None:
+    label = MetaTensor(torch.rand(3, 4, 3, 5).softmax(0))
+    flip = RandMirrord("label", "label", Mirror((0,), ((1, 2),), ""), prob=1.0)
+    made = flip({"label": label})["label"]
+    assert torch.equal(made.as_tensor(), label.as_tensor().flip(1)[[0, 2, 1]])
+
+
 @pytest.mark.parametrize("key", ["image", "label"])
 def test_a_flip_keeps_world_positions(key: str) -> None:
     values = torch.zeros(1, 4, 3, 5)

@@ -11,6 +11,11 @@ from torch import nn
 from med3dinsight_ext.teachers.teacher import Teacher
 from med3dinsight_ext.teachers.towers import ImageTower
 
+UNET = {
+    "_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
+    "channels": [4, 8], "strides": [2],
+}  # fmt: skip
+
 
 class TwoStages(ImageTower):
     size, mean, std, fingerprint = 32, (0.0,) * 3, (1.0,) * 3, "two-stages"
@@ -63,7 +68,7 @@ def test_fine_tuning_takes_unlabelled_volumes(
     more = write_volumes(tmp_path / "more", 3, (30, 28, 32))
     given = settings(
         "seg-finetune", tmp_path / "run", volumes, teacher={"_target_": "test_dense.teacher"},
-        unlabelled=str(more), max_epochs=1,
+        unlabelled=str(more), backbone=UNET,
     )  # fmt: skip
     workflow = run("seg-finetune", ["train.json", "unlabelled.yaml"], **given)
     data = workflow.parser.get_parsed_content("train::dataset::data")

@@ -22,7 +22,7 @@ from med3dinsight_ext.io.claims import npz_array, open_volume
 
 SIDE = 30_000  # 3e4 cubed voxels of float32 are 1e14 bytes
 READ = """
-import json, resource, sys
+import contextlib, io, json, resource, sys
 from pathlib import Path
 from monai.transforms import Compose, LoadImaged
 from med3dinsight_ext.data import datalists, labels, laterality, volumes
@@ -34,11 +34,23 @@ pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 2**28
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 seg = Compose([volumes.CheckClaimd("image"), LoadImaged("image")])
+
+
+def checked(path):
+    """The findings of doctor as an error."""
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            doctor(str(Path(path).parent), page=str(folder.parent / "page.html"))
+    except SystemExit:
+        raise ValueError(out.getvalue()) from None
+
+
 readers = {
     "volume": lambda path: volumes.read_volume(path),
     "label": lambda path: labels.read_label({"image": sound, "label": path}, ["a", "b"]),
     "laterality": lambda path: laterality.offsets(path, 2),
-    "doctor": lambda path: doctor(str(Path(path).parent)),
+    "doctor": checked,
     "segmentation": lambda path: seg({"image": path}),
 }
 found = {}

@@ -178,9 +178,9 @@ def test_defaults_are_those_of_the_docs() -> None:
     loss = AlignmentLoss()
     assert loss.weights == (1, 1, 1) and loss.depth_window == 1
     assert (loss.temperature, loss.mass, loss.epsilon) == (0.07, 0.95, 0.1)
-    for start in loss.scales.values():
-        assert torch.allclose(start, torch.tensor([math.log(1 / 0.07), -10.0]))
-    assert AlignmentLoss(temperature=0.5).scales["text"][0].item() == pytest.approx(math.log(2))
+    for start in loss.logits.values():
+        assert torch.allclose(start, torch.tensor([math.log(1 / 0.07), 0.0]))
+    assert AlignmentLoss(temperature=0.5).logits["text"][0].item() == pytest.approx(math.log(2))
     assert (
         AlignmentLoss("partial_transport", cost="mahalanobis", dims=DIMS)
         .roots["text"]

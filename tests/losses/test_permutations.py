@@ -88,6 +88,7 @@ def test_losses_do_not_depend_on_the_order_of_volumes_and_slices(
         torch.rand(b, s, generator=g) < 0.7, torch.arange(s).expand(b, s) < s - 1,
         torch.randint(3, (b, s), generator=g), torch.rand(b, s, generator=g),
         torch.zeros(b, s, dtype=torch.long), torch.rand(size, generator=g),
+        torch.arange(b)[:, None].expand(b, s),
     )  # fmt: skip
     tokens = {"image": torch.randn(b, s, 4, generator=g), "text": torch.randn(b, s, 3, generator=g)}
     pred = StudentOutput(tokens, torch.rand(size, generator=g), torch.rand(size, generator=g) < 0.5)

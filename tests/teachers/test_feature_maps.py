@@ -4,8 +4,9 @@ from fakes import FakeTexts
 from torch import nn
 
 from med3dinsight_ext.teachers.dense import as_map, encode_grids, find_layers
+from med3dinsight_ext.teachers.efficientnet import EfficientNetLite0
 from med3dinsight_ext.teachers.teacher import Teacher
-from med3dinsight_ext.teachers.towers import EfficientNetLite0, ImageTower
+from med3dinsight_ext.teachers.towers import ImageTower
 
 
 class Block(nn.Module):
