@@ -37,7 +37,7 @@ seg = Compose([volumes.CheckClaimd("image"), LoadImaged("image")])
 
 
 def checked(path):
-    """The findings of doctor as an error."""
+    # the findings of doctor as an error
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out):

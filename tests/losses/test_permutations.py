@@ -93,8 +93,10 @@ def test_losses_do_not_depend_on_the_order_of_volumes_and_slices(
     tokens = {"image": torch.randn(b, s, 4, generator=g), "text": torch.randn(b, s, 3, generator=g)}
     pred = StudentOutput(tokens, torch.rand(size, generator=g), torch.rand(size, generator=g) < 0.5)
     order = orders(b, s, g)
+    columns = target._asdict()
+    volume = columns.pop("volume")[order[0]]
     turned = SliceTargets(
-        *(permuted(column, *order) for column in target[:-1]), target.volume[order[0]]
+        **{name: permuted(column, *order) for name, column in columns.items()}, volume=volume
     )
     moved = StudentOutput(
         {name: permuted(x, *order) for name, x in tokens.items()},
