@@ -80,7 +80,12 @@ def merged_configs(
         with readable("overlays", ", ".join(paths) or bundle, "correct them"):
             merged[name] = _load([*files, *(() if train else paths), *more])
         merged[name] |= {key: plain[key] for key in PLACES if key in plain}
-    return {"train": train, "inference": _as_trained(merged, train, bundle)} if train else merged
+    if not train:
+        return merged
+    inference = _as_trained(merged, train, bundle)
+    if mirror := (record or {}).get("evaluated", {}).get("mirror"):  # inference has no labels
+        inference |= {"mirror_axes": mirror[0], "mirror_pairs": mirror[1]}
+    return {"train": train, "inference": inference}
 
 
 def _check_agreement(

@@ -54,7 +54,7 @@ def _plain(config: Mapping[str, Any], evaluated: Mapping[str, Any]) -> dict[str,
     for key, raw in config.items():
         if key in evaluated and isinstance(raw, str) and raw[:1] in ("$", "@"):
             try:
-                text = json.dumps(evaluated[key])
+                text = json.dumps(evaluated[key], ensure_ascii=False)
             except (TypeError, ValueError):
                 continue
             if len(text) <= LONGEST and not {"/", "\\"} & set(text):

@@ -74,6 +74,15 @@ def test_the_card_has_the_epochs_that_ran(folder: Path, training: Path) -> None:
     assert "200 epochs" not in (folder / "docs" / "README.md").read_text()
 
 
+def test_inference_mirrors_as_training_decided_from_the_labels(
+    folder: Path, training: Path
+) -> None:
+    record = json.loads((training / "models" / "run.json").read_text())
+    config = json.loads((folder / "configs" / "inference.json").read_text())
+    assert record["evaluated"]["mirror"][:2] == [config["mirror_axes"], config["mirror_pairs"]]
+    assert record["config"]["mirror_axes"] == "auto"
+
+
 @pytest.mark.parametrize(
     ("key", "start"),
     [("cases", "4 for training (fingerprint "), ("seed", "7"), ("batch size", "2"),
