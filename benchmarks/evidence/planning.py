@@ -12,6 +12,7 @@ from med3dinsight_ext.data import datalists
 from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.overrides import check_overrides
+from med3dinsight_ext.io.reading import read_rows
 from med3dinsight_ext.quickstart import BUNDLES
 
 STEPS = ("steps", "epoch_steps")  # settings of run.py, not of a bundle
@@ -190,7 +191,7 @@ def case_lists(plan: dict[str, Any], run: Run, root: Path, out: Path) -> dict[st
         rows["evaluation"] += evaluation
         if "captions" in about:
             folder = root / about["folder"]
-            for _, row in datalists.read_rows(folder / about["captions"]):
+            for _, row in read_rows(folder / about["captions"]):
                 rows["captions"].append(row | {"image": str(folder / row["image"])})
     if run.bundle == "pretrain":  # fields that all data sets have, since a batch needs the same
         for part in ("train", "evaluation"):

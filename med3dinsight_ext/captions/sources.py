@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from med3dinsight_ext.captions.captioner import Captioner
-from med3dinsight_ext.data.datalists import read_rows
 from med3dinsight_ext.data.slicing import PLANES, depth, plane_number
 from med3dinsight_ext.data.volumes import read_volume
-from med3dinsight_ext.io.reading import readable
+from med3dinsight_ext.io.reading import read_rows, readable
 
 
 def source(captions: str | Captioner | None, root: str | Path | None = None) -> Captioner:

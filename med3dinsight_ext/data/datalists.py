@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,45 +14,13 @@ from torch import Tensor
 
 from med3dinsight_ext.data.slicing import MODALITIES
 from med3dinsight_ext.io.claims import npz_array
-from med3dinsight_ext.io.reading import parse_json, readable
+from med3dinsight_ext.io.reading import parse_json, read_rows, readable
 
-LONGEST_LINE = 10_000_000  # characters; no row of an image or a caption is as long
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 VAL_FRACTION, FEW = 0.2, 10  # held out by default, of at least so many cases
 MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | dict.fromkeys(
     ("MR", "T1", "T2", "FLAIR", "PD", "ADC", "DWI"), "MR"
 )
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Rows of a JSONL or CSV file, each after its place: ("a.jsonl line 3", row)."""
-    path = Path(path)
-    with readable("source", path), open(path, encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            table = csv.DictReader(_lines(file, path))
-            yield from ((f"{path} line {table.line_num}", row) for row in table)
-            return
-        for number, line in enumerate(_lines(file, path), 1):
-            where = f"{path} line {number}"
-            try:
-                row = parse_json(line) if line.strip() else None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where} must be JSON, got {error}; correct it") from error
-            if row is not None and not isinstance(row, dict):
-                raise ValueError(f"{where} must be a JSON object, got {row!r}; correct it")
-            if row:
-                yield where, row
-
-
-def _lines(file: TextIO, path: Path) -> Iterator[str]:
-    """Lines of a text file, none of which fills the memory."""
-    while line := file.readline(LONGEST_LINE + 1):
-        if len(line) > LONGEST_LINE:
-            raise ValueError(
-                f"lines must have at most {LONGEST_LINE} characters, got a longer one in {path}; "
-                "write one row a line"
-            )
-        yield line
 
 
 def modality_name(name: object) -> str:

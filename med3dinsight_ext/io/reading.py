@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from med3dinsight_ext.io.errors import first_line
+
+LONGEST_LINE = 10_000_000  # characters; no row of an image or a caption is as long
 
 
 @contextmanager
@@ -56,3 +59,34 @@ def read_json(path: str | Path, name: str, fix: str = "repair it") -> Any:
     """
     with readable(name, path, fix):
         return json.loads(Path(path).read_text("utf-8"))
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Rows of a JSONL or CSV file, each after its place: ("a.jsonl line 3", row)."""
+    path = Path(path)
+    with readable("source", path), open(path, encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            table = csv.DictReader(_lines(file, path))
+            yield from ((f"{path} line {table.line_num}", row) for row in table)
+            return
+        for number, line in enumerate(_lines(file, path), 1):
+            where = f"{path} line {number}"
+            try:
+                row = parse_json(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} must be JSON, got {error}; correct it") from error
+            if row is not None and not isinstance(row, dict):
+                raise ValueError(f"{where} must be a JSON object, got {row!r}; correct it")
+            if row:
+                yield where, row
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """Lines of a text file, none of which fills the memory."""
+    while line := file.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise ValueError(
+                f"lines must have at most {LONGEST_LINE} characters, got a longer one in {path}; "
+                "write one row a line"
+            )
+        yield line
