@@ -40,9 +40,9 @@ from med3dinsight_ext.monailabel.app.requests import (
     check_values,
     is_inside,
 )
-from med3dinsight_ext.monailabel.label_bundle import merged_configs
+from med3dinsight_ext.publishing.bundle import merged_configs
 from med3dinsight_ext.publishing.card import read_card
-from med3dinsight_ext.publishing.verify import outside
+from med3dinsight_ext.publishing.verify import file_checks
 from med3dinsight_ext.reports.caption_page import captions
 from med3dinsight_ext.training.checkpoints import embedding_dims_of, load_weights
 from med3dinsight_ext.training.weights import read_weights
@@ -434,7 +434,7 @@ def expression_is_not_evaluated_by_merging(folder: Path) -> Any:
 
 
 def merged(path: Path) -> Any:
-    return merged_configs(ROOT / "bundles" / "seg-finetune" / "configs", str(path), click=False)
+    return merged_configs(ROOT / "bundles" / "seg-finetune", str(path), click=False)
 
 
 @case("published folder with expressions: the checks of its files evaluate none", "value", "FAIL")
@@ -446,7 +446,7 @@ def checks_of_files_run_nothing(folder: Path) -> Any:
         path.write_text(json.dumps({"network_def": "$__import__('os').system('touch canary')"}))
     real, subprocess.run = subprocess.run, None  # type: ignore[assignment]
     try:  # black and others are programs, which the guard forbids
-        return [check.state for check in outside(bundle)]
+        return [check.state for check in file_checks(bundle)]
     finally:
         subprocess.run = real
 

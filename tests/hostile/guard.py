@@ -20,6 +20,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from med3dinsight_ext.io.claims import ClaimError
+
+REFUSALS = (ValueError, TypeError, ClaimError)  # and none of their other subclasses
+
+
 MEMORY = 2 << 30  # bytes above what the worker has mapped at its start
 SECONDS = 10.0  # of the processor
 PATIENCE = 6  # times as many on the clock
@@ -93,7 +98,7 @@ def outcome(call: Callable[[], Any], watch: Watch) -> Outcome:
     try:
         found = Outcome("value", repr(call())[:TEXT])
     except (ValueError, TypeError) as error:
-        kind = "refused" if type(error) in (ValueError, TypeError) else "error"
+        kind = "refused" if type(error) in REFUSALS else "error"
         found = Outcome(kind, _message(error))
     except BaseException as error:
         found = Outcome("error", _message(error))
@@ -104,7 +109,7 @@ def outcome(call: Callable[[], Any], watch: Watch) -> Outcome:
 def _message(error: BaseException) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {error}"
-    if type(error) in (ValueError, TypeError):
+    if type(error) in REFUSALS:
         return text[:TEXT]
     return f"{text[:TEXT]} (at {Path(where.filename).name}:{where.lineno})"
 

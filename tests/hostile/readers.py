@@ -34,9 +34,10 @@ from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.embeddings.store import Store
 from med3dinsight_ext.embeddings.targets import SampleTargetsd
 from med3dinsight_ext.io.files import HashMemo
-from med3dinsight_ext.monailabel.label_bundle import merged_configs
 from med3dinsight_ext.monailabel.server import class_names
-from med3dinsight_ext.publishing.card import read_card, read_scores
+from med3dinsight_ext.publishing.bundle import merged_configs
+from med3dinsight_ext.publishing.card import read_card
+from med3dinsight_ext.publishing.scores import read_scores
 from med3dinsight_ext.reports.caption_page import read_store
 from med3dinsight_ext.teachers.checkpoints import image_settings
 from med3dinsight_ext.training.checkpoints import embedding_dims_of, load_weights, resume
@@ -250,8 +251,8 @@ RETRIEVAL = {"student": RECALLS | {"image_within_queries": 48.0}, "volume_zero":
 @reader("overlay_yaml", written("overlay.yaml", OVERLAY), mutate.text)
 @reader("overlay_json", written("overlay.json", json.dumps(yaml.safe_load(OVERLAY))), mutate.text)
 def read_overlay(path: Path) -> Any:
-    configs = ROOT / "bundles" / "seg-finetune" / "configs"
-    return sorted(merged_configs(configs, str(path), click=False)["train"])
+    bundle = ROOT / "bundles" / "seg-finetune"
+    return sorted(merged_configs(bundle, str(path), click=False)["train"])
 
 
 @reader("card", written("card.yaml", yaml.safe_dump(CARD)), mutate.text)

@@ -16,7 +16,8 @@ BUNDLES = ("pretrain", "seg-finetune")
 def train(bundle: str, folder: Path, seed: int = 0) -> dict[str, Any]:
     """Digests of the weights and the history of a run of two steps."""
     fakes.write_volumes(folder / "in", 3)
-    words = command(bundle, ["train.json"], settings(bundle, folder) | {"seed": seed})
+    given = settings(bundle, folder) | {"seed": seed, "val_fraction": 0}
+    words = command(bundle, ["train.json"], given)
     done = subprocess.run(
         [sys.executable, *words], env=environment(), cwd=folder, capture_output=True, text=True
     )
