@@ -138,7 +138,7 @@ def test_a_saved_label_trains_the_model(served: Served) -> None:
     after = weights(bundle)
     assert before.keys() == after.keys() and before["threshold"] != after["threshold"]
     assert overlay(server, "v0").shape == (28, 32, 26)  # by the new weights
-    files = {"model.pt", "last.ckpt", ".gitkeep", ".training"}
+    files = {"model.pt", "last.ckpt", "run.json", ".gitkeep", ".training"}
     assert {path.name for path in (bundle / "models").iterdir()} <= files
 
 
@@ -183,7 +183,7 @@ def test_the_stock_app_does_not_train_on_a_label_of_another_shape(served: Served
     [
         ("oblique", "labels/v0.nii.gz", 400, "refused, nothing was saved: label must have its"),
         ("v2", "v2.nii.gz", 400, "label must hold 0 to 1 (background, foreground), got the value"),
-        ("v2", "segmentation.json", 400, "label must be readable"),
+        ("v2", "segmentation.json", 400, "label must end in one of"),
         ("none", "labels/v0.nii.gz", 404, "image must be one of the datastore's, got 'none'"),
     ],
 )

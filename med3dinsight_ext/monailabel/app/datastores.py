@@ -44,7 +44,6 @@ class LabelChecks:
             raise HTTPException(404, f"image must be one of the datastore's, got {image_id!r}")
         with refused():
             check_name(label_tag, "tag")
-            check_extension(label_filename, "label")
         with refused("refused, nothing was saved: "):
             read_label({"image": image, "label": label_filename}, self.names)
         return store.save_label(image_id, label_filename, label_tag, label_info)
@@ -66,6 +65,14 @@ class CheckedDatastore(LabelChecks, LocalDatastore):
             auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
+
+    def save_label(
+        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]
+    ) -> str:
+        """Save a label; answer 400 where its file has another ending than volumes have."""
+        with refused():
+            check_extension(label_filename, "label")
+        return super().save_label(image_id, label_filename, label_tag, label_info)
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Save an image; answer 400 where its name is not a plain one."""
