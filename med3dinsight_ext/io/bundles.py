@@ -41,7 +41,7 @@ def config_files(bundle: Path, name: str) -> list[Path]:
 
 
 def backbone_files(bundle: Path) -> list[Path]:
-    """The overlays that choose a bundle's network; shared ones name their bundles in line 2."""
+    """The overlays that choose a bundle's network; each names its bundles in line 2."""
     shared = sorted((bundle.absolute().parent / "backbones").glob("*.yaml"))
     return [path for path in shared if bundle.name in path.read_text("utf-8").splitlines()[1]]
 
