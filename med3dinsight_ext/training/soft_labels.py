@@ -1,11 +1,13 @@
-"""Task-adapted teaching: soft labels of unlabelled volumes by a head on the frozen 2D features.
+"""Task-adapted teaching: soft labels of unlabelled volumes, for a network that learns from both.
 
-The head is fitted on the few labelled cases; the 3D network then learns from both (task-specific
-distillation, arXiv:2503.06976).
+They come from a head on the frozen 2D features, fitted on the few labelled cases (task-specific
+distillation, arXiv:2503.06976), from a network fine-tuned on them (self-training, Noisy Student,
+arXiv:1911.04252), or are the mean of the two.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -18,16 +20,18 @@ import nibabel as nib
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
 from monai.transforms import LoadImage, MapTransform, Orientation, ResampleToMatch, Spacing
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from med3dinsight_ext.data.datalists import datalist
-from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.data.volumes import ScaleByModalityd, read_volume
 from med3dinsight_ext.embeddings.grid_volumes import codes_on_grid
 from med3dinsight_ext.embeddings.whitening import position_terms
-from med3dinsight_ext.io.files import HashMemo, write_atomic
+from med3dinsight_ext.io.files import HashMemo, sha256, write_atomic
 from med3dinsight_ext.models.voxel_head import VoxelHead, fit_voxel_head
+from med3dinsight_ext.training.checkpoints import load_weights
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # raise it when this file changes what is stored
@@ -60,6 +64,47 @@ def unlabelled_items(
     return items
 
 
+class NetworkLabels:
+    """Predicts class probabilities of a volume by a network fine-tuned on the labelled cases.
+
+    Args:
+        network: the backbone of the run; it is copied, and its own weights stay.
+        weights: model.pt of a run on the same labelled cases.
+        patch_size: (x, y, z) of a window, in voxels.
+        spacing: mm that the network was trained at.
+        ct_range: HU that become 0 and 1.
+        device: where it computes.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        weights: str | Path,
+        patch_size: Sequence[int],
+        spacing: Sequence[float],
+        ct_range: Sequence[float] = (-200.0, 300.0),
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.network = copy.deepcopy(network)
+        load_weights(self.network, weights)
+        self.network.to(device).eval()
+        self.fingerprint = [sha256(Path(weights)), list(patch_size), list(spacing), list(ct_range)]
+        self.spacing, self.device = list(spacing), device
+        self.scale = ScaleByModalityd("image", ct_range)
+        self.inferer = SlidingWindowInferer(patch_size, 4, overlap=0.5, mode="gaussian")
+
+    @torch.no_grad()
+    def __call__(self, item: dict[str, Any], image: MetaTensor) -> Tensor:
+        """Probabilities (classes, x, y, z) on the grid of ``image``."""
+        volume = self.scale({**item, "image": read_volume(item["image"])})["image"]
+        volume = Spacing(self.spacing, mode="bilinear")(volume)
+        logits = self.inferer(volume.as_tensor()[None].to(self.device), self.network)
+        share = logits[0].float().softmax(0).cpu()
+        found = MetaTensor(share, affine=volume.affine)
+        resample = ResampleToMatch(mode="bilinear", padding_mode="border")
+        return resample(found, image).as_tensor()
+
+
 class SoftLabels:
     """Makes and keeps soft labels, one file a volume; what exists is not made again.
 
@@ -69,6 +114,8 @@ class SoftLabels:
         spacing: mm of the grid that they are made on; about the network's own, times two.
         hidden: width of the head.
         seed: of the head.
+        network: predicts too, and the mean of both is kept.
+        head: whether the head on 2D features is used; without it the network alone is.
     """
 
     def __init__(
@@ -78,26 +125,39 @@ class SoftLabels:
         spacing: Sequence[float],
         hidden: int = 128,
         seed: int = 0,
+        network: NetworkLabels | None = None,
+        head: bool = True,
     ) -> None:
+        if network is None and not head:
+            raise ValueError("soft labels need a source: set soft_weights or soft_head=True")
+        self.network, self.head = network, head
         self.root, self.classes, self.spacing = Path(root), classes, list(spacing)
         self.hidden, self.seed = hidden, seed
         self._hashes = HashMemo(self.root / "files.jsonl")
 
-    def features(self, item: dict[str, Any]) -> tuple[Tensor, MetaTensor]:
-        """Codes and position (c, x, y, z) of an item with ``grids``, and the image on that grid."""
-        image = Spacing(self.spacing, mode="bilinear")(read_volume(item["image"]))
+    def image(self, item: dict[str, Any]) -> MetaTensor:
+        """The item's volume on the grid of the soft labels."""
+        return Spacing(self.spacing, mode="bilinear")(read_volume(item["image"]))
+
+    def features(self, item: dict[str, Any], image: MetaTensor) -> Tensor:
+        """Codes and position (c, x, y, z) of an item with ``grids``, on the image's grid."""
         codes = codes_on_grid(item["grids"], image.affine, image.shape[1:])
         steps = [(torch.arange(n) + 0.5) / n for n in image.shape[1:]]
         fraction = torch.stack(torch.meshgrid(*steps, indexing="ij"), -1).flatten(0, 2)
         terms = position_terms(fraction)[:, 1:].mT.unflatten(1, image.shape[1:])
-        return torch.cat((codes, terms.half())), image
+        return torch.cat((codes, terms.half()))
+
+    def _source(self, item: dict[str, Any]) -> str:
+        """Names all that an item's soft label is made from."""
+        return Path(item["grids"]).stem if self.head else self._hashes(item["image"])
 
     def fit(self, labelled: Sequence[dict[str, Any]]) -> VoxelHead:
         """A head on the labelled items' features."""
         rows, labels = [], []
         load = LoadImage(image_only=True, ensure_channel_first=True)
         for item in labelled:
-            features, image = self.features(item)
+            image = self.image(item)
+            features = self.features(item, image)
             label = Orientation("RAS", labels=None)(load(item["label"]))
             onehot = F.one_hot(label[0].long(), self.classes).movedim(-1, 0).float()
             onehot = MetaTensor(onehot, affine=label.affine)
@@ -110,33 +170,37 @@ class SoftLabels:
     def fill(
         self, labelled: Sequence[dict[str, Any]], unlabelled: Sequence[dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        """The unlabelled items, each with ``label``, the path of its soft label.
+        """The unlabelled items without grids, each with ``label``, the path of its soft label.
 
         Args:
-            labelled: image, label and grids.
-            unlabelled: image and grids.
+            labelled: image, label and, for the head, grids.
+            unlabelled: image and, for the head, grids.
         """
-        made = [
+        made: list[Any] = [
             FORMAT, self.classes, self.spacing, self.hidden, self.seed,
-            [[Path(item["grids"]).stem, self._hashes(item["label"])] for item in labelled],
+            [[self._source(item), self._hashes(item["label"])] for item in labelled],
         ]  # fmt: skip
+        if self.network:
+            made += [self.network.fingerprint, self.head]
         paths = []
         for item in unlabelled:
-            key = hashlib.sha256(
-                json.dumps([*made, Path(item["grids"]).stem]).encode()
-            ).hexdigest()[:32]
+            key = hashlib.sha256(json.dumps([*made, self._source(item)]).encode()).hexdigest()[:32]
             paths.append(self.root / "soft" / key[:2] / f"{key}.nii.gz")
         missing = [(i, p) for i, p in zip(unlabelled, paths, strict=True) if not p.exists()]
         if missing:
             logger.info(f"{len(missing)} of {len(unlabelled)} volumes have no soft label")
-            head = self.fit(labelled)
+            head = self.fit(labelled) if self.head else None
         for item, path in tqdm(missing, "soft labels", unit="volume", disable=not missing):
-            features, image = self.features(item)
-            share = (head.predict(features) * 255).round().to(torch.uint8)
+            image = self.image(item)
+            shares = [head.predict(self.features(item, image))] if head else []
+            if self.network:
+                shares.append(self.network(item, image))
+            share = (torch.stack(shares).mean(0) * 255).round().to(torch.uint8)
             share[share < LEAST] = 0
             volume = nib.Nifti1Image(share.movedim(0, -1).numpy(), image.affine.numpy())
             write_atomic(path, lambda draft, volume=volume: _save(volume, draft))
-        return [{**item, "label": str(path)} for item, path in zip(unlabelled, paths, strict=True)]
+        items = [{k: v for k, v in item.items() if k != "grids"} for item in unlabelled]
+        return [{**item, "label": str(path)} for item, path in zip(items, paths, strict=True)]
 
 
 def _save(volume: nib.Nifti1Image, draft: Path) -> None:

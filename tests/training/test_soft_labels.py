@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from med3dinsight_ext.models.voxel_head import fit_voxel_head
 from med3dinsight_ext.teachers.teacher import Teacher
 from med3dinsight_ext.teachers.towers import ImageTower
 from med3dinsight_ext.training.soft_labels import (
+    NetworkLabels,
     SoftLabeld,
     SoftLabels,
     balance,
@@ -69,6 +71,39 @@ def test_soft_labels_find_what_the_labelled_cases_show(tmp_path: Path) -> None:
     assert [Path(item["label"]).stat().st_mtime_ns for item in again] == before
     other = SoftLabels(tmp_path / "s", 2, (3.0, 3.0, 3.0), hidden=16, seed=1)
     assert other.fill(items[:2], items[2:3])[0]["label"] != made[0]["label"]
+
+
+def threshold(folder: Path) -> tuple[nn.Module, Path]:
+    """A network of one weight and one bias, and the file of those that find the ball."""
+    network = nn.Conv3d(1, 2, 1)
+    found = copy.deepcopy(network)
+    with torch.no_grad():
+        found.weight.copy_(torch.tensor([-20.0, 20.0]).view(2, 1, 1, 1, 1))
+        found.bias.copy_(torch.tensor([8.0, -8.0]))  # equal at 0.4, 0 HU
+    torch.save(found.state_dict(), folder / "model.pt")
+    return network, folder / "model.pt"
+
+
+def test_a_network_s_predictions_are_soft_labels_alone_or_beside_the_head(tmp_path: Path) -> None:
+    cases = [ball(tmp_path, seed) for seed in range(4)]
+    network, weights = threshold(tmp_path)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    labels = NetworkLabels(network, weights, (16, 16, 16), (2.0, 2.0, 2.5))
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    alone = SoftLabels(tmp_path / "s", 2, (2.0, 2.0, 2.5), network=labels, head=False)
+    [item] = alone.fill(cases[:2], cases[2:3])
+    truth, share = load(cases[2]["label"]), load(item["label"])
+    assert share.shape == (2, *truth.shape[1:])
+    assert dice(share[1] > 127, truth[0] > 0) > 0.95
+    store = GridStore(tmp_path / "s", Teacher(Brightness(), FakeTexts()), ["0"], per_plane=20)
+    items = store.fill(cases)
+    found = []
+    for source in ({}, {"network": labels}):
+        maker = SoftLabels(tmp_path / "s", 2, (2.0, 2.0, 2.5), hidden=16, **source)
+        found.append(load(maker.fill(items[:2], items[2:3])[0]["label"]))
+    assert (2 * found[1] - found[0] - share).abs().max() <= 26  # small shares were cut to 0
+    with pytest.raises(ValueError, match="soft labels need a source"):
+        SoftLabels(tmp_path / "s", 2, (2.0, 2.0, 2.5), head=False)
 
 
 def load(path: str) -> torch.Tensor:

@@ -1,0 +1,450 @@
+"""Head and neck with few labels: what the three bundles give, run many at a time.
+
+Development cases only: 21 of the 105 are scored, the other 84 are the pool of labelled cases, and
+those 84 with the 24 unlabelled ones are pre-trained on. Every job is one bundle run in a process of
+its own; a result appears as soon as there is one, and a job with a result is not run again.
+
+python benchmarks/dense/headneck.py run DATA WORK [--slots 8] [--seconds 500] [--only NAME]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fire
+import numpy as np
+import torch
+from monai.inferers import SlidingWindowInferer
+from monai.transforms import Compose, LoadImaged, Orientationd, Spacingd
+from torch import Tensor, nn
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from common import machine  # noqa: E402
+from med3dinsight_ext.data.volumes import ScaleByModalityd  # noqa: E402
+from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
+from med3dinsight_ext.teachers.efficientnet import EfficientNetLite0  # noqa: E402
+from med3dinsight_ext.teachers.teacher import Teacher  # noqa: E402
+from med3dinsight_ext.teachers.towers import TextTower  # noqa: E402
+
+CLASSES = ["background", "Brainstem", "SpinalCord", "RightParotid", "LeftParotid"]
+SPACING, PATCH = [3.0, 3.0, 2.5], [64, 64, 48]
+SCORED, LABELLED = 21, 5
+BF16 = {"train::trainer::amp_kwargs": {"dtype": "$torch.bfloat16"}}
+LEARNING_RATE = 1e-3  # of fine-tuning
+BACKBONES: dict[str, dict[str, Any]] = {
+    "unet": {
+        "_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
+        "channels": [16, 32, 64, 128], "strides": [2, 2, 2], "num_res_units": 2, "norm": "INSTANCE",
+    },
+    "resenc": {
+        "_target_": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+        "input_channels": 1, "num_classes": "@out_channels", "n_stages": 4,
+        "features_per_stage": [32, 64, 128, 256], "strides": [1, 2, 2, 2], "kernel_sizes": 3,
+        "n_blocks_per_stage": [1, 3, 4, 6], "n_conv_per_stage_decoder": [1, 1, 1],
+        "conv_op": "$torch.nn.Conv3d", "conv_bias": True, "norm_op": "$torch.nn.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "nonlin": "$torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    },
+}  # fmt: skip
+
+
+class NoTexts(TextTower):
+    """No text encoder: nothing here has captions."""
+
+    fingerprint = "none"
+
+
+def images_only(random: int | None = None) -> Teacher:
+    """The bundled image encoder, with random weights if ``random`` is their seed."""
+    teacher = Teacher(EfficientNetLite0(), NoTexts())
+    if random is not None:
+        teacher.image.randomize(random)
+    return teacher
+
+
+class Job(NamedTuple):
+    """One run: its name, its function, what must be there before, and its settings."""
+
+    name: str
+    run: str
+    after: Sequence[str]
+    settings: dict[str, Any]
+
+
+# ---------------------------------------------------------------- cases
+
+
+def split(root: Path) -> dict[str, list[str]]:
+    """Names of the cases: scored, pool (labelled), pretrain (pool and unlabelled)."""
+    names = sorted(json.loads((root / "split.json").read_text())["development"])
+    order = np.random.RandomState(20261126).permutation(len(names))
+    scored, pool = [[names[i] for i in part] for part in (order[:SCORED], order[SCORED:])]
+    extra = sorted(path.name.split(".")[0] for path in (root / "imagesTs").iterdir())
+    return {"scored": scored, "pool": pool, "pretrain": [*pool, *extra]}
+
+
+def write_lists(root: Path, work: Path, draws: int, volumes: int | None) -> None:
+    """Datalists: all of the pool, draws of labelled cases, what is pre-trained on."""
+    parts = {name: names[:volumes] for name, names in split(root).items()}
+
+    def item(name: str, labelled: bool) -> dict[str, str]:
+        folder = "imagesTr" if (root / "imagesTr" / f"{name}.nii.gz").exists() else "imagesTs"
+        found = {"image": str(root / folder / f"{name}.nii.gz"), "modality": "CT"}
+        return found | ({"label": str(root / f"labelsTr/{name}.nii.gz")} if labelled else {})
+
+    lists = {"pretrain": [item(name, False) for name in parts["pretrain"]]}
+    lists["all"] = [item(name, True) for name in parts["pool"]]
+    for draw in range(draws):
+        picked = np.random.RandomState(draw).permutation(len(parts["pool"]))[:LABELLED]
+        lists[f"draw{draw}"] = [item(parts["pool"][i], True) for i in picked]
+        names = {Path(i["image"]).name for i in lists[f"draw{draw}"]}
+        lists[f"others{draw}"] = [
+            i for i in lists["pretrain"] if Path(i["image"]).name not in names
+        ]
+    (work / "lists").mkdir(parents=True, exist_ok=True)
+    for name, items in lists.items():
+        (work / "lists" / f"{name}.json").write_text(json.dumps(items))
+
+
+SCORED_CASES: list[tuple[str, Tensor, Tensor]] = []
+
+
+def load_scored(root: Path, count: int) -> None:
+    """Scored volumes and labels on the grid of training, once for all jobs."""
+    load = Compose(
+        [
+            LoadImaged(["image", "label"], reader="NibabelReader", ensure_channel_first=True),
+            Orientationd(["image", "label"], "RAS", labels=None),
+            ScaleByModalityd("image"),
+            Spacingd(["image", "label"], SPACING, mode=["bilinear", "nearest"]),
+        ]
+    )
+    for name in split(root)["scored"][:count]:
+        paths = {f"{k}": str(root / f"{k}sTr" / f"{name}.nii.gz") for k in ("image", "label")}
+        data = load({**paths, "modality": "CT"})
+        tensors = [data[k].as_tensor() for k in ("image", "label")]
+        SCORED_CASES.append((name, tensors[0], tensors[1][0].to(torch.uint8)))
+
+
+@torch.no_grad()
+def score(network: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Dice of each organ and scored case."""
+    network.eval()
+    inferer = SlidingWindowInferer(PATCH, 8, overlap=0.5, mode="gaussian")
+    cases = {}
+    for name, image, label in SCORED_CASES:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            guess = inferer(image[None].to(device), network)[0].argmax(0)
+        truth = label.to(device)
+        cases[name] = [
+            round(float(2 * ((guess == k) & (truth == k)).sum()
+                        / ((guess == k).sum() + (truth == k).sum()).clamp(min=1)), 4)
+            for k in range(1, len(CLASSES))
+        ]  # fmt: skip
+    table = np.array(list(cases.values()))
+    return {"dice": float(table.mean()), "organs": table.mean(0).round(4).tolist(), "cases": cases}
+
+
+# ---------------------------------------------------------------- runs
+
+
+def epochs_of(steps: int, items: int, batch: int) -> tuple[int, int]:
+    """How often to repeat the list, and epochs, for about ``steps`` in at least ten epochs."""
+    repeat = max(1, round(steps / 10 * batch / items))
+    return repeat, max(1, round(steps * batch / (items * repeat)))
+
+
+def fill(work: Path, name: str, tag: str, part: str, **_: Any) -> dict[str, Any]:
+    """Feature grids of a part of the volumes (``a/b``), or the first few for the whitening."""
+    from med3dinsight_ext.embeddings.grids import GridStore
+
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    items = json.loads((work / "lists" / "pretrain.json").read_text())
+    store = GridStore(work / "store", teacher_of(tag), "auto", device=device)
+    number, of = map(int, part.split("/"))
+    chosen = items[:: len(items) // 16 or 1] if of == 0 else items[number::of]
+    begin = time.time()
+    store.fill(chosen)
+    return {"volumes": len(chosen), "fill_s": time.time() - begin, "dims": store.dims}
+
+
+def teacher_of(tag: str) -> Teacher:
+    return images_only(0 if tag == "random" else None)
+
+
+def overlay_teacher(tag: str) -> dict[str, Any]:
+    random = 0 if tag == "random" else None
+    return {"_target_": "headneck.images_only", "random": random}
+
+
+def pretrain(
+    work: Path, name: str, tag: str = "imagenet", dense: float = 1.0, reconstruction: float = 100.0,
+    steps: int = 2000, seed: int = 0, backbone: str = "unet", shuffled: bool = False,
+    lr: float = 1e-3, **_: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Dense teaching, masked reconstruction, or both: the pretrain bundle with dense.yaml."""
+    items = json.loads((work / "lists" / "pretrain.json").read_text())
+    repeat, epochs = epochs_of(steps, len(items), 4)
+    data = "@train_items"
+    if shuffled:
+        others = "@train_items[1:] + @train_items[:1]"
+        data = f"[dict(a, grids=b['grids']) for a, b in zip(@train_items, {others})]"
+    bundle_run(
+        "pretrain", ["train.json", "dense.yaml"],
+        bundle_root=str(work / "runs" / name), datalist=str(work / "lists/pretrain.json"),
+        store_dir=str(work / "store"), teacher=overlay_teacher(tag), spacing=SPACING,
+        patch_size=PATCH, backbone=BACKBONES[backbone], num_workers=1, seed=seed, val_fraction=0.0,
+        max_epochs=epochs, warmup_epochs=1, learning_rate=lr,
+        **{
+            "loss::dense_weight": dense, "loss::reconstruction_weight": reconstruction,
+            "train::dataset::data": f"$({data}) * {repeat}", "train::dataset::hash_as_key": True,
+            **BF16,
+        },
+    )  # fmt: skip
+    history = (work / "runs" / name / "eval" / "history.jsonl").read_text().splitlines()
+    return {"epochs": epochs, "last": json.loads(history[-1])}
+
+
+def finetune(
+    work: Path, name: str, init: str = "", labelled: str = "draw0", steps: int = 600, seed: int = 0,
+    backbone: str = "unet", lr: float | None = None, soft: str = "", soft_weights: str = "",
+    **_: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The seg-finetune bundle; ``soft``: "head", "network" or "both" teach unlabelled volumes."""
+    items = json.loads((work / "lists" / f"{labelled}.json").read_text())
+    overlays, more = ["train.json"], {}
+    repeat, epochs = epochs_of(steps, len(items), 2)
+    more["train::dataset::data"] = f"$@train_items * {repeat}"
+    if soft:
+        others = f"others{labelled.removeprefix('draw')}.json"
+        count = 2 * len(json.loads((work / "lists" / others).read_text()))
+        epochs = max(1, round(steps * 2 / count))
+        del more["train::dataset::data"]
+        overlays.append("unlabelled.yaml")
+        more |= {
+            "unlabelled": str(work / "lists" / others), "store_dir": str(work / "store"),
+            "teacher": overlay_teacher("imagenet"), "soft_head": soft in ("head", "both"),
+        }  # fmt: skip
+        if soft in ("network", "both"):
+            more["soft_weights"] = str(work / "runs" / soft_weights / "models/model.pt")
+    if init:
+        more["pretrained"] = str(work / "runs" / init / "models/model.pt")
+    root = work / "runs" / name
+    flow = bundle_run(
+        "seg-finetune", overlays, bundle_root=str(root), label_names=CLASSES,
+        datalist=str(work / "lists" / f"{labelled}.json"), spacing=SPACING, patch_size=PATCH,
+        backbone=BACKBONES[backbone], num_workers=1, seed=seed, val_fraction=0.0,
+        max_epochs=epochs, warmup_epochs=1, learning_rate=lr or LEARNING_RATE,
+        **{"train::dataset::hash_as_key": True, **BF16, **more},
+    )  # fmt: skip
+    network = flow.parser.get_parsed_content("network_def")
+    device = flow.parser.get_parsed_content("device")
+    return {"epochs": epochs, **score(network, device)}
+
+
+RUNS: dict[str, Callable[..., dict[str, Any]]] = {
+    "fill": fill, "pretrain": pretrain, "finetune": finetune
+}  # fmt: skip
+
+
+def pack(work: str, out: str) -> None:
+    """Write the weights that later questions need to OUT, in half precision, a few in each file."""
+    arms = ("recon", "both", "random", "dense")
+    names = [f"{arm}_p{seed}" for seed in range(3) for arm in arms]
+    names += [f"{arm}_d{d}" for arm in ("scratch_s0", "recon_p0", "both_p0") for d in range(3)]
+    names += [f"soft_both_d{draw}" for draw in range(3)]
+    paths = [(name, Path(work) / "runs" / name / "models" / "model.pt") for name in names]
+    found = [(name, path) for name, path in paths if path.exists()]
+    for n in range(0, len(found), 5):
+        states = {
+            name: {k: v.half() for k, v in torch.load(path, weights_only=True).items()}
+            for name, path in found[n : n + 5]
+        }
+        torch.save(states, Path(out) / f"weights_{n // 5}.pt")
+
+
+def child(job: Job, work: Path) -> None:
+    """Run one job; its result or its error goes to a file."""
+    torch.set_num_threads(1)
+    with (work / "logs" / f"{job.name}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        begin, cpu = time.time(), time.process_time()
+        try:
+            found = RUNS[job.run](work, job.name, **job.settings)
+        except BaseException:
+            traceback.print_exc()
+            log.flush()
+            os._exit(1)
+        line = {
+            "name": job.name, "kind": job.run, **job.settings, **found,
+            "wall_s": round(time.time() - begin, 1), "cpu_s": round(time.process_time() - cpu, 1),
+        }  # fmt: skip
+        draft = work / "results" / f"{job.name}.part"
+        draft.write_text(json.dumps(line))
+        draft.replace(draft.with_suffix(".json"))
+
+
+# ---------------------------------------------------------------- plan
+
+
+def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
+    """All jobs, those that matter most first."""
+    jobs = []
+
+    def add(name: str, run: str, after: Sequence[str] = (), **settings: Any) -> str:
+        if "steps" in settings:
+            settings["steps"] = max(2, round(settings["steps"] * scale))
+        jobs.append(Job(name, run, after, settings))
+        return name
+
+    for rate in (3e-4, 3e-3):  # beside scratch_s0: the rate of all arms
+        for draw in range(2):
+            add(f"rate_{rate}_d{draw}", "finetune", labelled=f"draw{draw}", steps=600, lr=rate)
+    filled = {}
+    for tag in ("imagenet", "random"):
+        first = add(f"fill_{tag}_0", "fill", tag=tag, part="0/0")
+        filled[tag] = [
+            add(f"fill_{tag}_{n + 1}", "fill", [first], tag=tag, part=f"{n}/{shards}")
+            for n in range(shards)
+        ]
+    arms: dict[str, dict[str, Any]] = {
+        "recon": {"dense": 0.0},
+        "both": {},
+        "dense": {"reconstruction": 0.0},
+        "random": {"tag": "random"},
+    }
+    for seed in range(3):
+        for arm, settings in arms.items():
+            add(
+                f"{arm}_p{seed}", "pretrain", filled[settings.get("tag", "imagenet")],
+                seed=seed, steps=2000, **settings,
+            )  # fmt: skip
+    add("shuffled_p0", "pretrain", filled["imagenet"], steps=2000, shuffled=True)
+    for seed in range(3):
+        for draw in range(3):
+            add(
+                f"scratch_s{seed}_d{draw}", "finetune", labelled=f"draw{draw}", seed=seed, steps=600
+            )
+    for seed in range(3):
+        for arm in arms:
+            for draw in range(3):
+                add(
+                    f"{arm}_p{seed}_d{draw}", "finetune", [f"{arm}_p{seed}"],
+                    init=f"{arm}_p{seed}", labelled=f"draw{draw}", seed=seed, steps=600,
+                )  # fmt: skip
+        for draw in range(3):
+            if seed == 0:
+                longer = f"longer_d{draw}"
+                add(longer, "finetune", labelled=f"draw{draw}", steps=1200)
+                for soft in ("head", "network", "both"):
+                    add(
+                        f"soft_{soft}_d{draw}", "finetune",
+                        [*filled["imagenet"], f"both_p0_d{draw}"], init="both_p0",
+                        labelled=f"draw{draw}", steps=600, soft=soft,
+                        soft_weights=f"both_p0_d{draw}",
+                    )  # fmt: skip
+                add(
+                    f"soft_scratch_d{draw}", "finetune", [f"scratch_s0_d{draw}"],
+                    labelled=f"draw{draw}", steps=600, soft="network",
+                    soft_weights=f"scratch_s0_d{draw}",
+                )  # fmt: skip
+    for draw in range(3):
+        add(
+            f"shuffled_p0_d{draw}", "finetune", ["shuffled_p0"], init="shuffled_p0",
+            labelled=f"draw{draw}", steps=600,
+        )  # fmt: skip
+    for arm in ("scratch", "recon", "both"):
+        for seed in range(2):
+            init = "" if arm == "scratch" else f"{arm}_p{seed}"
+            add(
+                f"{arm}_all_{seed}", "finetune", [init] if init else [], init=init, labelled="all",
+                seed=seed, steps=1200,
+            )  # fmt: skip
+    for arm in ("recon", "both"):
+        add(
+            f"resenc_{arm}_p0", "pretrain", filled["imagenet"], steps=2000, backbone="resenc",
+            **arms[arm],
+        )  # fmt: skip
+    for draw in range(3):
+        for arm in ("scratch", "recon", "both"):
+            init = "" if arm == "scratch" else f"resenc_{arm}_p0"
+            add(
+                f"resenc_{arm}_d{draw}", "finetune", [init] if init else [], init=init,
+                labelled=f"draw{draw}", steps=600, backbone="resenc",
+            )  # fmt: skip
+    return jobs
+
+
+def main(
+    data: str, work: str, rate: float = LEARNING_RATE, slots: int = 8, seconds: float = 500.0,
+    scale: float = 1.0, only: str = "", scored: int = SCORED, volumes: int | None = None,
+) -> None:  # fmt: skip
+    """Run the jobs whose name matches ``only`` until all are done or the time is over."""
+    global LEARNING_RATE
+    LEARNING_RATE = rate
+    begin, root, folder = time.time(), Path(data).resolve(), Path(work).resolve()
+    for part in ("logs", "results", "runs"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    write_lists(root, folder, 3, volumes)
+    load_scored(root, scored)
+    print(f"{len(SCORED_CASES)} cases loaded in {time.time() - begin:.0f} s", flush=True)
+    (folder / "machine.json").write_text(json.dumps(machine()))
+    context = multiprocessing.get_context("fork")  # shares the imports and the scored cases
+    waiting = [job for job in plan(scale) if re.search(only, job.name)]
+    running: dict[str, tuple[Any, float]] = {}
+    failed: set[str] = set()
+
+    def done(name: str) -> bool:
+        return (folder / "results" / f"{name}.json").exists()
+
+    waiting = [job for job in waiting if not done(job.name)]
+    while waiting or running:
+        for name, (process, started) in list(running.items()):
+            if not process.is_alive():
+                del running[name]
+                state = "done" if done(name) else "FAILED"
+                if done(name):
+                    found = json.loads((folder / "results" / f"{name}.json").read_text())
+                    state += f" {found['dice']:.3f}" if "dice" in found else ""
+                if not done(name):
+                    failed.add(name)
+                spent = time.time() - started
+                print(f"{time.time() - begin:6.0f} s {state} {name} in {spent:.0f} s", flush=True)
+        waiting = [job for job in waiting if not failed.intersection(job.after)]
+        if time.time() - begin > seconds:
+            break
+        ready = [job for job in waiting if all(map(done, job.after))]
+        if not ready and not running:
+            break  # what is left waits for jobs that were not asked for
+        for job in ready[: max(0, slots - len(running))]:
+            waiting.remove(job)
+            process = context.Process(target=child, args=(job, folder))
+            process.start()
+            running[job.name] = (process, time.time())
+        time.sleep(0.1)
+    for process, _ in running.values():
+        process.terminate()
+    with contextlib.suppress(OSError):
+        lines = [p.read_text() for p in sorted((folder / "results").glob("*.json"))]
+        (folder / "results.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    print(
+        f"{len(waiting) + len(running)} not done, {len(failed)} failed: {sorted(failed)}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.modules["headneck"] = sys.modules["__main__"]
+    fire.Fire({"run": main, "pack": pack})
