@@ -424,10 +424,48 @@ def faults(result: Result) -> str:
     )
 
 
+def gpu(result: Result) -> str:
+    """Section of bench_gpu.py; parts that failed are left out."""
+    parts = {name: part for name, part in result["parts"].items() if "error" not in part}
+    filling = parts.pop("filling", {"size": (), "bare_images_per_second": None, "rows": []})
+    steps = [
+        [
+            name,
+            variant,
+            span(row["milliseconds"], 1),
+            span(row["ratio"], 3),
+            f"{part['synchronisations']:g}" if variant == "trainer" else "",
+            reached(row["ratio"]["median"] <= 1.05) if variant in ("student", "trainer") else "",
+        ]
+        for name, part in parts.items()
+        for variant, row in part.items()
+        if isinstance(row, dict)
+    ]
+    bare = filling["bare_images_per_second"]
+    shares = [(row, row["images_per_second"] / bare["median"]) for row in filling["rows"]]
+    return fill(
+        "gpu",
+        where=where(result),
+        steps=table(steps),
+        size=" × ".join(map(str, filling["size"])),
+        bare=span(bare, 0) if bare else "not measured",
+        filling=table(
+            [
+                row["readers"],
+                f"{row['images_per_second']:.0f}",
+                f"{share:.2f}",
+                reached(share >= 0.9),
+            ]
+            for row, share in shares
+        ),
+    )
+
+
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "pretrain": pretrain,
     "captions": captions,
     "served": served,
+    "gpu": gpu,
     "transport": transport,
     "sarcoma": sarcoma,
     "hippocampus": hippocampus,

@@ -8,8 +8,8 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
-from monai.transforms import MapTransform
+from monai.data import MetaTensor, NibabelReader
+from monai.transforms import LoadImage, MapTransform, Orientation
 
 from med3dinsight_ext.data.volumes import check_each, read_volume
 from med3dinsight_ext.io.claims import ClaimError, open_volume
@@ -63,12 +63,21 @@ def _fault(rule: str, value: object, place: str, advice: str) -> ValueError:
     return ValueError(f"label must {rule}, got {value} in {place}; {advice}")
 
 
-def read_label(item: dict[str, Any], names: Sequence[str]) -> set[int]:
-    """Read the label values of one item and check its image and label.
+def label_values(label: Any) -> list[float]:
+    """Values in a label array, each once: those that differ from the voxel before."""
+    flat = np.asarray(label).ravel()
+    return np.unique(np.append(flat[1:][flat[1:] != flat[:-1]], flat[:1])).tolist()
+
+
+def read_case(item: dict[str, Any], names: Sequence[str]) -> tuple[MetaTensor, MetaTensor]:
+    """Read and check the image and label of one item.
 
     Args:
         item: ``image`` and ``label``, NIfTI files.
         names: of the classes; the label value is the index.
+
+    Returns:
+        Image and label, (1, x, y, z) float32 in RAS, as ``read_volume``.
 
     Raises:
         ValueError: the image is bad, or the label is missing, unreadable, of another shape or
@@ -77,51 +86,47 @@ def read_label(item: dict[str, Any], names: Sequence[str]) -> set[int]:
     path = item.get("label")
     place = f"{path} of {item['image']}" if path else item["image"]
     image: Any = nib.load(item["image"]) if Path(item["image"]).is_file() else None
-    read_volume(item["image"])
+    volume = read_volume(item["image"])
     if not isinstance(path, str) or not Path(path).is_file():
         raise _fault("be a file", repr(path), place, "add it, or leave this image out")
     try:
-        label = open_volume(path)
-        values = np.unique(np.asanyarray(label.dataobj))
+        stored = open_volume(path)
+        label = LoadImage(image_only=True, ensure_channel_first=True)(path, NibabelReader())
+        values = label_values(label)
     except ClaimError:
         raise
     except Exception as error:  # nibabel, gzip, zlib and numpy each have their own
         cause = f"{type(error).__name__}: {error}"
         raise _fault("be readable", cause, place, "repair it") from error
-    shape = label.shape[:3] if label.shape[3:] == (1,) else label.shape
+    shape = stored.shape[:3] if stored.shape[3:] == (1,) else stored.shape
     grid, voxel = (image.shape[:3], image.affine), min(image.header.get_zooms()[:3])
-    check_label(grid, (shape, label.affine), voxel, values, names, place)
-    return {int(value) for value in values}
+    check_label(grid, (shape, stored.affine), voxel, values, names, place)
+    return volume, Orientation("RAS", labels=None)(label)
 
 
-class CheckLabeld(MapTransform):
-    """``check_label`` as a transform, for labels that ``check_labels`` has not read.
+def read_label(item: dict[str, Any], names: Sequence[str]) -> set[int]:
+    """Label values of one item, after the checks of ``read_case``."""
+    return {int(value) for value in label_values(read_case(item, names)[1])}
 
-    MONAI Label replaces the datasets' items by its own.
+
+class ReadCased(MapTransform):
+    """``read_case`` as a transform of the paths at ``keys``, the image's and the label's.
 
     Args:
-        keys: labels (1, x, y, z), as loaded.
-        image: key of the image (1, x, y, z), as loaded.
+        keys: image and label.
         names: of the classes; the label value is the index.
     """
 
-    def __init__(self, keys: str | list[str], image: str, names: Sequence[str]) -> None:
+    def __init__(self, keys: Sequence[str], names: Sequence[str]) -> None:
         super().__init__(keys)
-        self.image = image
         self.names = list(names)
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-        image = data[self.image]
-        for label in (data[key] for key in self.keys):
-            place = f"{label.meta['filename_or_obj']} of {image.meta['filename_or_obj']}"
-            ours, theirs = ((tuple(x.shape[1:]), x.affine.numpy()) for x in (image, label))
-            values = torch.unique(label.as_tensor()).tolist()
-            check_label(ours, theirs, float(image.pixdim.min()), values, self.names, place)
-        return data
+        return {**data, **dict(zip(self.keys, read_case(data, self.names), strict=True))}
 
 
 def check_labels(
-    parts: Sequence[list[dict]], names: Sequence[str], skip_bad: bool = False
+    parts: Sequence[list[dict]], names: Sequence[str], skip_bad: bool = False, copy: Any = None
 ) -> list[list[dict]]:
     """Read every image and label once, before a long job starts.
 
@@ -129,6 +134,7 @@ def check_labels(
         parts: items for training (may be none) and for validation.
         names: of the classes; the label value is the index, 0 the background.
         skip_bad: leave bad cases out and log them, instead of raising.
+        copy: a ``PreparedCopy``, which reads only the cases that it does not hold.
 
     Returns:
         The same parts with the good items.
@@ -140,7 +146,12 @@ def check_labels(
     if len(names) < 2:
         raise ValueError(f"label_names must name the background and a class, got {list(names)}")
     items = [item for part in parts for item in part]
-    values = check_each(lambda item: read_label(item, names), items, "images and labels", skip_bad)
+    values: dict[int, Any]
+    if copy is None:
+        what = "images and labels"
+        values = check_each(lambda item: read_label(item, names), items, what, skip_bad)
+    else:
+        values = {key: found["values"] for key, found in copy.check(items, skip_bad).items()}
     kept = [[item for item in part if id(item) in values] for part in parts]
     if kept[0]:
         seen = set[int]().union(*(values[id(item)] for item in kept[0]))

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from monai.data import MetaTensor, NibabelReader
@@ -189,8 +189,16 @@ def check_volumes(items: list[dict], skip_bad: bool = False) -> list[dict]:
     return check_parts([items], skip_bad)[0]
 
 
-def check_parts(parts: Sequence[list[dict]], skip_bad: bool = False) -> list[list[dict]]:
-    """``check_volumes`` of items for training and for validation: one error names all bad ones."""
+def check_parts(
+    parts: Sequence[list[dict]], skip_bad: bool = False, copy: Any = None
+) -> list[list[dict]]:
+    """``check_volumes`` of items for training and for validation: one error names all bad ones.
+
+    A ``PreparedCopy`` as ``copy`` reads only the volumes that it does not hold.
+    """
     items = [item for part in parts for item in part]
-    good = check_each(lambda item: read_volume(item["image"]).shape, items, "volumes", skip_bad)
+    if copy is not None:
+        good = copy.check(items, skip_bad)
+    else:
+        good = check_each(lambda item: read_volume(item["image"]).shape, items, "volumes", skip_bad)
     return [[item for item in part if id(item) in good] for part in parts]

@@ -45,6 +45,7 @@ class Store:
         seed: of that draw.
         device: where the teacher computes.
         planes: names of the planes to draw from.
+        readers: threads that read and cut volumes while the teacher computes.
 
     Raises:
         ValueError: ``planes`` is empty or names an unknown plane.
@@ -83,8 +84,10 @@ class Store:
         seed: int = 0,
         device: str | torch.device = "cpu",
         planes: Sequence[str] = PLANES,
+        readers: int = 1,
     ) -> None:
         self.root = Path(root)
+        self.readers = max(1, readers)
         self.teacher = teacher.on(device)
         self.captioner = captioner
         names = [planes] if isinstance(planes, str) else planes
@@ -208,7 +211,7 @@ class Store:
             return self.entries.cut(item, path, self.answers_path(item))
 
         def volumes() -> Iterator[SlicedVolume]:
-            for path, result in read_ahead(cut, missing):
+            for path, result in read_ahead(cut, missing, self.readers):
                 if isinstance(result, Exception):
                     faults[path] = str(result)
                 else:
@@ -276,12 +279,12 @@ class Store:
 
 
 def read_ahead(
-    read: Callable[[Path], SlicedVolume], paths: Iterable[Path], ahead: int = 2
+    read: Callable[[Path], SlicedVolume], paths: Iterable[Path], readers: int = 1
 ) -> Iterator[tuple[Path, SlicedVolume | Exception]]:
-    """Each path with its volume or error, in order; at most ``ahead`` are read in a thread."""
+    """Each path with its volume or error, in order; each thread reads one or two ahead."""
     source = iter(paths)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque((path, pool.submit(read, path)) for path in islice(source, ahead))
+    with ThreadPoolExecutor(readers) as pool:
+        waiting = deque((path, pool.submit(read, path)) for path in islice(source, 2 * readers))
         while waiting:
             path, future = waiting.popleft()
             waiting.extend((path, pool.submit(read, path)) for path in islice(source, 1))

@@ -144,7 +144,7 @@ class AlignmentLoss(nn.Module):
         if tokens is None:
             return pred.tokens[next(iter(pred.tokens))].sum() * 0
         columns = (tokens.float(), getattr(target, name).float(), target.plane, target.position)
-        rows = gather(rows).flatten()
+        rows = gather(rows).flatten().nonzero().flatten()  # once: each use of a mask waits for it
         student, teacher, plane, position = (gather(x).flatten(0, 1)[rows] for x in columns)
         if name == "text" and len(student) < 2:
             return tokens.sum() * 0  # captions may be rare, and one alone has no negatives

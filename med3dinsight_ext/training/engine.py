@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,14 +41,27 @@ def cause_last() -> None:
 
 
 class StopOnNan:
-    """Ends training when a loss or a weight is not finite, before a checkpoint is written."""
+    """Ends training when a loss or a weight is not finite, before a checkpoint is written.
+
+    Reading a loss waits for the device, so losses are read together, every ``interval`` steps and
+    before the end of an epoch.
+
+    Args:
+        interval: steps between two readings.
+    """
+
+    def __init__(self, interval: int = 20) -> None:
+        self.interval = interval
+        self._waiting: list[tuple[int, str, Tensor]] = []  # step, volumes, loss
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda _: self._waiting.clear())
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.check_weights)
 
     def check_weights(self, engine: Engine) -> None:
-        """Check the weights too, and the loss's: no loss follows the last step of an epoch."""
+        """Check the losses, then the weights: no loss follows the last step of an epoch."""
+        self._check_losses(engine)
         parts = (engine.network, engine.loss_function)
         modules = [part for part in parts if isinstance(part, nn.Module)]
         if bad := [name for module in modules for name in not_finite(module.state_dict())]:
@@ -57,14 +71,25 @@ class StopOnNan:
             )
 
     def __call__(self, engine: Engine) -> None:
-        loss = engine.state.output["loss"]
-        if not torch.isfinite(loss).all():
-            meta = getattr(engine.state.batch["image"], "meta", {})
-            raise ValueError(
-                f"loss must be finite, got {loss.item()} in epoch {engine.state.epoch} at step "
-                f"{engine.state.iteration} on {meta.get('filename_or_obj', 'this batch')}; lower "
-                "learning_rate, or look at these volumes; last.ckpt holds the epoch before"
-            )
+        meta = getattr(engine.state.batch["image"], "meta", {})
+        names = str(meta.get("filename_or_obj", "this batch"))
+        loss = engine.state.output["loss"].detach()
+        self._waiting.append((engine.state.iteration, names, loss))
+        if len(self._waiting) >= self.interval:
+            self._check_losses(engine)
+
+    def _check_losses(self, engine: Engine) -> None:
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        losses = torch.stack([loss.float().sum() for _, _, loss in waiting]).tolist()
+        for (step, names, _), loss in zip(waiting, losses, strict=True):
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"loss must be finite, got {loss} in epoch {engine.state.epoch} at step "
+                    f"{step} on {names}; lower learning_rate, or look at these volumes; "
+                    "last.ckpt holds the epoch before"
+                )
 
 
 def present(**objects: Any) -> dict[str, Any]:

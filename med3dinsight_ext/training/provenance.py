@@ -108,7 +108,8 @@ def cases(
     loaders: Mapping[str, Any], evaluated: Mapping[str, Any], folder: Path, hashed: bool
 ) -> dict[str, Any]:
     """Number of cases of each loader, and a hash over their names and contents or None."""
-    place = evaluated.get("store_dir") or evaluated.get("output_dir") or folder
+    places = (evaluated.get(key) for key in ("prepared", "store_dir", "output_dir"))
+    place = next((place for place in places if place), folder)
     memo = HashMemo(Path(place) / "files.jsonl")
     split = evaluated.get("split")
     found: dict[str, Any] = {"split_sha256": sha256(Path(split)) if split else None}

@@ -5,9 +5,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
 
-from med3dinsight_ext.data.labels import CheckLabeld, check_labels
+from med3dinsight_ext.data.labels import ReadCased, check_labels, label_values
 
 NAMES = ["background", "left", "right"]
 
@@ -85,27 +84,21 @@ def test_one_name_is_no_segmentation(tmp_path: Path) -> None:
         check_labels([[case(tmp_path, "a", (0,))], []], ["background"])
 
 
-def volume(shape: tuple[int, ...], scale: float = 1.0, value: float = 1.0) -> MetaTensor:
-    affine = torch.diag(torch.tensor([scale, scale, scale, 1.0]))
-    meta = {"filename_or_obj": "a.nii.gz"}
-    return MetaTensor(torch.full((1, *shape), value), affine=affine, meta=meta)
+def test_a_case_is_read_in_ras(tmp_path: Path) -> None:
+    item = case(tmp_path, "a")
+    for path in (item["image"], item["label"]):
+        stored = nib.load(path)
+        flip = np.diag([-1.0, 1, 1, 1])
+        array = stored.get_fdata(dtype=np.float32)[::-1].copy()
+        nib.save(nib.Nifti1Image(array, flip), path)
+    data = ReadCased(["image", "label"], NAMES)({**item, "id": 3})
+    assert data["id"] == 3 and data["image"].shape == data["label"].shape == (1, 6, 7, 5)
+    assert torch.equal(data["image"].affine, data["label"].affine)
+    assert data["label"].affine[0, 0] == 1
+    stored = nib.load(item["label"]).get_fdata()[::-1]  # type: ignore[attr-defined]
+    assert np.array_equal(data["label"].numpy()[0], stored)
 
 
-@pytest.mark.parametrize(
-    ("label", "message"),
-    [
-        (volume((4, 5, 7)), r"have its image's shape \(4, 5, 6\), got \(4, 5, 7\) in a.nii.gz of"),
-        (volume((4, 5, 6), 1.2), "lie where its image lies, got an affine that puts it up to 1.4"),
-        (volume((4, 5, 6), value=2), r"hold 0 to 1 \(background, organ\), got the value 2"),
-        (volume((4, 5, 6), value=0.5), "got the value 0.5"),
-    ],
-)
-def test_a_label_that_does_not_fit_is_named(label: MetaTensor, message: str) -> None:
-    check = CheckLabeld("label", "image", ["background", "organ"])
-    with pytest.raises(ValueError, match=message):
-        check({"image": volume((4, 5, 6)), "label": label})
-
-
-def test_a_label_that_fits_is_left_as_it_is() -> None:
-    data = {"image": volume((4, 5, 6), 1.01), "label": volume((4, 5, 6))}
-    assert CheckLabeld("label", "image", ["background", "organ"])(data) is data
+@pytest.mark.parametrize("array", [[2, 2, 0, 0, 1, 2], [3], [0.5, 0.5], [0, np.nan]])
+def test_label_values_are_those_of_a_sort(array: list) -> None:
+    np.testing.assert_array_equal(label_values(np.array(array)), np.unique(array))

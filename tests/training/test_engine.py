@@ -16,6 +16,23 @@ def test_a_nan_loss_stops_the_run_by_name() -> None:
         trainer.run([{"image": torch.zeros(1)}])
 
 
+@pytest.mark.parametrize(("bad", "seen"), [(2, 3), (5, 6), (7, 7)])
+def test_losses_are_read_every_few_steps_and_before_an_epoch_is_saved(
+    bad: int, seen: int, tmp_path: Path
+) -> None:
+    loss = {bad: torch.tensor(float("inf"))}
+    trainer = Engine(lambda engine, _: {"loss": loss.get(engine.state.iteration, torch.zeros(1))})
+    trainer.network, trainer.loss_function = Batch(), None
+    engine.StopOnNan(interval=3).attach(trainer)
+    trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, checkpoint({"model": trainer.network}, tmp_path, "student.pt")
+    )
+    with pytest.raises(ValueError, match=f"got inf in epoch 1 at step {bad} on this batch"):
+        trainer.run([{"image": torch.zeros(1)}] * 7)
+    assert trainer.state.iteration == seen
+    assert not list(tmp_path.iterdir())
+
+
 class Batch(nn.Module):
     """Weights, a buffer, and what the loss learns."""
 
