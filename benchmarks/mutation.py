@@ -52,7 +52,7 @@ def forked(work: Callable[[], bool], limit: float) -> str:
     child = os.fork()
     if not child:
         try:
-            os.setsid()
+            os.setpgrp()  # not setsid: a new session would leave the scheduling group of nice
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.tempdir = folder
             null = os.open(os.devnull, os.O_RDWR)

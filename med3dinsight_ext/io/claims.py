@@ -11,8 +11,11 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
 
 MAX_VOXELS = 2**30  # 4 GiB as float32; the environment variable MED3D_MAX_VOXELS replaces it
+MAX_EXTENSIONS = 2**24  # bytes of a NIfTI header's extensions, which nibabel keeps in memory
 DEFLATE = 1032  # bytes that one byte of gzip or zip can become, at most
 NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -21,7 +24,7 @@ NPY_HEADERS = {
 
 
 class ClaimError(ValueError):
-    """A header claims more voxels than its file can hold, or than are allowed."""
+    """A header claims more than its file can hold, or than is allowed."""
 
 
 def check_claim(path: str, shape: Sequence[int], itemsize: int, room: float) -> None:
@@ -51,12 +54,50 @@ def check_claim(path: str, shape: Sequence[int], itemsize: int, room: float) -> 
         )
 
 
+def check_extensions(path: str) -> None:
+    """Check the sizes that the extensions of a NIfTI header claim.
+
+    Raises:
+        ClaimError: they are no sizes, or more than ``MAX_EXTENSIONS``.
+    """
+    single = not path.lower().removesuffix(".gz").endswith((".hdr", ".img"))
+    kind, part = (nib.Nifti1Image, "image") if single else (nib.Nifti1Pair, "header")
+    try:
+        name = kind.filespec_to_file_map(path)[part].filename
+    except ImageFileError:  # another format
+        return
+    if not os.path.isfile(name):  # a pipe would never end
+        return
+    with ImageOpener(name) as file:
+        block = file.read(540)
+        found = [k for k in (nib.Nifti1Header, nib.Nifti2Header) if k.may_contain_header(block)]
+        if not found:
+            return
+        header = found[0](block[: found[0].template_dtype.itemsize], check=False)
+        start = header.template_dtype.itemsize + 4
+        end = int(header["vox_offset"]) if single else None
+        file.seek(start - 4)
+        extended = file.read(4)[:1] not in (b"", b"\0")
+        while extended and (end is None or end - start >= 16):
+            file.seek(start)
+            if len(size := file.read(4)) < 4:
+                return
+            step = int(np.frombuffer(size, np.dtype("i4").newbyteorder(header.endianness))[0])
+            start += step
+            if step < 16 or start > MAX_EXTENSIONS:
+                raise ClaimError(
+                    f"header extensions must have 16 to {MAX_EXTENSIONS:,} bytes, got {step:,} in "
+                    f"{path}; save the volume without them"
+                )
+
+
 def open_volume(path: str | Path) -> Any:
     """Nibabel's image of a file, its voxels not read yet.
 
     Raises:
-        ClaimError: as ``check_claim``.
+        ClaimError: as ``check_claim`` and ``check_extensions``.
     """
+    check_extensions(str(path))
     image: Any = nib.load(path)
     file = image.file_map["image"].filename or str(path)
     name, size = str(file).lower(), os.path.getsize(file)

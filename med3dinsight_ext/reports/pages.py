@@ -24,6 +24,8 @@ environment = Environment(
     lstrip_blocks=True,
 )
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that spreadsheets evaluate
+
 
 def png_uri(path: Path) -> str:
     """A PNG file as a data URI."""
@@ -50,10 +52,17 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_csv(path: str | Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write rows as a CSV file; it is complete or absent."""
+    """Write rows as a CSV file; it is complete or absent.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe before it.
+    """
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    csv.writer(buffer).writerows([map(_cell, row) for row in rows])
     write_text(path, buffer.getvalue())
+
+
+def _cell(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def write_page(path: str | Path, template: str, **values: Any) -> None:

@@ -15,7 +15,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
-from monai.handlers import CheckpointLoader
+from monai.handlers import CheckpointLoader, ValidationHandler
 from torch import Tensor, nn
 
 from med3dinsight_ext.io.errors import root_cause
@@ -92,6 +92,16 @@ class StopOnNan:
                 )
 
 
+class Validation(ValidationHandler):
+    """Validates every ``interval`` epochs and after the last one, which MONAI's may miss."""
+
+    def attach(self, engine: Engine) -> None:
+        def due(engine: Engine, epoch: int) -> bool:
+            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)
+
+
 def present(**objects: Any) -> dict[str, Any]:
     """The objects that are not None, by name."""
     return {name: value for name, value in objects.items() if value is not None}
@@ -148,7 +158,7 @@ def run(
     trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint(state, ckpt_dir, path.name))
     trainer.run()
     for saver in best:
-        if not saver._saved:  # no epoch was validated
+        if not saver._saved:  # the validation is disabled
             saver.score_function = None
             saver(trainer)
     record.update(trainer.state.epoch)

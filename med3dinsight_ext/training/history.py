@@ -83,12 +83,16 @@ class History:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a history file; none if it does not exist."""
+    """Rows of a history file, none if it does not exist; a last row that was cut off is left out."""
     path = Path(path)
     if not path.exists():
         return []
     with readable("history", path, "move it away to start anew"):
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        text = path.read_text("utf-8")
+        lines = text.splitlines()
+        if lines and lines[-1].startswith("{") and not text.endswith(("}", "\n")):
+            del lines[-1]
+        rows = [json.loads(line) for line in lines]
         return [row for row in rows if row["epoch"] >= 0]
 
 

@@ -44,6 +44,7 @@ from med3dinsight_ext.publishing.bundle import merged_configs
 from med3dinsight_ext.publishing.card import read_card
 from med3dinsight_ext.publishing.verify import file_checks
 from med3dinsight_ext.reports.caption_page import captions
+from med3dinsight_ext.reports.pages import write_csv
 from med3dinsight_ext.training.checkpoints import embedding_dims_of, load_weights
 from med3dinsight_ext.training.weights import read_weights
 
@@ -128,6 +129,14 @@ def header(shape: tuple[int, ...]) -> bytes:
 
 
 # Volumes
+
+
+@case("gzip bomb: a header extension of 2 GB", "refused", "header extensions .*bomb.nii.gz")
+def extension_bomb(folder: Path) -> Any:
+    made = bytearray(header((4, 5, 6)))
+    made[168:176], made[540] = (2**31).to_bytes(8, "little"), 1  # where voxels begin; extended
+    size = np.array([2**31 - 16, 6], "i4").tobytes()
+    return read_volume(str(zeros(folder / "bomb.nii.gz", 2, bytes(made) + size)))
 
 
 @case("NIfTI of 2 kB whose header claims 30,000³ voxels", "refused", "claim.nii")
@@ -569,6 +578,12 @@ def odd_tags(folder: Path) -> Any:
         return False
 
     return [refused(name) for name in ("a/b", "..", "a\\b", "a\nb", "ä" * 101)]
+
+
+@case("case whose name is a formula, in cases.csv", "value", "^\"'=HYPERLINK")
+def formula_in_a_table(folder: Path) -> Any:
+    write_csv(folder / "cases.csv", [["=HYPERLINK(A1)", 0.5]])
+    return (folder / "cases.csv").read_text()
 
 
 @case("upload of a .py file over REST", "refused", "image must end in")

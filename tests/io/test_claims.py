@@ -168,6 +168,60 @@ def test_honest_files_of_each_kind_may_be_opened(ending: str, tmp_path: Path) ->
     assert open_volume(path).shape == (3, 4, 5)
 
 
+def extended(path: Path, kind: type, *sizes: int, content: bytes = bytes(24)) -> Path:
+    """A volume whose header's extensions claim these sizes; each is followed by the content."""
+    header = kind()
+    header.set_data_dtype(np.float32)
+    header.set_data_shape((2, 3, 4))
+    header.set_sform(np.eye(4), 1)
+    start = header.template_dtype.itemsize + 4
+    ends = start + sum(8 + len(content) for _ in sizes)
+    header["magic"], header["vox_offset"] = header.single_magic, ends
+    kinds = np.dtype("i4").newbyteorder(header.endianness)
+    blocks = [np.array([size, 6], kinds).tobytes() + content for size in sizes]
+    voxels = np.arange(24, dtype=np.float32).tobytes()
+    data = header.binaryblock + b"\1\0\0\0" + b"".join(blocks) + voxels
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Header, nib.Nifti2Header])
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("size", [2**31 - 16, 2**24, 15, 0, -(2**31)])
+def test_an_extension_of_any_size_is_no_reason_to_fill_the_memory(
+    size: int, name: str, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = extended(tmp_path / name, kind, 32, size)
+    monkeypatch.setattr(nib, "load", lambda _: pytest.fail("the extension was read"))
+    with pytest.raises(ValueError, match=f"extensions must .*got {size:,} in .*{name}"):
+        open_volume(path)
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Header, nib.Nifti2Header])
+def test_sound_extensions_are_read(kind: type, tmp_path: Path) -> None:
+    path = extended(tmp_path / "a.nii.gz", kind, 32, 32)
+    assert open_volume(path).header.extensions.count("comment") == 2
+    assert np.array_equal(np.asarray(open_volume(path).dataobj).ravel("F"), np.arange(24))
+
+
+def test_extensions_are_sized_in_the_byte_order_of_the_header(tmp_path: Path) -> None:
+    def swapped() -> nib.Nifti1Header:
+        return nib.Nifti1Header(endianness=">")
+
+    assert open_volume(extended(tmp_path / "a.nii", swapped, 32)).shape == (2, 3, 4)
+
+
+def test_extensions_of_a_header_of_its_own_are_checked(tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Pair(np.ones((2, 3, 4), np.float32), np.eye(4)), tmp_path / "a.hdr")
+    header = (tmp_path / "a.hdr").read_bytes()[:348]
+    (tmp_path / "a.hdr").write_bytes(header + b"\1\0\0\0" + np.array([16, 6], "i4").tobytes() * 2)
+    assert open_volume(tmp_path / "a.hdr").shape == (2, 3, 4)
+    (tmp_path / "a.hdr").write_bytes(header + b"\1\0\0\0" + np.array([2**30, 6], "i4").tobytes())
+    for name in ("a.hdr", "a.img"):
+        with pytest.raises(ValueError, match=f"extensions must .*got 1,073,741,824 in .*{name}"):
+            open_volume(tmp_path / name)
+
+
 def test_a_file_cut_by_a_byte_is_refused(tmp_path: Path) -> None:
     path = Path(volume(tmp_path / "a.nii")["image"])
     path.write_bytes(path.read_bytes()[:-1])

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import SupervisedEvaluator
 from torch import nn
 
 from med3dinsight_ext.training import engine
@@ -62,6 +63,22 @@ def test_an_epoch_that_ends_with_broken_weights_is_not_saved(
     with pytest.raises(ValueError, match=f"weights must be finite, .*{name}.* after epoch 1"):
         trainer.run([{"image": torch.zeros(1)}])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("interval", "epochs", "expected"),
+    [(1, 3, [1, 2, 3]), (2, 4, [2, 4]), (2, 5, [2, 4, 5]), (5, 3, [3]), (3, 1, [1])],
+)
+def test_every_interval_and_the_last_epoch_are_validated(
+    interval: int, epochs: int, expected: list[int]
+) -> None:
+    found = []
+    evaluator = SupervisedEvaluator("cpu", [{"image": torch.zeros(1, 1)}], nn.Identity())
+    evaluator.add_event_handler(Events.STARTED, lambda engine: found.append(engine.state.epoch))
+    trainer = Engine(lambda *_: None)
+    engine.Validation(interval, evaluator).attach(trainer)
+    trainer.run([0], max_epochs=epochs)
+    assert [epoch + 1 for epoch in found] == expected
 
 
 def test_objects_that_are_none_are_left_out() -> None:

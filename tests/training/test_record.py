@@ -13,6 +13,7 @@ import pytest
 import torch
 from running import command, environment, merged, run, settings
 
+from med3dinsight_ext.training.history import read_history
 from med3dinsight_ext.training.provenance import running_parser
 from med3dinsight_ext.training.record import read_record, state_hash
 
@@ -28,7 +29,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(bundle: str, root: Path, volumes: Path, **changes: Any) -> dict[str, Any]:
     """The record of a training."""
     if bundle == "cls-finetune":
-        changes |= {"class_names": ["even", "odd"], "val_fraction": 0}
+        changes = {"class_names": ["even", "odd"], "val_fraction": 0, **changes}
     run(bundle, ["train.json"], **settings(bundle, root, volumes, backbone=UNET, **changes))
     return record(root)
 
@@ -122,10 +123,23 @@ def test_a_resumed_training_keeps_one_record(volumes: Path, tmp_path: Path) -> N
 
 def test_a_resumed_training_keeps_the_best_epoch(volumes: Path, tmp_path: Path) -> None:
     first = train("seg-finetune", tmp_path, volumes, max_epochs=2)
-    found = train("seg-finetune", tmp_path, volumes, max_epochs=3, val_interval=2)  # not validated
+    without = {"train_handlers#validation#_disabled_": True}
+    found = train("seg-finetune", tmp_path, volumes, max_epochs=3, **without)
     assert (first["epochs"], found["epochs"]) == (2, 3) and first["best_epoch"]
     assert found["best_epoch"] == first["best_epoch"]
     assert found["best_metric"] == first["best_metric"]
+
+
+@pytest.mark.parametrize("bundle", ["pretrain", "seg-finetune", "cls-finetune"])
+def test_the_last_epoch_is_validated_and_can_be_the_best(
+    bundle: str, volumes: Path, tmp_path: Path
+) -> None:
+    found = train(bundle, tmp_path, volumes, max_epochs=3, val_interval=4, val_fraction=0.5)
+    rows = read_history(tmp_path / "eval" / "history.jsonl")
+    name, value = found["best_metric"]
+    assert found["best_epoch"] == 3 and rows[2][name] == value
+    assert not any(name in row for row in rows[:2])
+    assert found["weights_sha256"]["model.pt"] == hash_of(tmp_path)
 
 
 def test_pretrained_weights_are_named_by_their_hash(
