@@ -22,10 +22,24 @@ from med3dinsight_ext.models.features import (
     find_features,
     first_output,
 )
-from med3dinsight_ext.models.probes import KNNHead, fit_linear
+from med3dinsight_ext.models.probes import KNNHead, fit_linear, select_l2
 
 logger = logging.getLogger(__name__)
 HEADS = ("pooled", "neighbours", "own")
+
+
+def build_head(head: str, channels: int, out_channels: int) -> nn.Module:
+    """The head "pooled", "neighbours" or "own" of a `Classifier`.
+
+    Raises:
+        ValueError: ``head`` is another one.
+    """
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {HEADS}, got {head!r}")
+    if head == "own":
+        return nn.Identity()
+    kind = nn.Linear if head == "pooled" else KNNHead
+    return kind(channels, out_channels)
 
 
 class Classifier(nn.Module):
@@ -51,6 +65,8 @@ class Classifier(nn.Module):
         (torch.Size([2, 3]), 8)
     """
 
+    has_grid = True  # for Grad-CAM
+
     def __init__(
         self,
         network: nn.Module,
@@ -61,19 +77,12 @@ class Classifier(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if head not in HEADS:
-            raise ValueError(f"head must be one of {HEADS}, got {head!r}")
         self.network = network
         self.own = head == "own"
         self.features = find_features(network, patch_size, feature_layer)
         self.grid = nn.Identity()  # the target layer of Grad-CAM
         self.dropout = nn.Dropout(dropout)
-        channels = 2 * self.features.channels
-        self.head: nn.Module = {
-            "pooled": lambda: nn.Linear(channels, out_channels),
-            "neighbours": lambda: KNNHead(channels, out_channels),
-            "own": nn.Identity,
-        }[head]()
+        self.head = build_head(head, 2 * self.features.channels, out_channels)
         if self.own:
             output = first_output(dry_run(network, patch_size))
             if not isinstance(output, Tensor) or output.shape != (1, out_channels):
@@ -110,9 +119,9 @@ def grad_cam(classifier: Classifier) -> Callable[[Tensor, int], Tensor] | None:
 
     Returns:
         A function of a volume (1, 1, x, y, z) and a class index that returns a map of the same
-        shape in [0, 1]; None for a network's own head, whose features may be no grid.
+        shape in [0, 1]; None for a network's own head or 2D features, which may be no grid.
     """
-    if classifier.own:
+    if classifier.own or not classifier.has_grid:
         return None
 
     def call(volume: Tensor, index: int) -> Tensor:
@@ -141,14 +150,24 @@ def pooled_features(
     classifier.eval()
     with torch.no_grad():
         for batch in tqdm(loader, "features", disable=None):
-            volume = batch["image"].as_subclass(Tensor).to(device)
-            rows.append(classifier.pooled(volume).float().cpu())
+            image = batch["image"]
+            found = classifier.pooled(image.as_subclass(Tensor).to(device)).float().cpu()
+            if not found.isfinite().all():
+                names = getattr(image, "meta", {}).get("filename_or_obj", "a batch")
+                raise ValueError(
+                    f"features must be finite, got NaN or infinity from {names}; leave the case "
+                    "out, or give other weights"
+                )
+            rows.append(found)
             labels.append(torch.as_tensor(batch["label"]).as_subclass(Tensor).long().flatten())
     return torch.cat(rows), torch.cat(labels)
 
 
 def fit_head(
-    classifier: Classifier, loader: Iterable[dict[str, Any]], device: torch.device
+    classifier: Classifier,
+    loader: Iterable[dict[str, Any]],
+    device: torch.device,
+    search: bool = False,
 ) -> None:
     """Fit the head to the features of the frozen network, by logistic regression or as kNN.
 
@@ -156,17 +175,22 @@ def fit_head(
         classifier: with the head "pooled" or "neighbours"; only the head changes.
         loader: of training cases, without augmentation; each process has its own share.
         device: to run on.
+        search: choose the penalty of the logistic regression by `select_l2`.
     """
     found = idist.all_gather(pooled_features(classifier.to(device), loader, device))
     features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    message = f"fitted the head to {len(labels)} cases with {features.shape[1]} features"
     if isinstance(classifier.head, KNNHead):
         classifier.head.set_cases(features, labels)
     elif isinstance(classifier.head, nn.Linear):
-        layer = fit_linear(features, labels, classes=classifier.head.out_features)
+        classes = classifier.head.out_features
+        l2 = select_l2(features, labels, classes) if search else float(features.shape[1])
+        message += f" and C = {1 / l2:.2g}"
+        layer = fit_linear(features, labels, l2, classes)
         for own, fitted in zip(classifier.head.parameters(), layer.parameters(), strict=True):
             # All processes must start from bit-equal weights.
             own.data.copy_(idist.broadcast(fitted.data.to(device), src=0))
-    logger.info(f"fitted the head to {len(labels)} cases with {features.shape[1]} features")
+    logger.info(message)
 
 
 class LinearProbeInit:
@@ -214,7 +238,7 @@ def probe(
             f"mode must be finetune, linear (head pooled) or knn (head neighbours), got {mode!r} "
             f"with the head {type(classifier.head).__name__}; leave head at its default"
         )
-    fit_head(classifier, loader, device)
+    fit_head(classifier, loader, device, search=True)
     path = Path(ckpt_dir) / "model.pt"
     write_atomic(path, lambda draft: torch.save(classifier.state_dict(), draft))
     logger.info(f"wrote {path}")

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+PENALTIES = (-2, -1, 0, 1, 2)  # powers of ten that `select_l2` tries
+REPEATED = 100  # cases that are enough for one round of folds
+
 
 def knn_probe(train: Tensor, labels: Tensor, test: Tensor, k: int = 20) -> Tensor:
     """Class probabilities (m, classes) by a vote of the k nearest, weighted as in arXiv:1805.01978.
@@ -50,10 +53,34 @@ def fit_linear(
     """
     mean, scale = train.double().mean(0), train.double().std(0, correction=0)
     scale = torch.where(scale > 1e-6, scale, 1)  # constant features become zero
-    x = (train - mean) / scale
-    l2 = x.shape[1] if l2 is None else l2
-    weight = x.new_zeros(classes or int(labels.max()) + 1, x.shape[1], requires_grad=True)
-    bias = x.new_zeros(len(weight), requires_grad=True)
+    rows, basis = _rotated((train - mean) / scale)
+    classes = classes or int(labels.max()) + 1
+    weight, bias = _logistic(rows, labels, train.shape[1] if l2 is None else l2, classes)
+    weight = weight @ basis / scale
+    layer = nn.Linear(train.shape[1], classes)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias - weight @ mean)
+    return layer
+
+
+def _rotated(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinates (n, r) of rows (n, d) in an orthonormal basis (r, d) of their span, r <= n.
+
+    Neither scores nor penalty change by a rotation, and no fit leaves the span.
+    """
+    if len(x) >= x.shape[1]:
+        return x, torch.eye(x.shape[1]).to(x)
+    value, vector = torch.linalg.eigh(x @ x.mT)
+    kept = value > 1e-10 * value[-1].clamp_min(1e-12)
+    rows = vector[:, kept] * value[kept].sqrt()
+    return rows, (vector[:, kept] / value[kept].sqrt()).mT @ x
+
+
+def _logistic(x: Tensor, labels: Tensor, l2: float, classes: int) -> tuple[Tensor, Tensor]:
+    """Weight (classes, d) and bias (classes,) of logistic regression on rows (n, d) as they are."""
+    weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
+    bias = x.new_zeros(classes, requires_grad=True)
     search = torch.optim.LBFGS(
         [weight, bias], max_iter=500, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
@@ -65,12 +92,50 @@ def fit_linear(
         value.backward()
         return value
 
-    search.step(loss)
-    layer = nn.Linear(x.shape[1], len(weight))
-    with torch.no_grad():
-        layer.weight.copy_(weight / scale)
-        layer.bias.copy_(bias - F.linear(mean / scale, weight))
-    return layer
+    with torch.enable_grad():
+        search.step(loss)
+    return weight.detach(), bias.detach()
+
+
+def select_l2(
+    train: Tensor, labels: Tensor, classes: int | None = None, folds: int = 5, seed: int = 0
+) -> float:
+    """The penalty of `fit_linear` with the least cross-entropy in cross-validation.
+
+    Every class has its cases spread over the folds, as many as its smallest class has cases.
+
+    Args:
+        train: (n, d) frozen features.
+        labels: (n,) long, their classes.
+        classes: as in `fit_linear`.
+        folds: at most.
+        seed: of the folds.
+
+    Returns:
+        d times a power of ten of ``PENALTIES``; d if a class has one case.
+    """
+    counts = labels.bincount()
+    folds = min(folds, int(counts[counts > 0].min()))
+    if folds < 2:
+        return float(train.shape[1])
+    x = train.double() - train.double().mean(0)
+    scale = x.std(0, correction=0)
+    rows, _ = _rotated(x / torch.where(scale > 1e-6, scale, 1))
+    classes = classes or len(counts)
+    generator = torch.Generator().manual_seed(seed)
+    totals = dict.fromkeys((10.0**k * train.shape[1] for k in PENALTIES), 0.0)
+    for _ in range(max(1, REPEATED // len(labels))):
+        order = torch.randperm(len(labels), generator=generator)
+        order = order[labels[order].argsort(stable=True)]
+        fold = torch.empty_like(labels)
+        fold[order] = torch.arange(len(labels)) % folds
+        for held in range(folds):
+            kept = fold != held
+            for l2 in totals:
+                weight, bias = _logistic(rows[kept], labels[kept], l2, classes)
+                scores = F.linear(rows[~kept], weight, bias)
+                totals[l2] += F.cross_entropy(scores, labels[~kept], reduction="sum").item()
+    return min(totals, key=totals.__getitem__)
 
 
 def linear_probe(train: Tensor, labels: Tensor, test: Tensor, l2: float | None = None) -> Tensor:

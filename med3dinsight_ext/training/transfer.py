@@ -181,7 +181,7 @@ class Transfer:
     """Loads the weights that a run starts from, and keeps the report in its checkpoints.
 
     Args:
-        network: to fill.
+        network: to fill; None if there is none.
         path: weights file; None starts from scratch.
         report_file: JSON file to write.
         rename: as in ``load_pretrained``.
@@ -192,7 +192,7 @@ class Transfer:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: nn.Module | None,
         path: str | Path | None,
         report_file: str | Path,
         rename: Mapping[str, str] | None = None,
@@ -209,7 +209,18 @@ class Transfer:
         self.report = TransferReport("", type(network).__name__)
 
     def load(self) -> TransferReport:
-        """Fill the network, log the report and write it."""
+        """Fill the network, log the report and write it.
+
+        Raises:
+            ValueError: as in ``load_pretrained``, or there is a file but no network.
+        """
+        if self.network is None:
+            if self.path:
+                raise ValueError(
+                    f"pretrained must have a network to fill, got {self.path} and no backbone; "
+                    "add the backbone overlay of the pre-training, or leave pretrained out"
+                )
+            return self.report
         if self.path:
             self.report = load_pretrained(self.network, self.path, **self.options)
         if idist.get_rank() == 0:
