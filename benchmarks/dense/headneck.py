@@ -39,7 +39,6 @@ from med3dinsight_ext.teachers.towers import TextTower  # noqa: E402
 CLASSES = ["background", "Brainstem", "SpinalCord", "RightParotid", "LeftParotid"]
 SPACING, PATCH = [3.0, 3.0, 2.5], [64, 64, 48]
 SCORED, LABELLED = 21, 5
-BF16 = {"train::trainer::amp_kwargs": {"dtype": "$torch.bfloat16"}}
 LEARNING_RATE = 1e-3  # of fine-tuning
 BACKBONES: dict[str, dict[str, Any]] = {
     "unet": {
@@ -158,10 +157,9 @@ def score(network: nn.Module, device: torch.device) -> dict[str, Any]:
 # ---------------------------------------------------------------- runs
 
 
-def epochs_of(steps: int, items: int, batch: int) -> tuple[int, int]:
-    """How often to repeat the list, and epochs, for about ``steps`` in at least ten epochs."""
-    repeat = max(1, round(steps / 10 * batch / items))
-    return repeat, max(1, round(steps * batch / (items * repeat)))
+def length(steps: int) -> dict[str, int]:
+    """About ``steps`` in ten epochs."""
+    return {"steps_per_epoch": max(1, steps // 10), "max_epochs": min(steps, 10)}
 
 
 def fill(work: Path, name: str, tag: str, part: str, **_: Any) -> dict[str, Any]:
@@ -190,11 +188,9 @@ def overlay_teacher(tag: str) -> dict[str, Any]:
 def pretrain(
     work: Path, name: str, tag: str = "imagenet", dense: float = 1.0, reconstruction: float = 100.0,
     steps: int = 2000, seed: int = 0, backbone: str = "unet", shuffled: bool = False,
-    lr: float = 1e-3, **_: Any,
+    lr: float = 1e-3, workers: int = 1, **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Dense teaching, masked reconstruction, or both: the pretrain bundle with dense.yaml."""
-    items = json.loads((work / "lists" / "pretrain.json").read_text())
-    repeat, epochs = epochs_of(steps, len(items), 4)
     data = "@train_items"
     if shuffled:
         others = "@train_items[1:] + @train_items[:1]"
@@ -203,16 +199,17 @@ def pretrain(
         "pretrain", ["train.json", "dense.yaml"],
         bundle_root=str(work / "runs" / name), datalist=str(work / "lists/pretrain.json"),
         store_dir=str(work / "store"), teacher=overlay_teacher(tag), spacing=SPACING,
-        patch_size=PATCH, backbone=BACKBONES[backbone], num_workers=1, seed=seed, val_fraction=0.0,
-        max_epochs=epochs, warmup_epochs=1, learning_rate=lr,
+        patch_size=PATCH, backbone=BACKBONES[backbone], num_workers=workers, seed=seed,
+        val_fraction=0.0, warmup_epochs=1, learning_rate=lr,
         **{
-            "loss::dense_weight": dense, "loss::reconstruction_weight": reconstruction,
-            "train::dataset::data": f"$({data}) * {repeat}", "train::dataset::hash_as_key": True,
-            **BF16,
+            **length(steps),
+            "loss::dense_weight": dense,
+            "loss::reconstruction_weight": reconstruction,
+            "train::dataset::data": f"${data}",
         },
     )  # fmt: skip
     history = (work / "runs" / name / "eval" / "history.jsonl").read_text().splitlines()
-    return {"epochs": epochs, "last": json.loads(history[-1])}
+    return {"last": json.loads(history[-1])}
 
 
 def finetune(
@@ -221,15 +218,10 @@ def finetune(
     **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The seg-finetune bundle; ``soft``: "head", "network" or "both" teach unlabelled volumes."""
-    items = json.loads((work / "lists" / f"{labelled}.json").read_text())
-    overlays, more = ["train.json"], {}
-    repeat, epochs = epochs_of(steps, len(items), 2)
-    more["train::dataset::data"] = f"$@train_items * {repeat}"
+    overlays = ["train.json"]
+    more: dict[str, Any] = {}
     if soft:
         others = f"others{labelled.removeprefix('draw')}.json"
-        count = 2 * len(json.loads((work / "lists" / others).read_text()))
-        epochs = max(1, round(steps * 2 / count))
-        del more["train::dataset::data"]
         overlays.append("unlabelled.yaml")
         more |= {
             "unlabelled": str(work / "lists" / others), "store_dir": str(work / "store"),
@@ -244,12 +236,11 @@ def finetune(
         "seg-finetune", overlays, bundle_root=str(root), label_names=CLASSES,
         datalist=str(work / "lists" / f"{labelled}.json"), spacing=SPACING, patch_size=PATCH,
         backbone=BACKBONES[backbone], num_workers=1, seed=seed, val_fraction=0.0,
-        max_epochs=epochs, warmup_epochs=1, learning_rate=lr or LEARNING_RATE,
-        **{"train::dataset::hash_as_key": True, **BF16, **more},
+        warmup_epochs=1, learning_rate=lr or LEARNING_RATE, **length(steps), **more,
     )  # fmt: skip
     network = flow.parser.get_parsed_content("network_def")
     device = flow.parser.get_parsed_content("device")
-    return {"epochs": epochs, **score(network, device)}
+    return score(network, device)
 
 
 RUNS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -324,6 +315,9 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
         "dense": {"reconstruction": 0.0},
         "random": {"tag": "random"},
     }
+    for arm in ("recon", "both"):  # three times as long
+        name = f"{arm}_6000_p0"
+        add(name, "pretrain", filled["imagenet"], steps=6000, workers=2, **arms[arm])
     for seed in range(3):
         for arm, settings in arms.items():
             add(
@@ -359,6 +353,12 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                     labelled=f"draw{draw}", steps=600, soft="network",
                     soft_weights=f"scratch_s0_d{draw}",
                 )  # fmt: skip
+    for arm in ("recon_6000", "both_6000"):
+        for draw in range(3):
+            add(
+                f"{arm}_p0_d{draw}", "finetune", [f"{arm}_p0"], init=f"{arm}_p0",
+                labelled=f"draw{draw}", steps=600,
+            )  # fmt: skip
     for draw in range(3):
         add(
             f"shuffled_p0_d{draw}", "finetune", ["shuffled_p0"], init="shuffled_p0",
