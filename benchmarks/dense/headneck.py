@@ -250,8 +250,7 @@ RUNS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def pack(work: str, out: str) -> None:
     """Write the weights that later questions need to OUT, in half precision, a few in each file."""
-    arms = ("recon", "both", "random", "dense")
-    names = [f"{arm}_p{seed}" for seed in range(3) for arm in arms]
+    names = [f"{arm}_p0" for arm in ("both", "recon")]
     names += [f"{arm}_d{d}" for arm in ("scratch_s0", "recon_p0", "both_p0") for d in range(3)]
     names += [f"soft_both_d{draw}" for draw in range(3)]
     paths = [(name, Path(work) / "runs" / name / "models" / "model.pt") for name in names]
