@@ -235,7 +235,7 @@ def finetune(
     flow = bundle_run(
         "seg-finetune", overlays, bundle_root=str(root), label_names=CLASSES,
         datalist=str(work / "lists" / f"{labelled}.json"), spacing=SPACING, patch_size=PATCH,
-        backbone=BACKBONES[backbone], num_workers=1, seed=seed, val_fraction=0.0,
+        backbone=BACKBONES[backbone], num_workers=2, seed=seed, val_fraction=0.0,
         warmup_epochs=1, learning_rate=lr or LEARNING_RATE, **length(steps), **more,
     )  # fmt: skip
     network = flow.parser.get_parsed_content("network_def")
@@ -261,6 +261,11 @@ def pack(work: str, out: str) -> None:
             for name, path in found[n : n + 5]
         }
         torch.save(states, Path(out) / f"weights_{n // 5}.pt")
+
+
+def write_machine(work: Path) -> None:
+    """Device and versions; asking for them starts CUDA, which a parent of forks must not do."""
+    (work / "machine.json").write_text(json.dumps(machine()))
 
 
 def child(job: Job, work: Path) -> None:
@@ -399,8 +404,8 @@ def main(
     write_lists(root, folder, 3, volumes)
     load_scored(root, scored)
     print(f"{len(SCORED_CASES)} cases loaded in {time.time() - begin:.0f} s", flush=True)
-    (folder / "machine.json").write_text(json.dumps(machine()))
     context = multiprocessing.get_context("fork")  # shares the imports and the scored cases
+    context.Process(target=write_machine, args=(folder,)).start()
     waiting = [job for job in plan(scale) if re.search(only, job.name)]
     running: dict[str, tuple[Any, float]] = {}
     failed: set[str] = set()
