@@ -43,6 +43,7 @@ MODULES = yaml.safe_load(Path(__file__).with_name("mutation.yaml").read_text())
 HEAVY = ("monai.bundle", "monai.engines", "monai.transforms", "monai.networks.nets", "monai.losses",
          "monai.metrics", "monai.inferers", "monai.handlers", "ignite.engine", "transformers",
          "matplotlib.pyplot", "nibabel", "scipy.stats", "ot", "einops")  # fmt: skip
+EXAMPLES = "tests/test_docstring_examples.py::test_examples_in_docstrings_are_right"
 MEMORY = 24 * 2**30  # of a process, in bytes of address space
 
 
@@ -132,12 +133,19 @@ class Run:
     def __init__(self, name: str, log: Path, until: float, most: int | None = None) -> None:
         self.name, self.log, self.until, self.most = name, log, until, most
         self.module = f"med3dinsight_ext.{name}"
-        found = [sorted(ROOT.glob(f"tests/{pattern}")) for pattern in MODULES[name]["tests"]]
-        self.tests = " ".join(str(path.relative_to(ROOT)) for paths in found for path in paths)
+        paths = []
+        for pattern in MODULES[name]["tests"]:
+            if not (found := sorted(ROOT.glob(f"tests/{pattern}"))):
+                raise SystemExit(f"tests of {name} must be files, got {pattern}; correct them")
+            paths += found
+        words = [str(path.relative_to(ROOT)) for path in paths]
         path = ROOT / f"{self.module.replace('.', '/')}.py"
+        if ">>>" in path.read_text():
+            words.append(f"{EXAMPLES}[{self.module}]")
+        self.tests = " ".join(words)
         self.file, self.mutants = str(path), list(mutants(path))
         self.source = digest([path])
-        self.state = digest([ROOT / test for test in self.tests.split()])
+        self.state = digest(paths)
         self.results: dict[str, dict[str, str]] = {}
         for line in log.read_text().splitlines() if log.exists() else ():
             row = json.loads(line)
