@@ -121,7 +121,7 @@ def test_the_json_is_readable_and_holds_similarities_of_a_joint_space(
     assert "größer als üblich" in done.with_suffix(".json").read_text("utf-8")
     entry, (row,) = load_file(done), [r for r in about(done)["slices"] if r["caption"]]
     product = entry["image"][entry["text_row"].long()].float() * entry["text"].float()
-    assert row["similarity"] == pytest.approx(float(product.sum()), abs=1e-4)
+    assert row["similarity"] == round(float(product.sum()), 4)
     assert [r["similarity"] for r in about(done)["slices"]].count(None) == 6
 
 
