@@ -109,3 +109,36 @@ def test_a_label_that_does_not_fit_is_named(label: MetaTensor, message: str) -> 
 def test_a_label_that_fits_is_left_as_it_is() -> None:
     data = {"image": volume((4, 5, 6), 1.01), "label": volume((4, 5, 6))}
     assert CheckLabeld("label", "image", ["background", "organ"])(data) is data
+
+
+def test_half_a_voxel_beside_is_allowed_and_measured_along_the_smallest_spacing(
+    tmp_path: Path,
+) -> None:
+    items = [case(tmp_path, "a", shift=1.0)]  # spacing 2 x 2 x 3 mm
+    assert check_labels([items, []], NAMES) == [items, []]
+    check = CheckLabeld("label", "image", ["background", "organ"])
+    image, label = volume((4, 5, 6)), volume((4, 5, 6))
+    image.affine[2, 2] = label.affine[2, 2] = 4.0
+    label.affine[0, 3] = 1.0  # a voxel along x, a quarter of one along z
+    with pytest.raises(ValueError, match="puts it up to 1.0 voxels beside it"):
+        check({"image": image, "label": label})
+
+
+def test_two_classes_are_enough(tmp_path: Path) -> None:
+    items = [case(tmp_path, "a", (0, 1))]
+    assert check_labels([items, []], ["background", "organ"]) == [items, []]
+
+
+def test_a_last_axis_of_one_counts_as_none(tmp_path: Path) -> None:
+    items = [case(tmp_path, "a", shape=(6, 7, 5, 1))]
+    assert check_labels([items, []], NAMES) == [items, []]
+    with pytest.raises(ValueError, match=r"shape \(6, 7, 5\), got \(6, 7, 5, 2\)"):
+        check_labels([[case(tmp_path, "b", shape=(6, 7, 5, 2))], []], NAMES)
+
+
+def test_a_label_that_is_too_large_is_named_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MED3D_MAX_VOXELS", "300")
+    with pytest.raises(ValueError, match="at most 300 voxels, got 60 x 7 x 5 .*a_seg.nii"):
+        check_labels([[case(tmp_path, "a", shape=(60, 7, 5))], []], NAMES)
