@@ -142,3 +142,18 @@ def test_a_label_that_is_too_large_is_named_as_such(
     monkeypatch.setenv("MED3D_MAX_VOXELS", "300")
     with pytest.raises(ValueError, match="at most 300 voxels, got 60 x 7 x 5 .*a_seg.nii"):
         check_labels([[case(tmp_path, "a", shape=(60, 7, 5))], []], NAMES)
+
+
+def test_an_image_may_have_a_last_axis_of_one(tmp_path: Path) -> None:
+    item = case(tmp_path, "a", shift=0.9)
+    image = nib.load(item["image"])
+    again = nib.Nifti1Image(np.array(image.dataobj)[..., None], image.affine)
+    again.header.set_zooms((2.0, 2.0, 3.0, 0.1))  # the last is a time
+    nib.save(again, item["image"])
+    assert check_labels([[item], []], NAMES) == [[item], []]
+
+
+def test_five_unknown_values_are_shown(tmp_path: Path) -> None:
+    items = [case(tmp_path, "a", (0, 3, 4, 5, 6, 7)), case(tmp_path, "b", (0, 3, 4, 5, 6, 7, 8))]
+    with pytest.raises(ValueError, match=r"(?s)the value 3, 4, 5, 6, 7 in.*3, 4, 5, 6, 7 … in"):
+        check_labels([items, []], NAMES)

@@ -132,6 +132,8 @@ def test_a_student_that_is_broken_or_runs_code_is_named(
     for _ in range(2):
         with pytest.raises(ValueError, match=r"student weights .*student\.pt.*take those that the"):
             embedding_dims_of(tmp_path / "student.pt")
+        with pytest.raises(ValueError, match="weights in .* must fit the network of this config"):
+            load_weights(nn.Linear(1, 1), tmp_path / "student.pt")
         (tmp_path / "student.pt").write_bytes(b"half")
     assert "ran" not in capsys.readouterr().out
 
