@@ -63,7 +63,7 @@ def check_extensions(path: str) -> None:
     single = not path.lower().removesuffix(".gz").endswith((".hdr", ".img"))
     kind, part = (nib.Nifti1Image, "image") if single else (nib.Nifti1Pair, "header")
     try:
-        name = kind.filespec_to_file_map(path)[part].filename
+        name = str(kind.filespec_to_file_map(path)[part].filename)
     except ImageFileError:  # another format
         return
     if not os.path.isfile(name):  # a pipe would never end

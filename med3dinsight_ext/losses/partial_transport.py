@@ -63,7 +63,7 @@ def partial_transport_loss(
         cost = (1 - cosine_matrix(student, teacher)) / 2  # in [0, 1]
     else:
         cost = mahalanobis(F.normalize(student, dim=1), F.normalize(teacher, dim=1), root)
-        cost = cost / cost.amax().clamp(min=1e-6)
+        cost = cost / cost.amax()  # above 0
     if allowed is not None:
         cost = cost.masked_fill(excluded(allowed), 1.0)
     return -solve(cost[None], mass, epsilon).log_plan[0].diagonal().mean()

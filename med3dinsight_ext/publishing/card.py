@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from monai.bundle import ConfigParser
 
 from med3dinsight_ext.io.errors import advice
 from med3dinsight_ext.publishing.zoo import NO_TORCHSCRIPT, PACKAGE, PINS
-from med3dinsight_ext.training.transfer_report import percent
+from med3dinsight_ext.reports.run_facts import run_facts
 
 METADATA = ("task", "description", "authors", "copyright", "data_source", "references",
             "intended_use")  # fmt: skip
@@ -26,8 +25,6 @@ TASKS = {
     "pretraining": "image-feature-extraction",
 }
 USED = ("spacing", "ct_range")  # of train
-ROWS = ("epochs", "cases", "learning rate", "batch size", "seed", "device", "time (h:mm:ss)",
-        "versions", "commit", "pre-trained from")  # fmt: skip
 ONNX = "onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.23.2"  # also of Python 3.10
 
 
@@ -136,46 +133,5 @@ def run_table(record: Mapping[str, Any] | None) -> str:
     Args:
         record: from ``read_record``; None gives "not recorded" in every row.
     """
-    rows = dict.fromkeys(ROWS, "not recorded") if record is None else _rows(record)
+    rows = run_facts(record)
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {text} |" for key, text in rows.items())])
-
-
-def _rows(record: Mapping[str, Any]) -> dict[str, str]:
-    data, code = record["data"], record["code"]
-    best, metric = record["best_epoch"], record["best_metric"]
-    epochs = str(record["epochs"]) if record["epochs"] else "none, the head was fitted"
-    kept = f"; the weights are of epoch {best}" if best else ""
-    kept += f", {metric[0]} {metric[1]:.4f}" if best and metric else ""
-    again = "".join(f"; resumed after epoch {epoch}" for epoch in record["resumed_after"])
-    again += "".join(
-        f"; after a round of {row['epochs'] or 'unrecorded'} epochs" for row in record["rounds"]
-    )
-    held = data.get("validation", {"cases": 0})["cases"]
-    rate, several = record["learning_rate"], record["processes"] > 1
-    seconds = record["seconds"]
-    machine = record["device"] + (f" × {record['processes']}" if several else "")
-    fingerprint = (data["training"]["sha256"] or "not recorded")[:12]
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    changed = " with changes" if code and code["changed"] else ""
-    return {
-        "epochs": f"{epochs}{kept}{again}",
-        "cases": f"{data['training']['cases']} for training (fingerprint {fingerprint}), {held} "
-        "for validation",
-        "learning rate": "none" if rate is None else f"{rate:g}",
-        "batch size": f"{record['batch_size']}{' a process' if several else ''}",
-        "seed": str(record["seed"]),
-        "device": machine,
-        "time (h:mm:ss)": "not recorded" if seconds is None else str(timedelta(0, round(seconds))),
-        "versions": versions,
-        "commit": f"`{code['commit']}`{changed}" if code else "not recorded: no checkout",
-        "pre-trained from": _source(record["pretrained"]),
-    }
-
-
-def _source(start: Mapping[str, Any] | None) -> str:
-    if start is None:
-        return "nothing, from scratch"
-    share = start["share"] if start["encoder_share"] is None else start["encoder_share"]
-    what = "parameters" if start["encoder_share"] is None else "encoder"
-    digest = f", sha256 `{start['sha256']}`" if start["sha256"] else ""
-    return f"`{start['file']}`{digest}, {percent(share)} of the {what}"

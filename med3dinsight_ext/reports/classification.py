@@ -25,6 +25,7 @@ from med3dinsight_ext.reports.classification_figures import (
 from med3dinsight_ext.reports.figures import save_png
 from med3dinsight_ext.reports.formatting import percent, short
 from med3dinsight_ext.reports.pages import write_csv, write_page, write_text
+from med3dinsight_ext.reports.run_facts import run_block
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class ClassificationReport:
         cam: image (1, 1, x, y, z) and class to a map of that shape, high where it matters.
             MONAI's ``GradCAM`` inverts its map unless ``postprocessing`` is identity.
         cam_cases: to show with ``cam``: half of them right, half wrong, the most confident first.
+        weights: file of the network; the page shows the training that wrote it.
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class ClassificationReport:
         title: str = "Classification",
         cam: Callable[[Tensor, int], Tensor] | None = None,
         cam_cases: int = 6,
+        weights: str | Path | None = None,
     ) -> None:
         self.output_dir, self.class_names, self.title = Path(output_dir), list(class_names), title
-        self.cam, self.cam_cases = cam, cam_cases
+        self.cam, self.cam_cases, self.weights = cam, cam_cases, weights
         self.start()
 
     def attach(self, engine: Engine) -> None:
@@ -160,7 +163,7 @@ class ClassificationReport:
         write_page(
             page, "classification.html", title=self.title, facts=facts, result=result,
             scores=SCORES, roc=roc_figure(probability, label, self.class_names),
-            maps=heat_figure(maps) if maps else None, **figures,
+            maps=heat_figure(maps) if maps else None, run=run_block(self.weights), **figures,
         )  # fmt: skip
         values = ", ".join(f"{name} {result[key]:.3f}" for key, name in SCORES.items())
         logger.info(f"{len(label)} cases: {values}; wrote {page}")

@@ -71,7 +71,8 @@ def write_page(path: str | Path, template: str, **values: Any) -> None:
     Args:
         path: file to write; it is complete or absent.
         template: file in ``templates``; it extends ``base.html``.
-        values: ``title``, ``facts`` (name to value, the table at the top) and what else the
-            template shows. Everything is escaped; figures become inline SVG.
+        values: ``title``, ``facts`` (name to value, the table at the top), ``run`` (from
+            ``run_block``, where there is one) and what else the template shows. Everything is
+            escaped; figures become inline SVG.
     """
     write_text(path, environment.get_template(template).render(values))

@@ -25,6 +25,7 @@ from med3dinsight_ext.metrics.segmentation import (
 from med3dinsight_ext.reports.figures import class_colors, save_png
 from med3dinsight_ext.reports.formatting import case_names, number
 from med3dinsight_ext.reports.pages import write_csv, write_page, write_text
+from med3dinsight_ext.reports.run_facts import run_block
 from med3dinsight_ext.reports.segmentation_figures import Case, boxes, overlays, three_slices
 
 DIGITS = {"dice": 3, "nsd": 3, "hd95": 1}
@@ -48,6 +49,7 @@ class SegmentationReport:
         label_names: of the classes, by number; the first is the background.
         tolerance: mm that a surface may be off and still be right for NSD.
         title: of the page.
+        weights: file of the network; the page shows the training that wrote it.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class SegmentationReport:
         label_names: Sequence[str],
         tolerance: float = 1.0,
         title: str = "Segmentation",
+        weights: str | Path | None = None,
     ) -> None:
         if len(label_names) < 2 or len(set(label_names)) < len(label_names):
             raise ValueError(
@@ -65,7 +68,7 @@ class SegmentationReport:
         self.output_dir = Path(output_dir)
         self.label_names = list(label_names)
         self.tolerance = tolerance
-        self.title = title
+        self.title, self.weights = title, weights
         self.cases: list[Case] = []
 
     def attach(self, engine: Engine) -> None:
@@ -126,7 +129,7 @@ class SegmentationReport:
         write_page(
             page, "segmentation.html", title=self.title, facts=self.facts(len(cases), found),
             found=found, scores=SCORES, digits=DIGITS, confusion=mixed, worst=worst[:LOWEST],
-            colors=class_colors(self.label_names[1:]), **figures,
+            colors=class_colors(self.label_names[1:]), run=run_block(self.weights), **figures,
         )  # fmt: skip
         means = {SCORES[key]: number(found["mean"][key]["mean"], DIGITS[key]) for key in SCORES}
         text = ", ".join(f"{name} {mean}" for name, mean in means.items())

@@ -83,7 +83,7 @@ class History:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a history file, none if it does not exist; a last row that was cut off is left out."""
+    """Rows of a history file, none if there is no file; a last row that was cut off is left out."""
     path = Path(path)
     if not path.exists():
         return []

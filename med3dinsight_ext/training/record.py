@@ -107,7 +107,7 @@ class RunRecord:
         earlier = _read(self.path) if epoch else {}
         if earlier.get("weights_sha256") != hashes:
             earlier.update(best_epoch=None, best_metric=None)
-        before = _record_of(start) if start is not None else {}
+        before = record_of(start) if start is not None else {}
         self._before = float(earlier.get("seconds") or 0)
         parser = running_parser()
         evaluated = dict(parser.ref_resolver.resolved_content) if parser else {}
@@ -226,7 +226,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _record_of(weights: str | Path) -> dict[str, Any]:
+def record_of(weights: str | Path) -> dict[str, Any]:
     """The record of a weights file; empty if there is none or it is that of others."""
     try:
         return read_record(weights) or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -64,4 +65,8 @@ def test_a_child_that_passes_survived_and_one_that_fails_or_hangs_did_not() -> N
     assert mutation.forked(lambda: True, 60) == "survived"
     assert mutation.forked(lambda: False, 60) == "killed"
     assert mutation.forked(lambda: bool(1 / 0), 60) == "killed"
-    assert mutation.forked(lambda: bool(time.sleep(60)), 0.2) == "timeout"
+    assert mutation.forked(lambda: bool(time.sleep(60)), 0.05) == "timeout"
+    assert mutation.forked(lambda: all(itertools.repeat(True)), 0.5) == "timeout"
+    begin = time.monotonic()
+    assert mutation.forked(lambda: not time.sleep(0.3), 0.1) == "survived"  # the machine was busy
+    assert time.monotonic() - begin >= 0.3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from med3dinsight_ext.data.labels import ReadCased, check_labels, label_values
+from med3dinsight_ext.data.labels import ReadCased, check_label, check_labels, label_values
 
 NAMES = ["background", "left", "right"]
 
@@ -102,3 +102,50 @@ def test_a_case_is_read_in_ras(tmp_path: Path) -> None:
 @pytest.mark.parametrize("array", [[2, 2, 0, 0, 1, 2], [3], [0.5, 0.5], [0, np.nan]])
 def test_label_values_are_those_of_a_sort(array: list) -> None:
     np.testing.assert_array_equal(label_values(np.array(array)), np.unique(array))
+
+
+def test_half_a_voxel_beside_is_allowed_and_measured_along_the_smallest_spacing(
+    tmp_path: Path,
+) -> None:
+    items = [case(tmp_path, "a", shift=1.0)]  # spacing 2 x 2 x 3 mm
+    assert check_labels([items, []], NAMES) == [items, []]
+    affine = np.diag([1.0, 1.0, 4.0, 1.0])
+    moved = affine.copy()
+    moved[0, 3] = 1.0  # a voxel along x, a quarter of one along z
+    with pytest.raises(ValueError, match="puts it up to 1.0 voxels beside it"):
+        check_label(((4, 5, 6), affine), ((4, 5, 6), moved), 1.0, [0, 1], NAMES, "a")
+
+
+def test_two_classes_are_enough(tmp_path: Path) -> None:
+    items = [case(tmp_path, "a", (0, 1))]
+    assert check_labels([items, []], ["background", "organ"]) == [items, []]
+
+
+def test_a_last_axis_of_one_counts_as_none(tmp_path: Path) -> None:
+    items = [case(tmp_path, "a", shape=(6, 7, 5, 1))]
+    assert check_labels([items, []], NAMES) == [items, []]
+    with pytest.raises(ValueError, match=r"shape \(6, 7, 5\), got \(6, 7, 5, 2\)"):
+        check_labels([[case(tmp_path, "b", shape=(6, 7, 5, 2))], []], NAMES)
+
+
+def test_a_label_that_is_too_large_is_named_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MED3D_MAX_VOXELS", "300")
+    with pytest.raises(ValueError, match="at most 300 voxels, got 60 x 7 x 5 .*a_seg.nii"):
+        check_labels([[case(tmp_path, "a", shape=(60, 7, 5))], []], NAMES)
+
+
+def test_an_image_may_have_a_last_axis_of_one(tmp_path: Path) -> None:
+    item = case(tmp_path, "a", shift=0.9)
+    image = nib.load(item["image"])
+    again = nib.Nifti1Image(np.array(image.dataobj)[..., None], image.affine)
+    again.header.set_zooms((2.0, 2.0, 3.0, 0.1))  # the last is a time
+    nib.save(again, item["image"])
+    assert check_labels([[item], []], NAMES) == [[item], []]
+
+
+def test_five_unknown_values_are_shown(tmp_path: Path) -> None:
+    items = [case(tmp_path, "a", (0, 3, 4, 5, 6, 7)), case(tmp_path, "b", (0, 3, 4, 5, 6, 7, 8))]
+    with pytest.raises(ValueError, match=r"(?s)the value 3, 4, 5, 6, 7 in.*3, 4, 5, 6, 7 … in"):
+        check_labels([items, []], NAMES)

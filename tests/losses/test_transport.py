@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from med3dinsight_ext.losses.transport import solve
+from med3dinsight_ext.losses.transport import _fill, _solve_columns, solve
 
 MASSES = (0.3, 0.8, 0.95, 1)
 EPSILONS = (0.01, 0.03, 0.1, 1)
@@ -87,7 +87,48 @@ def test_marginals_and_mass_hold(n: int, m: int, mass: float, epsilon: float, se
     plan, slack = found.log_plan.exp(), 1 + found.residual.max() + 1e-4
     assert (plan.sum(2) <= slack / n).all() and (plan.sum(1) <= slack / m).all()
     assert torch.allclose(plan.sum((1, 2)), torch.full((2,), float(mass)), atol=2e-3)
-    assert found.residual.max() < 1e-2
+    assert found.residual.min() >= 0 and found.residual.max() < 1e-2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_residual_is_the_largest_error_of_a_marginal(seed: int) -> None:
+    cost = torch.rand(1, 9, 7, generator=torch.Generator().manual_seed(seed))
+    plan, residual = solve(cost, 1, 0.02, steps=1)
+    rows, columns = 9 * plan.exp().sum(2) - 1, 7 * plan.exp().sum(1) - 1
+    largest = torch.maximum(rows.abs().max(), columns.abs().max())
+    assert largest > 1e-3 and torch.allclose(residual, largest, rtol=1e-3)
+
+
+def test_the_residual_carries_no_gradient() -> None:
+    plan, residual = solve(cost_matrix(5)[None].requires_grad_(), 0.8)
+    assert plan.requires_grad and not residual.requires_grad
+
+
+@given(st.integers(1, 9), st.floats(0.01, 1), st.integers(0, 1000))
+def test_filling_scales_to_the_mass_and_cuts_at_the_bound(n: int, mass: float, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    sums = 3 * torch.randn(2, n, generator=random, dtype=torch.float64)
+    for share in (mass, 1):
+        cut, h = _fill(sums, share)
+        filled = (sums + cut + h).exp()
+        assert torch.allclose(filled.sum(1), torch.full((2,), float(share)).double(), atol=1e-6)
+        assert (filled <= (1 + 1e-6) / n).all()
+        free = filled < (1 - 1e-6) / n  # below the bound all are scaled alike
+        assert share == 1 or (cut <= 0).all() and (cut[free].abs() < 1e-9).all()
+    assert torch.allclose(cut, -math.log(n) - sums) and not h.any()  # at 1, up or down
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_system_that_cannot_be_solved_gives_no_step(bad: float) -> None:
+    plan = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)) / 20
+    right = torch.full((3, 5), 0.01)
+    none, tied = torch.zeros(3, 4, dtype=torch.bool), torch.zeros(3, 5, dtype=torch.bool)
+    k, h = _solve_columns(plan, none, tied, right)
+    assert k.isfinite().all() and k.abs().sum(1).min() > 0
+    broken, wrong = plan.clone(), right.clone()
+    broken[1, 2, 3], wrong[2] = bad, bad
+    found, found_h = _solve_columns(broken, none, tied, wrong)
+    assert torch.equal(found[0], k[0]) and not found[1:].any() and not found_h[1:].any()
 
 
 def test_the_residual_is_large_when_the_rounds_do_not_suffice() -> None:
@@ -152,6 +193,10 @@ def test_finite_at_small_epsilon_in_float32_and_under_autocast(mass: float) -> N
     with torch.autocast("cpu", torch.bfloat16):
         inside = solve(cost, mass, 0.005).log_plan
     assert plain.dtype == inside.dtype == torch.float32 and torch.equal(plain, inside)
+    (gradient,) = torch.autograd.grad(inside.square().sum(), cost, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (low,) = torch.autograd.grad(inside.square().sum(), cost)
+    assert torch.equal(low, gradient)
     plain.diagonal(dim1=1, dim2=2).sum().backward()
     assert plain.isfinite().all() and cost.grad is not None and cost.grad.isfinite().all()
 

@@ -107,6 +107,22 @@ def test_a_block_is_torchs_decoder_layer_where_keys_are_values() -> None:
         assert torch.allclose(found[:, i], oracle(query[:, i], memory), atol=1e-5)
 
 
+def test_a_block_weighs_values_by_keys() -> None:
+    torch.manual_seed(0)
+    block = Block(8, 1, 12, 0.0).eval()
+    query, keys, values = torch.randn(1, 1, 1, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)
+    with torch.no_grad():  # a query on its own attends to itself
+        start = query[0, 0] + block.self_attention.out_proj(
+            block.self_norm(query[0, 0]) @ block.self_attention.in_proj_weight[16:].mT
+        )
+        wq, wk, wv = block.cross_attention.in_proj_weight.chunk(3)
+        score = block.cross_norm(start) @ wq.mT @ (keys[0] @ wk.mT).mT / math.sqrt(8)
+        read = block.cross_attention.out_proj(score.softmax(1) @ (values[0] @ wv.mT))
+        expected = start + read
+        expected = expected + block.ffn(block.ffn_norm(expected))
+        assert torch.allclose(block(query, keys, values)[0, 0], expected, atol=1e-5)
+
+
 def test_tokens_equal_the_steps_written_out(psat: PSAT) -> None:
     features, (plane, position) = torch.randn(2, 5, 3, 2, 4), slices(2, 3)
     values = psat.to_memory(features.flatten(2).mT)

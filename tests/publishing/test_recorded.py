@@ -15,11 +15,11 @@ import yaml
 from running import ROOT, merged, run, settings
 
 from med3dinsight_ext.monailabel.label_bundle import label_bundle
-from med3dinsight_ext.publishing.card import ROWS
 from med3dinsight_ext.publishing.checks.documents import check_record
 from med3dinsight_ext.publishing.checks.folder import PublishedFolder, Skipped
 from med3dinsight_ext.publishing.publish import publish
 from med3dinsight_ext.publishing.verify import file_checks
+from med3dinsight_ext.reports.run_facts import ROWS
 
 UNET = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
         "channels": [2, 4], "strides": [2]}  # fmt: skip

@@ -123,3 +123,31 @@ def test_the_heads_of_a_saved_student_give_its_spaces(tmp_path: Path) -> None:
     assert embedding_dims_of(tmp_path / "student.pt") == {"image": 5, "text": 4}
     with pytest.raises(ValueError, match="student weights must be at .*, got nothing; train first"):
         embedding_dims_of(tmp_path / "gone.pt")
+
+
+def test_a_student_that_is_broken_or_runs_code_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"heads.image.weight": Evil()}, tmp_path / "student.pt")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"student weights .*student\.pt.*take those that the"):
+            embedding_dims_of(tmp_path / "student.pt")
+        with pytest.raises(ValueError, match="weights in .* must fit the network of this config"):
+            load_weights(nn.Linear(1, 1), tmp_path / "student.pt")
+        (tmp_path / "student.pt").write_bytes(b"half")
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_a_folder_may_hold_weights_already_and_resuming_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    trainer = Engine(lambda *_: None)
+    for _ in range(2):
+        saver = checkpoint({"trainer": trainer, "net": nn.Linear(1, 1)}, tmp_path, "last.pt")
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, saver)
+    trainer.run([0], max_epochs=3)
+    checkpoint({"net": nn.Linear(1, 1)}, tmp_path, "other.pt")(trainer)
+    again = Engine(lambda *_: None)
+    resume(tmp_path / "last.pt", {"trainer": again, "net": nn.Linear(1, 1)}, again)
+    assert f"resumed from {tmp_path / 'last.pt'} after epoch 3" in caplog.text

@@ -30,7 +30,7 @@ def test_an_epochs_draws_depend_on_its_number_alone() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_transforms_get_the_ranks_seed_and_the_sampler_the_epoch(
+def test_transforms_get_a_seed_of_the_rank_and_the_sampler_the_epoch(
     rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     got: dict[str, int] = {}

@@ -269,6 +269,25 @@ def test_a_transfer_adds_no_channels_unless_asked_to(tmp_path: Path) -> None:
     assert "weight" in json.loads((tmp_path / "t.json").read_text())["extended"]
 
 
+def test_layers_that_differ_otherwise_do_not_grow(tmp_path: Path) -> None:
+    def net(channels: int, out: int) -> nn.Module:
+        return nn.Sequential(nn.Conv3d(channels, 4, 3), nn.Conv3d(channels, out, 3))
+
+    path = saved(net(1, 2), tmp_path / "a.pt")
+    report = load_pretrained(net(3, 5), path, min_match=0.1, add_channels=True)
+    assert list(report.extended) == ["0.weight"]
+    assert sorted(report.skipped) == ["1.bias", "1.weight"]
+    torch.save(nn.Sequential(nn.Conv3d(1, 4, 3)).state_dict(), path)
+    report = load_pretrained(net(3, 5), path, min_match=0.1, add_channels=True)
+    assert report.skipped["1.weight"] == "not in the file"
+
+
+def test_a_transfer_logs_its_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    Transfer(unet(), saved(unet(), tmp_path / "a.pt"), tmp_path / "t.json").load()
+    assert "-> UNet" in caplog.text
+
+
 def test_another_patch_size_is_named(tmp_path: Path) -> None:
     path = saved(ViT(1, (32,) * 3, (16,) * 3, 48, 48, 2, 4), tmp_path / "a.pt")
     target = ViT(1, (48, 32, 32), (16,) * 3, 48, 48, 2, 4)
@@ -302,3 +321,6 @@ def test_the_command_prints_the_report_of_a_config(
     assert "-> SegResNet" in out and "encoder 100 %" in out and "skipped  conv_final.2" in out
     transfer_report(str(path), str(saved(unet(), tmp_path / "b.pt")))
     assert "loaded   0 of" in capsys.readouterr().out
+    transfer_report(str(path), str(path))
+    out = capsys.readouterr().out
+    assert "100 %" in out and "loaded   0" not in out

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from med3dinsight_ext.training.weights import read_weights, renamed
+from med3dinsight_ext.training.weights import not_finite, read_weights, renamed
 
 
 def test_a_rename_that_matches_nothing_is_an_error() -> None:
@@ -82,3 +82,22 @@ def test_a_cut_off_file_and_a_file_without_tensors_are_errors(tmp_path: Path) ->
     torch.save({"a": torch.tensor([float("nan")])}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"be finite, got NaN or infinity in \['a'\]"):
         read_weights(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("value", [torch.zeros(1).expand(2), torch.eye(3).to_sparse()])
+def test_tensors_that_claim_more_than_they_store_are_named(
+    value: torch.Tensor, tmp_path: Path
+) -> None:
+    torch.save({"sound": torch.ones(2, 3), "large": value}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"store every number, got \['large'\] of .*a\.pt"):
+        read_weights(tmp_path / "a.pt")
+
+
+def test_a_view_of_a_stored_tensor_is_read(tmp_path: Path) -> None:
+    torch.save({"part": torch.arange(6.0).view(2, 3)[:, 1:]}, tmp_path / "a.pt")
+    assert torch.equal(read_weights(tmp_path / "a.pt")["part"], torch.tensor([[1, 2], [4, 5.0]]))
+
+
+def test_one_bad_number_makes_a_tensor_not_finite() -> None:
+    weights = {"a": torch.tensor([1.0, float("inf")]), "b": torch.ones(2)}
+    assert not_finite(weights) == ["a"]

@@ -1,0 +1,196 @@
+"""What a run of the engine keeps, resumes, logs and writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import CheckpointLoader
+from torch import nn
+
+from med3dinsight_ext.training import engine
+from med3dinsight_ext.training.checkpoints import checkpoint
+
+
+class Scores(Metric):
+    """Gives one number of a list after another."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self.values = iter(values)
+        super().__init__(lambda output: output)
+
+    def reset(self) -> None: ...
+
+    def update(self, output: Any) -> None: ...
+
+    def compute(self) -> float:
+        return next(self.values)
+
+
+class Run:
+    """A training whose only weight counts its steps, two an epoch.
+
+    Args:
+        folder: of the weights.
+        epochs: to train.
+        scores: of the validations; None has no validation.
+        validates: whether the validation is run.
+    """
+
+    def __init__(
+        self, folder: Path, epochs: int, scores: Sequence[float] | None = None,
+        validates: bool = True,
+    ) -> None:  # fmt: skip
+        self.folder = folder
+        self.network = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.network.weight)
+        item = {"image": torch.ones(1), "label": torch.zeros(1)}
+        loader = DataLoader(Dataset([item, item]), batch_size=1)
+        self.trainer = SupervisedTrainer(
+            "cpu", epochs, loader, self.network, torch.optim.SGD(self.network.parameters(), 1.0),
+            lambda out, _: -out.mean(),
+        )  # fmt: skip
+        self.evaluator = None
+        if scores is not None:
+            metric = {"score": Scores(scores)}
+            self.evaluator = SupervisedEvaluator("cpu", loader, self.network, key_val_metric=metric)
+            if validates:
+                engine.Validation(1, self.evaluator).attach(self.trainer)
+        name = None if scores is None else "score"
+        self.best = checkpoint({"model": self.network}, folder, "model.pt", name)
+        self.state = {"trainer": self.trainer, "network": self.network, "best": self.best}
+
+    def __call__(self, **more: Any) -> None:
+        engine.run(self.trainer, self.evaluator, [self.best], self.state | more, self.folder)
+
+    @property
+    def kept(self) -> int:
+        """Steps of the weights that were written."""
+        return round(float(torch.load(self.folder / "model.pt", weights_only=True)["weight"]))
+
+
+@pytest.fixture(autouse=True)
+def info(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+
+def test_the_best_epoch_is_kept_recorded_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, 3, [0.5, 0.9, 0.4])
+    run()
+    assert run.kept == 4 and run.trainer.state.epoch == 3
+    said = f"trained for 3 epochs; wrote {tmp_path / 'model.pt'} of epoch 2, score 0.9000"
+    assert said in caplog.text
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["epochs"], record["best_epoch"], record["best_metric"]) == (3, 2, ["score", 0.9])
+    assert record["data"]["validation"]["cases"] == 2
+
+
+@pytest.mark.parametrize("scores", [None, [0.5]])
+def test_the_last_epoch_is_kept_where_none_is_validated(
+    scores: list[float] | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, 3, scores, validates=False)
+    run()
+    assert run.kept == 6 and "model.pt of the last epoch" in caplog.text
+
+
+def test_a_run_goes_on_where_it_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Run(tmp_path, 2, [0.5, 0.9])()
+    assert "resumed" not in caplog.text
+    again = Run(tmp_path, 4, [0.6, 0.7])
+    again()
+    assert "resumed from" in caplog.text and again.trainer.state.iteration == 8
+    assert again.kept == 4  # the best so far is that of the first part
+    assert float(again.network.weight) == 8
+    before = (tmp_path / "last.ckpt").read_bytes()
+    Run(tmp_path, 4, [0.99])()
+    assert f"{tmp_path / 'last.ckpt'} is trained for 4 epochs; raise max_epochs" in caplog.text
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+def test_the_scaler_of_mixed_precision_is_resumed(tmp_path: Path) -> None:
+    first = Run(tmp_path, 1)
+    first.trainer.scaler_ = nn.Linear(1, 2)  # with a state
+    first()
+    second = Run(tmp_path, 2)
+    second.trainer.scaler_ = nn.Linear(1, 2)
+    second()
+    assert torch.equal(second.trainer.scaler_.weight, first.trainer.scaler_.weight)
+    assert "scaler" not in second.state
+
+
+def test_a_loader_among_the_handlers_makes_it_incremental(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(engine.incremental, "run", lambda *words: given.extend(words))
+    run = Run(tmp_path, 2, [0.5, 0.6])
+    loader = CheckpointLoader("a.pt", {"network": run.network})
+    words = (run.trainer, run.evaluator, [run.best], run.state, tmp_path)
+    engine.run(*words, handlers=[object(), loader])
+    assert given == [run.trainer, run.evaluator, [run.best], run.state, [loader], tmp_path]
+    assert run.trainer.state.iteration == 0 and not list(tmp_path.iterdir())
+
+
+def test_the_cause_is_printed_last(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    engine.cause_last()
+    try:
+        try:
+            raise ValueError("a label is missing")
+        except ValueError as cause:
+            raise RuntimeError("Failed to evaluate") from cause
+    except RuntimeError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    said = capsys.readouterr().err
+    assert "RuntimeError: Failed to evaluate" in said
+    assert (
+        said.endswith("\nValueError: a label is missing\n")
+        and said.count("ValueError: a label") == 2
+    )
+    alone = KeyError("x")
+    sys.excepthook(KeyError, alone, None)
+    assert capsys.readouterr().err == "KeyError: 'x'\n"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_evaluation_runs_both_and_the_first_rank_writes(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(idist, "get_rank", lambda: rank)
+    engines = []
+    for value in (0.75, 0.25):
+
+        class Table(Engine):
+            """MONAI's evaluators run without arguments."""
+
+            def run(self) -> None:  # type: ignore[override]
+                super().run([0])
+
+        made = Table(lambda *_: None)
+        found = {"all_r1": value, "all_r1_low": 0.1, "all_r1_high": 0.9, "all_r1_chance": 0.05}
+        metrics = {**found, "table": {"not": "a number"}}
+        made.add_event_handler(Events.COMPLETED, lambda e, m=metrics: e.state.metrics.update(m))
+        engines.append(made)
+    tables = engine.evaluate(*engines, tmp_path / "new" / "retrieval.json")
+    assert {name: table["all_r1"] for name, table in tables.items()} == {
+        "student": 0.75, "volume_zero": 0.25
+    }  # fmt: skip
+    assert "table" not in tables["student"]
+    path = tmp_path / "new" / "retrieval.json"
+    assert path.exists() == (rank == 0) == ("0.750" in caplog.text)
+    assert rank or json.loads(path.read_text()) == tables
