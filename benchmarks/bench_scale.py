@@ -37,6 +37,7 @@ from med3dinsight_ext.io.configs import with_shared  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 
 PATCH = (96, 96, 96)
+BASES = 4  # files that the simulated ones are links to
 
 
 def bytes_read() -> int:
@@ -198,7 +199,7 @@ def simulated(root: Path, bundle: str, count: int) -> dict[str, Any]:
     (root / "images").mkdir()
     keys = ["image", "label"] if bundle == "seg-finetune" else ["image"]
     random = np.random.default_rng(0)
-    for base in range(10):
+    for base in range(BASES):
         label: np.ndarray = np.zeros((40, 40, 40), np.uint8)
         label[10:30, 10:30, 10:30] = 1
         for key, array in (
@@ -210,7 +211,7 @@ def simulated(root: Path, bundle: str, count: int) -> dict[str, Any]:
     for i in range(count):
         row = {key: f"images/{i}.{key}.nii.gz" for key in keys}
         for key in keys:
-            os.link(root / f"base{i % 10}.{key}.nii.gz", root / row[key])
+            os.link(root / f"base{i % BASES}.{key}.nii.gz", root / row[key])
         rows.append(row)
     (root / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings: dict[str, Any] = {
@@ -219,7 +220,7 @@ def simulated(root: Path, bundle: str, count: int) -> dict[str, Any]:
         "steps_per_epoch": 1, "val_fraction": 0.0, "max_epochs": 1, "num_workers": 2,
     }  # fmt: skip
     few = root / "few.jsonl"
-    few.write_text("".join(json.dumps(row) + "\n" for row in rows[:10]))
+    few.write_text("".join(json.dumps(row) + "\n" for row in rows[:BASES]))
     files = with_shared(BUNDLES / bundle / "configs" / "train.json")
     made = ConfigWorkflow(
         files, logging_file=False, workflow_type="train", datalist=str(few), **settings
@@ -230,6 +231,8 @@ def simulated(root: Path, bundle: str, count: int) -> dict[str, Any]:
     items = get("items")
     copy.check(items)
     done = store.fill(items) if store else []
+    if store:
+        print("teacher", store.embedding_dims)
     links, index, lines = [], [], []
     for i, row in enumerate(rows):
         for key in keys:
@@ -245,13 +248,13 @@ def simulated(root: Path, bundle: str, count: int) -> dict[str, Any]:
         store._hashes.__init__(root / "store" / "files.jsonl")
     for i, row in enumerate(rows):
         item = {**{key: str(root / row[key]) for key in keys}, "modality": "CT"}
-        old = copy._records[items[i % 10]["prepared"]]
+        old = copy._records[items[i % BASES]["prepared"]]
         index.append(json.dumps(old | {"entry": copy.entry(item), "image": item["image"]}))
         new = json.loads(index[-1])["entry"]
         links += [(copy.path(old["entry"], key), copy.path(new, key)) for key in keys]
         if store:
             for suffix in (".safetensors", ".json"):
-                source = Path(done[i % 10]["targets"]).with_suffix(suffix)
+                source = Path(done[i % BASES]["targets"]).with_suffix(suffix)
                 links.append((source, store.path(item).with_suffix(suffix)))
     for source, target in links:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -268,8 +271,8 @@ files, settings = json.loads(sys.argv[1])
 made = ConfigWorkflow(files, logging_file=False, workflow_type="train", **settings)
 made.initialize()
 made.run()
-own, workers = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-own, workers = (resource.getrusage(who).ru_maxrss / 1e6 for who in (own, workers))
+own = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e6
+workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
 row = {"seconds": time.perf_counter() - begin, "gigabytes": own, "worker_gigabytes": workers}
 print(json.dumps(row))
 """
