@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from med3dinsight_ext.data.chunks import BrokenChunks, ChunkFile, write_chunks
 from med3dinsight_ext.data.labels import label_values
-from med3dinsight_ext.data.volumes import check_each
+from med3dinsight_ext.data.volumes import good_ones
 from med3dinsight_ext.io.files import HashMemo
 
 log = logging.getLogger(__name__)
@@ -131,14 +131,12 @@ class PreparedCopy:
             self._load_index()
             records |= {id(item): self._records[self.entry(item)] for item in missing}
 
-        def sound(item: dict) -> Record:
+        found: list[Record | ValueError] = []
+        for item in items:
             record: Record = records[id(item)] or {}
-            if record["fault"]:
-                raise ValueError(record["fault"])
+            found.append(ValueError(record["fault"]) if record["fault"] else record)
             item["prepared"] = record["entry"]
-            return record
-
-        return check_each(sound, list(items), "volumes", skip_bad)
+        return good_ones(items, found, "volumes", skip_bad)
 
     def sound(self, items: Sequence[dict], skip_bad: bool = False) -> list[dict]:
         """The good items of ``check``."""

@@ -171,6 +171,13 @@ def check_each(
 
     with ThreadPoolExecutor(4) as pool:
         found = list(tqdm(pool.map(attempt, items), f"Checking {what}", len(items), disable=None))
+    return good_ones(items, found, what, skip_bad)
+
+
+def good_ones(
+    items: Sequence[dict], found: Sequence[T | ValueError], what: str, skip_bad: bool
+) -> dict[int, T]:
+    """What ``check_each`` returns and raises, from the result or fault of each item."""
     bad = [str(result) for result in found if isinstance(result, ValueError)]
     if bad and (not skip_bad or len(bad) == len(items)):
         listing = "\n  ".join(bad)

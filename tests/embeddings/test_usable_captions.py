@@ -9,6 +9,7 @@ from fakes import FakeImages, FakeMllm, FakeTexts, volume, write_volumes
 from running import run, settings
 
 from med3dinsight_ext.captions.sources import FileCaptions, TemplateCaptions
+from med3dinsight_ext.embeddings import usable_captions
 from med3dinsight_ext.embeddings.store import Store
 from med3dinsight_ext.embeddings.usable_captions import caption_statuses, check_captions
 from med3dinsight_ext.teachers.teacher import Teacher
@@ -61,6 +62,28 @@ def test_a_similarity_that_no_caption_reaches_stops_the_training(tmp_path: Path)
     check_captions(items, 1, min_similarity=-1.0)
     with pytest.raises(ValueError, match="36 below min_similarity"):
         check_captions(items, 1, min_similarity=1.01)
+
+
+@pytest.mark.parametrize(("sample", "read"), [(1, 1), (2, 2), (9, 3)])
+def test_of_many_volumes_some_are_counted(
+    sample: int, read: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(usable_captions, "SAMPLE", sample)
+    caplog.set_level("INFO")
+    items = [
+        {"targets": str(path.with_suffix(".safetensors"))}
+        for path in [tmp_path / f"{i}.json" for i in range(3)]
+    ]
+    for item in items:
+        row = '{"slices": [{"status": "ok", "similarity": null}]}'
+        Path(item["targets"]).with_suffix(".json").write_text(row)
+    check_captions(items, 1)
+    assert f"{read} of {read} captions" in caplog.text
+    assert ("of 3 volumes" in caplog.text) == (read < 3)
+    for item in items[:2]:
+        Path(item["targets"]).with_suffix(".json").write_text(row.replace("ok", "refused"))
+    check_captions(items, 1)  # the last one is found where the sample has none
 
 
 def test_copies_of_a_volume_count_once(tmp_path: Path) -> None:
