@@ -18,7 +18,7 @@ from med3dinsight_ext.models.classifier import (
     pooled_features,
     probe,
 )
-from med3dinsight_ext.models.probes import KNNHead, fit_linear, knn_probe
+from med3dinsight_ext.models.probes import KNNHead, fit_linear, knn_probe, select_l2
 
 SIZE = (32, 16, 24)
 
@@ -146,7 +146,7 @@ def test_the_linear_mode_is_the_logistic_regression_on_frozen_features(tmp_path:
     before = {k: v.clone() for k, v in classifier.network.state_dict().items()}
     probe(classifier, loader(6), torch.device("cpu"), "linear", tmp_path)
     features, labels = pooled_features(classifier, loader(6), torch.device("cpu"))
-    expected = fit_linear(features, labels)(features)
+    expected = fit_linear(features, labels, select_l2(features, labels))(features)
     scores = torch.cat([classifier.eval()(batch["image"]) for batch in loader(6)])
     assert torch.allclose(scores, expected, atol=1e-4)
     assert all(torch.equal(v, classifier.network.state_dict()[k]) for k, v in before.items())
