@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ignite.engine import Engine
+from monai.data import MetaTensor
 from monai.networks.nets import DenseNet, SegResNet, UNet, ViT
 from running import free_port
 from torch import nn
@@ -212,3 +213,12 @@ def test_a_mode_that_does_not_go_with_the_head_is_an_error(tmp_path: Path) -> No
         with pytest.raises(ValueError, match=f"mode must be finetune, linear .*, got '{mode}'"):
             probe(classifier, loader(1), torch.device("cpu"), mode, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_features_that_are_not_finite_name_the_case() -> None:
+    network = Net()
+    torch.nn.init.constant_(network.down.bias, float("nan"))
+    batch = loader(1)[0]
+    batch["image"] = MetaTensor(batch["image"], meta={"filename_or_obj": ["a.nii", "b.nii"]})
+    with pytest.raises(ValueError, match=r"features must be finite, .* from \['a.nii', 'b.nii'\]"):
+        pooled_features(Classifier(network, 2, SIZE), [batch], torch.device("cpu"))
