@@ -38,7 +38,7 @@ from med3dinsight_ext.teachers.dense import encode_grids  # noqa: E402
 from med3dinsight_ext.teachers.teacher import Teacher, bundled, untrained  # noqa: E402
 
 NAMES = ["normal", "hyperplasia"]
-DRAWS = {12: 10, 119: 5, None: 1}  # labelled cases: draws
+DRAWS = {12: 10, 119: 5, None: 3}  # labelled cases: draws, as many as seeds of the evidence
 CHOICE_CASES, RANDOM = 300, 32  # development cases, random projections
 EVIDENCE = ("scratch", "reconstruction", "default", "default_reconstruction_100")
 

@@ -177,9 +177,9 @@ def frozen(result: Result) -> str:
         found = [result["arms"][arm][count] for count in counts]
         cells = []
         for row in found:
-            spread = f" ± {stdev(row['auroc']):.3f}" if len(row["auroc"]) > 1 else ""
+            spread = f" ± {stdev(row['auroc']):.3f}" if len(set(row["auroc"])) > 1 else ""
             ends = f"{row['low']:.3f}–{row['high']:.3f}"
-            cells.append(f"{row['mean']:.3f}{spread} ({ends}; {len(row['auroc'])})")
+            cells.append(f"{row['mean']:.3f}{spread} ({ends})")
         rows.append([name, *cells])
         if arm != "trained":
             gains = [row["trained_above"] for row in found]
