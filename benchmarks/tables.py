@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 from formatting import (
     Result,
@@ -159,6 +159,61 @@ def headneck(result: Result) -> str:
             for name, row in {**found["classes"], "mean": found["mean"]}.items()
         ),
     )
+
+
+def frozen(result: Result) -> str:
+    """Section of bench_frozen.py."""
+    names = {
+        "trained": "frozen 2D features, ImageNet weights",
+        "random": "frozen 2D features, random weights",
+        "scratch": "3D network from scratch",
+        "reconstruction": "3D, after masked reconstruction",
+        "default": "3D, after the default pre-training until budget `choice`",
+        "default_reconstruction_100": "3D, after the default pre-training",
+    }
+    counts = ("12", "119", "None")
+    rows, differences = [], []
+    for arm, name in names.items():
+        found = [result["arms"][arm][count] for count in counts]
+        cells = []
+        for row in found:
+            spread = f" ± {stdev(row['auroc']):.3f}" if len(set(row["auroc"])) > 1 else ""
+            ends = f"{row['low']:.3f}–{row['high']:.3f}"
+            cells.append(f"{row['mean']:.3f}{spread} ({ends})")
+        rows.append([name, *cells])
+        if arm != "trained":
+            gains = [row["trained_above"] for row in found]
+            differences.append(
+                [name, *(f"{points(gain)}; {gain['pairs']}" for gain in gains)]
+            )  # fmt: skip
+    trained, choice = result["arms"]["trained"], result["choice"]
+    chosen = choice["auroc"]
+    draws = next(iter(chosen.values()))
+    return fill(
+        "frozen",
+        where=where(result),
+        cases=result["test_cases"],
+        trained_seconds=result["volume_seconds"]["trained"],
+        fit_12=result["fit_seconds"]["12"],
+        fit_119=result["fit_seconds"]["119"],
+        goal_12=reached(trained["12"]["mean"] >= 0.77),
+        goal_119=reached(trained["119"]["mean"] >= 0.86),
+        rows=table(rows),
+        differences=table(differences),
+        choice_cases=choice["cases"],
+        choice_12=len(draws["12"]),
+        choice_119=len(draws["119"]),
+        choice=table(
+            [name, *(f"{mean(row[n]):.3f} ± {stdev(row[n]):.3f}" for n in ("12", "119"))]
+            for name, row in chosen.items()
+        ),
+    )
+
+
+def points(gain: dict[str, float]) -> str:
+    """Difference in points with its interval."""
+    mean, low, high = (100 * gain[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def adrenal(result: Result) -> str:
@@ -474,6 +529,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "clicks_14": clicks,
     "label": label,
     "adrenal": adrenal,
+    "frozen": frozen,
     "finetune_speed": finetune_speed,
     "backbones": backbones,
     "exports": exports,

@@ -5,6 +5,7 @@ python benchmarks/evidence/tables.py
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -249,6 +250,7 @@ def readme(root: Path = HERE) -> str:
     blocks: dict[str, Iterable[str]] = {
         "verdict": verdict(tested, list(dict.fromkeys([CHOSEN, "default"]))),
         "arms": [f"| {arm} | {ARMS[arm]} |" for arm in shown],
+        "baseline": baseline(root),
         "answers": answers(tested),
         "findings": prose(root / "findings.md"),
         "tested": sections[True] if tested else ["Not run yet."],
@@ -261,6 +263,37 @@ def readme(root: Path = HERE) -> str:
     text = {name: "\n".join(lines).strip("\n") for name, lines in blocks.items()}
     page = (HERE / "page.md").read_text().format(share=SHARE, chosen=CHOSEN, **text)
     return re.sub(r"\n{3,}", "\n\n", page)  # of blocks that are empty
+
+
+def baseline(root: Path) -> list[str]:
+    """Table of ../results/frozen.json: features of the teacher, without any 3D training."""
+    path = root.parent / "results" / "frozen.json"
+    if not path.exists():
+        return []
+    arms = json.loads(path.read_text())["arms"]
+    lines = [
+        "## Baseline without 3D training",
+        "",
+        "Logistic regression on the frozen teacher's features of 12 slices, on adrenal's test "
+        "cases, with the same labelled cases "
+        "([more](../README.md#frozen-2d-features-without-3d-training)). AUROC with the interval "
+        "over cases, then points above the 3D arms with the interval over cases and seeds.",
+        "",
+        "| labels | ImageNet weights | random weights | above `scratch` | above `reconstruction` | "
+        f"above `{CHOSEN}` |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for count in arms["trained"]:
+        row = [count if count != "None" else "all"]
+        for arm in ("trained", "random"):
+            found = arms[arm][count]
+            ends = (found["low"], found["high"])
+            row.append(f"{points(found['mean'], False)} ({span(ends, False)})")
+        for arm in (*REFERENCES, CHOSEN):
+            gain = arms[arm][count]["trained_above"]
+            row.append(f"{points(gain['mean'])} ({span((gain['low'], gain['high']))})")
+        lines.append(f"| {' | '.join(row)} |")
+    return [*lines, ""]
 
 
 def prose(path: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,8 @@ class SampleGridsd(MapTransform, Randomizable):
         self.layers, self.points, self.slices = layers, points, slices
         self.threshold = threshold
 
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+    def image(self, data: dict[str, Any]) -> MetaTensor:
+        """The volume of an item, which must name its grids."""
         image = data[self.keys[0]]
         if not isinstance(image, MetaTensor):
             raise TypeError(
@@ -66,6 +68,10 @@ class SampleGridsd(MapTransform, Randomizable):
             raise ValueError(
                 "items must name their feature grids, got none; pass them through GridStore.fill"
             )
+        return image
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        image = self.image(data)
         found = dict(data)
         points = []
         with safe_open(data["grids"], "pt") as file:
@@ -74,7 +80,7 @@ class SampleGridsd(MapTransform, Randomizable):
             for n in range(self.layers):
                 stored = file.get_slice(f"codes.{n}")
                 side = round(stored.get_shape()[1] ** 0.5)
-                voxels = self._voxels(geometry, rows, side, image)
+                voxels = self.voxels(geometry, rows, side, image)
                 row, cell = self._draw(voxels, image)
                 codes = [decode(stored[int(rows[r])])[cell[row == r]] for r in row.unique()]
                 pad = self.points - len(row)
@@ -87,7 +93,7 @@ class SampleGridsd(MapTransform, Randomizable):
                 found[f"valid_{n}"] = torch.arange(self.points) < len(row)
         return {**found, "points": torch.stack(points)}
 
-    def _voxels(
+    def voxels(
         self, geometry: dict[str, Tensor], rows: Tensor, side: int, image: MetaTensor
     ) -> Tensor:
         """Voxel coordinates in ``image`` of the cells of the slices ``rows``: (s, cells, 3)."""
@@ -101,14 +107,14 @@ class SampleGridsd(MapTransform, Randomizable):
 
     def _slices_inside(self, geometry: dict[str, Tensor], image: MetaTensor) -> Tensor:
         """Rows of at most ``slices`` random slices that cross the image."""
-        voxels = self._voxels(geometry, torch.arange(len(geometry["plane"])), 16, image)
-        crosses = _inside(voxels, image).any(1).nonzero().flatten()
+        voxels = self.voxels(geometry, torch.arange(len(geometry["plane"])), 16, image)
+        crosses = within(voxels, image.shape[1:]).any(1).nonzero().flatten()
         order = torch.from_numpy(self.R.permutation(len(crosses)))
         return crosses[order[: self.slices]].sort().values
 
     def _draw(self, voxels: Tensor, image: MetaTensor) -> tuple[Tensor, Tensor]:
         """Row and cell of at most ``points`` cells inside the image that show tissue."""
-        inside = _inside(voxels, image)
+        inside = within(voxels, image.shape[1:])
         row, cell = inside.nonzero(as_tuple=True)
         x, y, z = voxels[row, cell].round().long().unbind(1)
         bright = image.as_tensor()[0, x, y, z] > self.threshold
@@ -117,8 +123,9 @@ class SampleGridsd(MapTransform, Randomizable):
         return row[pick], cell[pick]
 
 
-def _inside(voxels: Tensor, image: Tensor) -> Tensor:
-    limit = torch.tensor(image.shape[1:], dtype=torch.float64) - 0.5
+def within(voxels: Tensor, size: Sequence[int]) -> Tensor:
+    """Whether voxel coordinates (..., 3) lie in a volume of ``size`` (x, y, z)."""
+    limit = torch.tensor(size, dtype=torch.float64) - 0.5
     return ((voxels >= -0.499) & (voxels < limit - 1e-3)).all(-1)
 
 

@@ -201,7 +201,7 @@ class SampleTargetsd(MapTransform, Randomizable):
             "text_target": text,
             "has_text": has_text,
             "valid": valid,
-            "patient_index": _patient_index(data).expand(count),
+            "patient_index": patient_index(data, "targets").expand(count),
         }
 
     def _entry(self, data: dict[str, Any]) -> dict[str, Tensor]:
@@ -224,9 +224,9 @@ class SampleTargetsd(MapTransform, Randomizable):
         return torch.cat((captioned[:half], others))[: self.slices]
 
 
-def _patient_index(data: dict[str, Any]) -> Tensor:
-    """Number of an item's patient, the same in every process; without one, of its entry."""
-    name = str(data.get("patient", data["targets"]))
+def patient_index(data: dict[str, Any], file: str) -> Tensor:
+    """Number of an item's patient, the same in every process; without one, of its ``file``."""
+    name = str(data.get("patient", data[file]))
     digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()
     return torch.tensor(int.from_bytes(digest[:8], "big", signed=True))
 

@@ -106,7 +106,7 @@ def readme(
     for key, count in (("spacing", 3), ("ct_range", 2)):
         if not isinstance(used[key], (list, tuple)) or len(used[key]) != count:
             raise ValueError(f"{key} must be {count} numbers, got {used[key]}; correct the overlay")
-    backbone = train["backbone"]
+    backbone = train["backbone"] or train["network_def"]  # of frozen 2D features
     pins = {key: metadata[value] for key, value in PINS.items()}
     pins |= metadata["required_packages_version"]
     example = {"image": "a.nii.gz", list(pred["channel_def"].values())[-1]: [[31, 40, 22]]}

@@ -74,3 +74,20 @@ def test_fine_tuning_takes_unlabelled_volumes(
     data = workflow.parser.get_parsed_content("train::dataset::data")
     assert len(data) == 6 and len({item["image"] for item in data}) == 6
     assert (tmp_path / "run/models/model.pt").exists()
+
+
+def test_targets_of_the_crop_train_and_are_evaluated(tmp_path: Path) -> None:
+    volumes = write_volumes(tmp_path / "volumes", 6)
+    given = settings(
+        "pretrain", tmp_path, volumes, teacher={"_target_": "test_dense.teacher"}, slices=4,
+        per_plane=6, patch_size=[16, 16, 16],
+    )  # fmt: skip
+    run("pretrain", ["train.json", "crop.yaml"], **given)
+    (row,) = [json.loads(x) for x in (tmp_path / "eval/history.jsonl").read_text().splitlines()]
+    assert row["image"] > 0 and row["text"] == 0 and "image_within_r1" in row
+    state = torch.load(tmp_path / "models/student.pt", weights_only=True)
+    heads = [name for name in state if name.startswith("heads.")]
+    assert heads and all(name.startswith("heads.image") for name in heads)
+    files = ["train.json", "crop.yaml", "evaluate.json"]
+    run("pretrain", files, **given)
+    assert (tmp_path / "eval/retrieval.json").is_file()

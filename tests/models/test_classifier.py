@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ignite.engine import Engine
+from monai.data import MetaTensor
 from monai.networks.nets import DenseNet, SegResNet, UNet, ViT
 from running import free_port
 from torch import nn
@@ -18,7 +19,7 @@ from med3dinsight_ext.models.classifier import (
     pooled_features,
     probe,
 )
-from med3dinsight_ext.models.probes import KNNHead, fit_linear, knn_probe
+from med3dinsight_ext.models.probes import KNNHead, fit_linear, knn_probe, select_l2
 
 SIZE = (32, 16, 24)
 
@@ -146,7 +147,7 @@ def test_the_linear_mode_is_the_logistic_regression_on_frozen_features(tmp_path:
     before = {k: v.clone() for k, v in classifier.network.state_dict().items()}
     probe(classifier, loader(6), torch.device("cpu"), "linear", tmp_path)
     features, labels = pooled_features(classifier, loader(6), torch.device("cpu"))
-    expected = fit_linear(features, labels)(features)
+    expected = fit_linear(features, labels, select_l2(features, labels))(features)
     scores = torch.cat([classifier.eval()(batch["image"]) for batch in loader(6)])
     assert torch.allclose(scores, expected, atol=1e-4)
     assert all(torch.equal(v, classifier.network.state_dict()[k]) for k, v in before.items())
@@ -212,3 +213,12 @@ def test_a_mode_that_does_not_go_with_the_head_is_an_error(tmp_path: Path) -> No
         with pytest.raises(ValueError, match=f"mode must be finetune, linear .*, got '{mode}'"):
             probe(classifier, loader(1), torch.device("cpu"), mode, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_features_that_are_not_finite_name_the_case() -> None:
+    network = Net()
+    torch.nn.init.constant_(network.down.bias, float("nan"))
+    batch = loader(1)[0]
+    batch["image"] = MetaTensor(batch["image"], meta={"filename_or_obj": ["a.nii", "b.nii"]})
+    with pytest.raises(ValueError, match=r"features must be finite, .* from \['a.nii', 'b.nii'\]"):
+        pooled_features(Classifier(network, 2, SIZE), [batch], torch.device("cpu"))

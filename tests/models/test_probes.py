@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from med3dinsight_ext.models.probes import knn_probe, linear_probe
+from med3dinsight_ext.models import probes
+from med3dinsight_ext.models.probes import PENALTIES, knn_probe, linear_probe, select_l2
 
 
 def blobs(n: int = 60, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -62,3 +63,49 @@ def test_linear_probe_works_without_gradient_and_with_a_constant_feature() -> No
     with torch.no_grad():
         got = linear_probe(features, labels, features)
     assert got.isfinite().all() and (got.argmax(1) == labels).double().mean() > 0.8
+
+
+def test_more_features_than_cases_equal_scikit_learn() -> None:
+    linear = pytest.importorskip("sklearn.linear_model")
+    labels = torch.arange(12) % 3
+    features = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
+    features[:, 0] += labels
+    mean, std = features.mean(0), features.std(0, correction=0)
+    model = linear.LogisticRegression(C=0.5, max_iter=1000, tol=1e-8)
+    rows = ((features - mean) / std).double().numpy()
+    model.fit(rows, labels.numpy())
+    got = linear_probe(features, labels, features * 1.1, l2=2.0)
+    test = ((features * 1.1 - mean) / std).double().numpy()
+    expected = torch.from_numpy(model.predict_proba(test)).float()
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=0)
+
+
+def test_the_penalty_follows_the_noise() -> None:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(80) % 2
+    clear = torch.randn(80, 4, generator=g) * 0.1 + labels[:, None]
+    noise = torch.randn(80, 4, generator=g)
+    assert select_l2(clear, labels) == pytest.approx(0.04)
+    assert select_l2(noise, labels) >= 40
+
+
+@pytest.mark.parametrize("counts", [(1, 9), (2, 10), (3, 3), (0, 2, 2)])
+def test_few_cases_have_fewer_folds_or_none(counts: tuple[int, ...]) -> None:
+    labels = torch.cat([torch.full((n,), c) for c, n in enumerate(counts)])
+    features = torch.randn(len(labels), 6, generator=torch.Generator().manual_seed(0))
+    found = select_l2(features, labels, classes=3)
+    assert found == 6 if 1 in counts else found in {6 * 10.0**k for k in PENALTIES}
+
+
+def test_every_fold_trains_on_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.tensor([0] * 2 + [1] * 9 + [2] * 3)
+    seen = []
+
+    def record(x: Tensor, y: Tensor, l2: float, classes: int) -> tuple[Tensor, Tensor]:
+        seen.append(set(y.tolist()))
+        return torch.zeros(classes, x.shape[1]).double(), torch.zeros(classes).double()
+
+    monkeypatch.setattr(probes, "_logistic", record)
+    select_l2(torch.rand(14, 5), labels)
+    assert len(seen) == 2 * len(PENALTIES) * (probes.REPEATED // 14)
+    assert all(classes == {0, 1, 2} for classes in seen)

@@ -1,0 +1,101 @@
+"""Slice targets of the part of each slice that a crop shows, pooled from the feature grids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from safetensors import safe_open
+from torch import Tensor
+
+from med3dinsight_ext.data.slicing import MODALITIES
+from med3dinsight_ext.embeddings.grid_targets import GEOMETRY, SampleGridsd, within
+from med3dinsight_ext.embeddings.grids import slice_voxels
+from med3dinsight_ext.embeddings.targets import map_positions, patient_index
+from med3dinsight_ext.embeddings.whitening import decode
+
+
+class SampleCropsd(SampleGridsd):
+    """Adds the targets of some slices of each volume, of what is left of them in a crop.
+
+    The target is the mean of the stored codes over the cells whose centre the crop shows, as the
+    tower's embedding is the mean over all cells: the embedding of a whole slice asks a student for
+    what it cannot see. Codes have no share that position explains. It belongs behind every spatial
+    transform; adds what ``SampleTargetsd`` adds, without texts.
+
+    Args:
+        keys: the image, a MetaTensor (1, x, y, z).
+        layers: teacher layers in the file; their means stand side by side.
+        slices: slices a volume, >= 1, padded if there are fewer; None takes all in order.
+
+    Raises:
+        TypeError: the image is no MetaTensor.
+        ValueError: the item names no grids, or the crop shows no stored slice.
+    """
+
+    def __init__(self, keys: str, layers: int, slices: int | None = 16) -> None:
+        super().__init__(keys, layers, slices=1 if slices is None else slices)
+        self.count = slices
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        plane, position, means = self.crop_means(data)
+        count = len(plane) if self.count is None else self.count
+        valid = torch.arange(count) < len(plane)
+        rows = torch.arange(count) * valid
+        modality = data.get("modality")
+        index = MODALITIES.index(modality) if modality in MODALITIES else 0
+        return {
+            **data,
+            "plane": plane[rows],
+            "position": position[rows],
+            "modality_index": torch.tensor(index).expand(count),
+            "image_target": F.normalize(means, dim=1)[rows] * valid[:, None],
+            "text_target": torch.zeros(count, 0),
+            "has_text": torch.zeros(count, dtype=torch.bool),
+            "valid": valid,
+            "patient_index": patient_index(data, "grids").expand(count),
+        }
+
+    def crop_means(self, data: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Plane (s,) and position (s,) in the crop of drawn slices, and their mean codes (s, k)."""
+        image = self.image(data)
+        with safe_open(data["grids"], "pt") as file:
+            geometry = {key: file.get_tensor(key) for key in GEOMETRY}
+            stored = [file.get_slice(f"codes.{n}") for n in range(self.layers)]
+            every = torch.arange(len(geometry["plane"]))
+            shown = [
+                self._shown(geometry, every, round(x.get_shape()[1] ** 0.5), image) for x in stored
+            ]
+            usable = torch.stack([cells.any(1) for cells in shown]).all(0).nonzero().flatten()
+            if not len(usable):
+                raise ValueError(
+                    f"image must show a stored slice, got none of {len(every)} inside the crop of "
+                    f"{image.meta.get('filename_or_obj', 'a volume')}; raise per_plane, or "
+                    "patch_size"
+                )
+            if self.count is not None:
+                order = torch.from_numpy(self.R.permutation(len(usable)))
+                usable = usable[order[: self.count]].sort().values
+            means = [
+                torch.stack([decode(x[int(row)])[cells[row]].mean(0) for row in usable])
+                for x, cells in zip(stored, shown, strict=True)
+            ]
+        plane, position = map_positions(
+            geometry["plane"].long()[usable], geometry["position"][usable], geometry["size"],
+            geometry["affine"], image.affine, image.shape[1:],
+        )  # fmt: skip
+        return plane, position.clamp(0, 1), torch.cat(means, 1)
+
+    def _shown(
+        self, geometry: dict[str, Tensor], rows: Tensor, side: int, image: MetaTensor
+    ) -> Tensor:
+        """Whether the crop shows the centres of cells: (s, cells), never those over padding."""
+        size = geometry["size"].tolist()
+        stored = slice_voxels(
+            geometry["plane"].long()[rows], geometry["position"][rows], size,
+            geometry["spacing"].tolist(), side, int(geometry["picture"]),
+        )  # fmt: skip
+        moved = self.voxels(geometry, rows, side, image)
+        return within(stored, size) & within(moved, image.shape[1:])
