@@ -13,6 +13,8 @@ from torch import Tensor
 
 from med3dinsight_ext.data.clicks import META, click_input, draw_click
 
+MOST_CLICKS = 100
+MOST_STEPS = 300  # of a history, in all its branches
 Click = tuple[float, ...]  # class, x, y, z
 Box = tuple[slice, ...]
 
@@ -28,8 +30,8 @@ class Step:
     """
 
     box: Box
-    scores: Tensor
-    following: dict[Click, Step] = field(default_factory=dict)
+    scores: Tensor = field(repr=False)
+    following: dict[Click, Step] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -40,6 +42,7 @@ class History:
     """
 
     automatic: Step | None = None
+    steps: int = 0
 
 
 class ClickInferer(Inferer):
@@ -95,8 +98,15 @@ class ClickInferer(Inferer):
             raise ValueError(f"batch_size must be 1 for clicks, got {len(volume)}")
         clicks = getattr(inputs, "meta", {}).get(META, torch.zeros(0, 4))
         clicks = [tuple(row) for row in clicks.reshape(-1, 4).tolist()]
+        if len(clicks) > MOST_CLICKS:
+            raise ValueError(
+                f"clicks must be at most {MOST_CLICKS} for a volume, got {len(clicks)}; save the "
+                "segmentation and correct the rest by hand"
+            )
         history = self.history or History()
         step = history.automatic
+        if step is not None and history.steps > MOST_STEPS:
+            step.following, history.steps = {}, 0
         if step is None:
             whole = self.inferer(volume, network, *args, **kwargs)[0]
             step = history.automatic = Step(tuple(map(slice, whole.shape[1:])), whole.half())
@@ -107,6 +117,7 @@ class ClickInferer(Inferer):
             clicks.remove(click)
             done.append(click)
             if click not in step.following:
+                history.steps += 1
                 step.following[click] = self._refine(volume, scores, done, network)
             step = step.following[click]
             scores[(slice(None), *step.box)] = step.scores.float()
