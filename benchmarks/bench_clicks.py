@@ -50,7 +50,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "hippocampus": {"val_fraction": 0},
     "headneck": {},
 }
-METHODS = {
+METHODS: dict[str, tuple[list[Any], list[Any]]] = {
     "plain": ([], []),
     "click": (["click.yaml"], ["click_inference.yaml"]),
     "deepedit": ([HERE / "deepedit.yaml"], [HERE / "deepedit_inference.yaml"]),
@@ -189,7 +189,8 @@ def score(
     chosen = "test" if subset == "test" else "development"
     given = source(data) | {"bundle_root": str(folder), "subset": chosen, **settings}
     parser, answer = segmenter(overlays, **given)
-    load_weights(*(parser.get_parsed_content(key) for key in ("network_def", "checkpoint")))
+    network, weights = (parser.get_parsed_content(key) for key in ("network_def", "checkpoint"))
+    load_weights(network, weights)
     names, items = (parser.get_parsed_content(key) for key in ("label_names", "items"))
     items = items if subset == "test" else partition(items, None, None)[1]
     items = items[:cases]

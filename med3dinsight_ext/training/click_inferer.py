@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,8 @@ class Step:
     """An answer: what a click changed of the answer before it.
 
     Args:
-        box: that was changed; of the automatic answer, the whole volume.
-        scores: (classes, x, y, z) in the box, in half precision.
+        box: of (classes, x, y, z) that was changed; of the automatic answer, all.
+        scores: in the box, in half precision.
         following: answers to one more click.
     """
 
@@ -109,7 +110,7 @@ class ClickInferer(Inferer):
             step.following, history.steps = {}, 0
         if step is None:
             whole = self.inferer(volume, network, *args, **kwargs)[0]
-            step = history.automatic = Step(tuple(map(slice, whole.shape[1:])), whole.half())
+            step = history.automatic = Step((slice(None),), _kept(whole))
         scores = step.scores.float()
         done: list[Click] = []
         while clicks:
@@ -120,7 +121,7 @@ class ClickInferer(Inferer):
                 history.steps += 1
                 step.following[click] = self._refine(volume, scores, done, network)
             step = step.following[click]
-            scores[(slice(None), *step.box)] = step.scores.float()
+            scores[step.box] = step.scores.float()
         return scores[None]
 
     def _refine(
@@ -133,28 +134,34 @@ class ClickInferer(Inferer):
             for c, p, n in zip(place, self.patch_size, size, strict=True)
         )
         inside = (slice(None), *window)
-        guidance = torch.zeros_like(scores[inside])
+        before = scores[inside]
+        guidance = torch.zeros_like(before)
         for number, *centre in clicks:
-            shifted = [c - side.start for c, side in zip(centre, window, strict=True)]
-            draw_click(guidance[int(number)], shifted, self.radius, self.shape)
+            centre = [c - side.start for c, side in zip(centre, window, strict=True)]
+            draw_click(guidance[int(number)], centre, self.radius, self.shape)
         answer = None
         if self.earlier_answer:
-            hot = F.one_hot(scores[inside].argmax(0), self.classes)
+            hot = F.one_hot(before.max(0).indices, self.classes)
             answer = hot.movedim(-1, 0).to(volume)[None]
-        image = click_input(volume[(slice(None), *inside)], guidance.to(volume)[None], answer)
-        found = self.inferer(image, network)[0]
+        image = click_input(volume[0][inside][None], guidance.to(volume)[None], answer)
+        found = self.inferer(image, network)[0].to(before)
         reach = self.refine_radius
-        box = tuple(
-            slice(max(side.start, round(c - reach)), min(side.stop, round(c + reach) + 1))
-            for c, side in zip(place, window, strict=True)
-        )
-        lines = [
-            (torch.arange(side.start, side.stop, device=volume.device) - c) ** 2
-            for c, side in zip(place, box, strict=True)
+        low = [max(0, math.ceil(c - reach)) for c in centre]  # of the last click
+        high = [
+            min(n, math.floor(c + reach) + 1) for n, c in zip(before.shape[1:], centre, strict=True)
         ]
-        away = lines[0][:, None, None] + lines[1][:, None] + lines[2]
-        inner = tuple(
-            slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, window, strict=True)
+        x, y, z = (
+            (torch.arange(a, b, device=volume.device) - c) ** 2
+            for a, b, c in zip(low, high, centre, strict=True)
         )
-        new = found[(slice(None), *inner)].to(scores)
-        return Step(box, torch.where(away <= reach**2, new, scores[(slice(None), *box)]).half())
+        near = x[:, None, None] + y[:, None] + z <= reach**2
+        inner = (slice(None), *map(slice, low, high))
+        starts = [side.start for side in window]
+        box = [slice(s + a, s + b) for s, a, b in zip(starts, low, high, strict=True)]
+        return Step((slice(None), *box), _kept(torch.where(near, found[inner], before[inner])))
+
+
+def _kept(scores: Tensor) -> Tensor:
+    """Half precision, without infinities."""
+    limit = torch.finfo(torch.float16).max
+    return scores.clamp(-limit, limit).half()

@@ -39,7 +39,7 @@ class FlipInferer(Inferer):
     ) -> Tensor:
         """The mean: volumes (b, c, x, y, z) flipped back, class scores (b, c) as they are."""
         plain = inputs.as_subclass(Tensor)  # metadata slows every layer
-        outputs = []
+        outputs: list[Tensor] = []
         for flip in self.flips:
             mirrored, pairs = plain.flip(flip), self.pairs if LEFT_RIGHT + 2 in flip else ()
             if pairs:  # channels of clicks and of an earlier answer

@@ -34,7 +34,7 @@ def copy(source: str, target: str) -> None:
     write_atomic(Path(target), lambda draft: shutil.copyfile(source, draft))
 
 
-local.shutil = SimpleNamespace(copy=copy)  # type: ignore[attr-defined]
+local.shutil = SimpleNamespace(copy=copy)
 
 
 @contextmanager
