@@ -1,11 +1,15 @@
-"""Train with simulated clicks, then click on the test cases through the inference configs.
+"""Train networks for a given time, with and without simulated clicks, and score clicks on them.
 
-python benchmarks/bench_clicks.py score ../shared/data/hippocampus [--out DIR]
-python benchmarks/bench_clicks.py score ../shared/data/hippocampus --labelled 14 --epochs 60
+python benchmarks/bench_clicks.py arm hippocampus DATA OUT --method click --seconds 170
+python benchmarks/bench_clicks.py arm headneck DATA OUT --method deepedit --labelled 5
+python benchmarks/bench_clicks.py score headneck DATA OUT --method click --subset test
+python benchmarks/bench_clicks.py collect OUT
 python benchmarks/bench_clicks.py seconds
 
-Each click goes into the largest error, at its most interior voxel, in the stored file's voxels.
-A finished training is not repeated. ``seconds`` needs no trained network, and an idle machine.
+An arm is one process; it trains on the GPU if there is one, scores on the validation cases, and
+writes OUT/<arm>/validation.json. A finished training is not repeated. Clicks are simulated in the
+largest error, at its most interior voxel, in the stored file's voxels. ``seconds`` needs no
+trained network, and an idle machine.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ from time import perf_counter
 from typing import Any
 
 import fire
-import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import torch
@@ -28,108 +31,241 @@ from monai.bundle import ConfigParser
 from monai.transforms import SaveImaged
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))
-from common import spread, timed, write  # noqa: E402
-from med3dinsight_ext.data.clicks import corrective_click  # noqa: E402
-from med3dinsight_ext.metrics.segmentation import case_scores, mean_scores, summary  # noqa: E402
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from common import machine, spread, timed, write  # noqa: E402
+from med3dinsight_ext.data.datalists import partition  # noqa: E402
+from med3dinsight_ext.metrics.bootstrap import bootstrap  # noqa: E402
+from med3dinsight_ext.metrics.segmentation import case_scores, summary  # noqa: E402
 from med3dinsight_ext.quickstart import BUNDLES, bundle_run  # noqa: E402
 from med3dinsight_ext.training.checkpoints import load_weights  # noqa: E402
+from med3dinsight_ext.training.click_inferer import ClickInferer, History  # noqa: E402
+from med3dinsight_ext.training.click_simulation import corrective_clicks  # noqa: E402
 
 CONFIGS = BUNDLES / "seg-finetune" / "configs"
-OVERLAY = str(Path(__file__).parent / "hippocampus.yaml")
-CLICKS = 5
-FIGURES = Path(__file__).parent / "figures"
+CLICKS = 10  # most of a case, when one a step
+ROUNDS = 5
+GOAL = 0.85  # mean Dice that clicks are counted to
+TRAINING: dict[str, dict[str, Any]] = {
+    "hippocampus": {"val_fraction": 0},
+    "headneck": {},
+}
+METHODS: dict[str, tuple[list[Any], list[Any]]] = {
+    "plain": ([], []),
+    "click": (["click.yaml"], ["click_inference.yaml"]),
+    "deepedit": ([HERE / "deepedit.yaml"], [HERE / "deepedit_inference.yaml"]),
+}
+Answer = Callable[[dict], np.ndarray]
 
 
-def inference(overlay: str, **overrides: Any) -> ConfigParser:
-    """The inference configs of a network with these settings that takes clicks."""
-    files = [CONFIGS / "inference.json", overlay, CONFIGS / "click_inference.yaml"]
-    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
+def source(data: str) -> dict[str, Any]:
+    root = Path(data)
+    return {
+        "dataset_dir": data, "datalist": str(root / "dataset.json"),
+        "split": str(root / "split.json"),
+    }  # fmt: skip
+
+
+def train(
+    dataset: str, data: str, folder: Path, method: str, labelled: int | None, seconds: float,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """Train for some seconds without validation, unless done."""
+    record = folder / "training.json"
+    if record.exists():
+        return
+    files = ["train.json", str(HERE / f"{dataset}.yaml"), *map(str, METHODS[method][0])]
+    timing = {
+        "_target_": "timed_training.TimedCosine", "optimizer": "@optimizer", "seconds": seconds,
+    }  # fmt: skip
+    begin = perf_counter()
+    workflow = bundle_run(
+        "seg-finetune", files, bundle_root=str(folder), **source(data),
+        **{"max_cases": labelled, "val_items": [], "max_epochs": 100_000, "ema_decay": 0.99,
+           "train_handlers::timing": timing} | TRAINING[dataset] | settings,
+    )  # fmt: skip
+    state = workflow.trainer.state
+    figures = {
+        "seconds": perf_counter() - begin, "epochs": state.epoch, "iterations": state.iteration,
+        "cases": len(workflow.train_dataset_data), "settings": settings,
+    }  # fmt: skip
+    record.write_text(json.dumps(figures))
+
+
+def segmenter(overlays: list[Any], **overrides: Any) -> tuple[ConfigParser, Answer]:
+    """The inference configs, and the function from an item to class numbers on its file's grid."""
+    files = [CONFIGS / "inference.json", *overlays]
+    parser = ConfigParser(ConfigParser.load_config_files([str(CONFIGS / file) for file in files]))
     parser.update(overrides)
-    return parser
-
-
-def segmenter(parser: ConfigParser) -> Callable[[dict], np.ndarray]:
-    """Function from an item to class numbers on its file's grid, as MONAI Label calls a bundle."""
     network, inferer, before, after = (
         parser.get_parsed_content(key)
         for key in ("network", "inferer", "preprocessing", "postprocessing")
     )
     network.eval()
     after.transforms = [t for t in after.transforms if not isinstance(t, SaveImaged)]
+    device = parser.get_parsed_content("device")
 
     @torch.no_grad()
     def answer(item: dict) -> np.ndarray:
         data = before(item)
-        data["pred"] = inferer(data["image"][None], network)[0]
-        return after(data)["pred"][0].cpu().numpy().astype(int)
+        data["pred"] = inferer(data["image"][None].to(device), network)[0].float().cpu()
+        return after(data)["pred"][0].numpy().astype(int)
 
-    return answer
+    return parser, answer
 
 
-def correct(answer: Callable[[dict], np.ndarray], item: dict, names: list[str]) -> list[dict]:
-    """Scores of one case after 0 to CLICKS clicks."""
+def next_clicks(found: np.ndarray, label: np.ndarray, classes: int, each: bool) -> list:
+    """The next click, or the next click for each class in the errors that it is part of."""
+    if not each:
+        return corrective_clicks(found, label)
+    clicks = []
+    for number in range(1, classes):
+        concerned = (found == number) | (label == number)
+        clicks += corrective_clicks(np.where(concerned, found, label), label)
+    return clicks
+
+
+def mean_dice(found: np.ndarray, label: np.ndarray, classes: int) -> float:
+    """Mean over the classes that the label has."""
+    there = [number for number in range(1, classes) if (label == number).any()]
+    shares = [
+        2 * ((found == n) & (label == n)).sum() / ((found == n).sum() + (label == n).sum())
+        for n in there
+    ]
+    return float(np.mean(shares))
+
+
+def correct(
+    answer: Answer, item: dict, names: list[str], steps: int, each: bool
+) -> dict[str, list]:
+    """Dice of a case after 0 to ``steps`` steps, all scores of the first and of step ``ROUNDS``.
+
+    Seconds are those of the answers with clicks.
+    """
     file: Any = nib.load(item["label"])
     label = np.asarray(file.dataobj).astype(int)
     spacing = [float(mm) for mm in file.header.get_zooms()[:3]]
     clicks: dict[str, list] = {name: [] for name in names}
-    rows = []
-    for _ in range(CLICKS + 1):
+    case: dict[str, list] = {"dice": [], "scores": [], "seconds": [], "clicks": []}
+    for step in range(steps + 1):
+        begin = perf_counter()
         found = answer({key: item[key] for key in ("image", "modality")} | clicks)
-        ours, theirs = (torch.from_numpy(x)[None] for x in (found, label))
-        rows.append(case_scores(ours, theirs, spacing, names))
-        if click := corrective_click(found, label):
-            clicks[names[click[0]]].append(list(click[1]))
-    return rows
+        case["seconds"] += [perf_counter() - begin] if step else []
+        case["dice"].append(mean_dice(found, label, len(names)))
+        case["clicks"].append(sum(map(len, clicks.values())))
+        if step in (0, ROUNDS):
+            ours, theirs = (torch.from_numpy(x)[None] for x in (found, label))
+            case["scores"].append(case_scores(ours, theirs, spacing, names))
+        for number, place in next_clicks(found, label, len(names), each):
+            clicks[names[number]].append(list(place))
+    return case
 
 
-def draw(path: Path, steps: list[dict[str, Any]], title: str) -> None:
-    """Mean Dice after each number of clicks, with its interval."""
-    mean, low, high = (np.array([step[key] for step in steps]) for key in ("mean", "low", "high"))
-    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
-    axes.errorbar(range(len(steps)), mean, (mean - low, high - mean), marker="o", capsize=3)
-    axes.set(xlabel="clicks", ylabel="mean Dice", title=title)
-    figure.savefig(path, dpi=150)
+def name_of(dataset: str, method: str, labelled: int | None, tag: str) -> str:
+    return "_".join(str(part) for part in (dataset, method, labelled, tag) if part)
 
 
 def score(
-    data: str, out: str = "clicks_run", labelled: int | None = None, epochs: int = 14
-) -> None:
-    """Train on development cases, all or ``labelled`` of them; score clicks on 60 test cases."""
-    root, name = Path(data), f"clicks_{labelled}" if labelled else "clicks"
-    out = f"{out}_{labelled}" if labelled else out
-    source = {
-        "dataset_dir": data, "datalist": str(root / "dataset.json"),
-        "split": str(root / "split.json"),
-    }  # fmt: skip
-    record = Path(out) / "seconds.json"
-    if not record.exists():
-        begin = perf_counter()
-        files = ["train.json", OVERLAY, "click.yaml"]
-        more = {"bundle_root": out, "max_epochs": epochs, "max_cases": labelled}
-        bundle_run("seg-finetune", files, **more, **source)
-        record.write_text(json.dumps(perf_counter() - begin))
-    parser = inference(OVERLAY, bundle_root=out, **source)
-    names, items = (parser.get_parsed_content(key) for key in ("label_names", "items"))
-    answer = segmenter(parser)
+    dataset: str, data: str, out: str, method: str = "click", labelled: int | None = None,
+    tag: str = "", subset: str = "validation", part: str = "", cases: int | None = None,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Score a trained arm with simulated clicks and write OUT/<arm>/<subset>[_<part>].json.
+
+    Args:
+        dataset: hippocampus or headneck.
+        data: its folder.
+        out: of all arms.
+        method: plain, click or deepedit.
+        labelled: development cases that it was trained on; None for all.
+        tag: of its name.
+        subset: validation or test.
+        part: of the file's name.
+        cases: to score; None for all.
+        settings: of inference.
+    """
+    folder = Path(out) / name_of(dataset, method, labelled, tag)
+    overlays = [HERE / f"{dataset}.yaml", *METHODS[method][1]]
+    chosen = "test" if subset == "test" else "development"
+    given = source(data) | {"bundle_root": str(folder), "subset": chosen, **settings}
+    parser, answer = segmenter(overlays, **given)
     network, weights = (parser.get_parsed_content(key) for key in ("network_def", "checkpoint"))
     load_weights(network, weights)
-    cases = [correct(answer, item, names) for item in tqdm(items, "Clicking")]
-    steps = [summary([case[n] for case in cases])["mean"] for n in range(CLICKS + 1)]
-    gain = [mean_scores(c[-1])["dice"] - mean_scores(c[0])["dice"] for c in cases]
-    figures = {
-        "train_seconds": json.loads(record.read_text()),
-        "labelled": labelled,
-        "epochs": epochs,
-        "cases": len(cases),
-        "clicks": {str(n): step for n, step in enumerate(steps)},
-        "gain_of_dice": {"mean": float(np.mean(gain)), **spread(gain)},
-    }
-    write(name, figures)
-    title = (
-        f"Hippocampus, {len(cases)} test cases; trained on {labelled or 'all'} development cases"
-    )
-    draw(FIGURES / f"{name}.png", [step["dice"] for step in steps], title)
+    names, items = (parser.get_parsed_content(key) for key in ("label_names", "items"))
+    items = items if subset == "test" else partition(items, None, None)[1]
+    items = items[:cases]
+    inferer = parser.get_parsed_content("inferer")
+    steps = {"plain": 0}.get(method, CLICKS)
+    protocols = {"one": (steps, False)}
+    if method != "plain" and len(names) > 3:
+        protocols["each"] = (ROUNDS, True)
+    figures: dict[str, Any] = {"cases": len(items), "settings": settings}
+    figures["training"] = json.loads((folder / "training.json").read_text())
+    for protocol, (count, each) in protocols.items():
+        found = []
+        for item in tqdm(items, f"{folder.name} {protocol}", mininterval=5):
+            if isinstance(inferer, ClickInferer):
+                inferer.history = History()
+            found.append(correct(answer, item, names, count, each))
+        figures[protocol] = statistics(found)
+        name = f"{subset}_{part}" if part else subset
+        (folder / f"{name}.json").write_text(json.dumps(machine() | figures, indent=1) + "\n")
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean with its 95 % interval over cases, by bootstrap."""
+    found = bootstrap(torch.tensor(values), torch.arange(len(values)))
+    return {key: float(value) for key, value in found._asdict().items()}
+
+
+def statistics(cases: list[dict[str, list]]) -> dict[str, Any]:
+    """Dice after each step, the gain, the number of clicks to ``GOAL``, seconds of an answer."""
+    dice = [case["dice"] for case in cases]
+    last = min(ROUNDS, len(dice[0]) - 1)
+    needed = [next((n for n, x in enumerate(row) if x >= GOAL), CLICKS) for row in dice]
+    seconds = [x for case in cases for x in case["seconds"]]
+    return {
+        "dice": [interval([row[n] for row in dice]) for n in range(len(dice[0]))],
+        "gain": interval([row[last] - row[0] for row in dice]),
+        "clicks": [float(np.mean([case["clicks"][n] for case in cases])) for n in range(last + 1)],
+        "noc": {"goal": GOAL, "at_most": CLICKS, **interval([float(n) for n in needed]),
+                "failed": sum(max(row) < GOAL for row in dice)},
+        "scores": [
+            summary([case["scores"][n] for case in cases]) for n in range(len(cases[0]["scores"]))
+        ],
+        "seconds": spread(seconds) if seconds else None,
+        "dice_of_cases": [[round(x, 5) for x in row] for row in dice],
+    }  # fmt: skip
+
+
+def arm(
+    dataset: str, data: str, out: str, method: str = "click", labelled: int | None = None,
+    seconds: float = 170, tag: str = "", validate: bool = True, cases: int | None = None,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Train one arm, and score it on the validation cases.
+
+    Args:
+        dataset: hippocampus or headneck.
+        data: its folder.
+        out: of all arms.
+        method: plain, click or deepedit.
+        labelled: development cases to train on; None for all.
+        seconds: of training.
+        tag: of its name.
+        validate: score too.
+        cases: to score; None for all.
+        settings: of training; those that inference has too are given to it.
+    """
+    folder = Path(out) / name_of(dataset, method, labelled, tag)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [CONFIGS / name for name in ("inference.json", "click_inference.yaml")]
+    keys = ConfigParser.load_config_files(list(map(str, files)))
+    shared = {key: value for key, value in settings.items() if key.split("::")[0] in keys}
+    settings.pop("refine_radius", None)
+    train(dataset, data, folder, method, labelled, seconds, settings)
+    if validate:
+        score(dataset, data, out, method, labelled, tag, cases=cases, **shared)
 
 
 def seconds() -> None:
@@ -140,9 +276,9 @@ def seconds() -> None:
         volume = np.random.default_rng(0).random((128, 128, 128), dtype=np.float32)
         nib.save(nib.Nifti1Image(volume, np.eye(4)), path)
         item = {"image": path, "modality": "MR", "background": [[60, 61, 62]]}
-        for overlay in (CONFIGS / "quickstart.yaml", Path(OVERLAY)):
+        for overlay in (CONFIGS / "quickstart.yaml", HERE / "hippocampus.yaml"):
             whole: dict[str, Any] = {"spacing": [1.0] * 3, "patch_size": [128] * 3, "tta_axes": []}
-            answer = segmenter(inference(str(overlay), **whole))
+            _, answer = segmenter([overlay, "click_inference.yaml"], **whole)
             answer(item)
             found = [timed(partial(answer, item), False) for _ in range(7)]
             times[overlay.stem] = spread(found)
@@ -150,4 +286,4 @@ def seconds() -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire({"score": score, "seconds": seconds})
+    fire.Fire({"arm": arm, "score": score, "seconds": seconds})

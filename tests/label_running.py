@@ -46,7 +46,7 @@ class ClickNet(nn.Module):
         self.threshold = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return 8 * torch.cat([self.threshold - x[:, 2:], x[:, 2:] - self.threshold], 1)
+        return 8 * torch.cat([self.threshold - x[:, 2:3], x[:, 2:3] - self.threshold], 1)
 
 
 def small_bundle(folder: Path, network: str = "BrightNet", overlays: bool = False) -> Path:

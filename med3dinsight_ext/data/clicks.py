@@ -1,7 +1,8 @@
-"""Clicks of an annotator as input channels, and simulated clicks for training."""
+"""Clicks of an annotator on the network's grid, and the input channels that show them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -10,44 +11,67 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
-from monai.engines import SupervisedTrainer
 from monai.transforms import MapTransform
-from scipy import ndimage
 from torch import Tensor, nn
 
-Region = tuple[int, int, tuple[slice, ...], np.ndarray]  # voxels, class, box, mask in the box
+META = "clicks"  # key of an image's metadata: (n, 4) class, x, y, z in voxels of its grid
 
 
-def add_click(channel: Tensor, centre: Sequence[float], sigma: float) -> None:
-    """Draw a gaussian of height 1 into a guidance channel; the maximum counts where clicks overlap.
+def draw_click(
+    channel: Tensor, centre: Sequence[float], radius: float, shape: str = "disc"
+) -> None:
+    """Draw a ball of ones into a guidance channel, with a linear edge of one voxel.
 
     Args:
         channel: (x, y, z), is changed.
         centre: voxel indices, not necessarily whole.
-        sigma: in voxels.
+        radius: in voxels, at least 1.
     """
-    if sigma <= 0:
-        raise ValueError(f"click_sigma must be above 0 voxels, got {sigma}")
-    bells = [
-        torch.exp(-((torch.arange(n, device=channel.device) - c) ** 2) / (2 * sigma**2))
-        for n, c in zip(channel.shape, centre, strict=True)
-    ]
-    torch.maximum(channel, torch.einsum("x,y,z->xyz", *bells).to(channel), out=channel)
+    if not radius >= 1:
+        raise ValueError(f"click_radius must be at least 1 voxel, got {radius}")
+    reach = 3 * radius if shape == "gaussian" else radius + 1
+    starts = [max(0, math.ceil(c - reach)) for c in centre]
+    stops = [min(n, math.floor(c + reach) + 1) for n, c in zip(channel.shape, centre, strict=True)]
+    if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
+        return  # outside
+    region = channel[tuple(map(slice, starts, stops))]
+    x, y, z = (
+        (torch.arange(start, stop, device=channel.device) - c) ** 2
+        for start, stop, c in zip(starts, stops, centre, strict=True)
+    )
+    squares = x[:, None, None] + y[:, None] + z
+    if shape == "gaussian":
+        ball = torch.exp(-squares / (2 * radius**2))
+    else:
+        ball = (radius + 0.5 - squares.sqrt()).clamp(0, 1)
+    torch.maximum(region, ball.to(channel), out=region)
 
 
-def optional_clicks(network: nn.Module, label_names: Sequence[str]) -> nn.Module:
+def click_input(volume: Tensor, guidance: Tensor, answer: Tensor | None) -> Tensor:
+    """Join the input channels of a network that takes clicks.
+
+    Args:
+        volume: (b, 1, x, y, z).
+        guidance: (b, classes, x, y, z) from ``draw_click``.
+        answer: (b, classes, x, y, z) one-hot earlier answer, zero where there is none; None for a
+            network without its channels.
+    """
+    return torch.cat([volume, guidance, *([] if answer is None else [answer])], 1)
+
+
+def optional_clicks(network: nn.Module, channels: int) -> nn.Module:
     """Let a network take a volume without guidance channels too, which are then zero.
 
     Validation, feature extraction and MONAI's checks pass one channel.
 
     Args:
-        network: takes (b, 1 + labels, x, y, z).
-        label_names: of all classes, the background first.
+        network: takes (b, channels, x, y, z).
+        channels: of its input.
     """
 
     def pad(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         volume, *rest = inputs
-        missing = len(label_names) if volume.shape[1] == 1 else 0
+        missing = channels - 1 if volume.shape[1] == 1 else 0
         return (F.pad(volume, (0,) * 6 + (0, missing)), *rest)
 
     network.register_forward_pre_hook(pad)
@@ -55,37 +79,36 @@ def optional_clicks(network: nn.Module, label_names: Sequence[str]) -> nn.Module
 
 
 class AddClicksd(MapTransform):
-    """Appends a guidance channel for each label, with the clicks of an item.
+    """Moves the clicks of an item into its image's metadata, on the image's grid.
 
     Clicks have MONAI Label's form for type deepedit, under the label's name in any case:
     ``{"image": …, "organ": [[i, j, k], …], "background": []}``, in voxel indices of the stored
     file. Affines map them to the image's grid, so this transform comes after the last spatial one.
-    They are removed from the item.
+    ``ClickInferer`` reads them. The order is that of the lists; between labels, the first click of
+    each comes before the second of any.
 
     Args:
         keys: image (1, x, y, z), a MetaTensor from ``LoadImaged``.
         label_names: of all classes, the background first.
-        sigma: of a click, in voxels of the image's grid.
     """
 
-    def __init__(self, keys: str, label_names: Sequence[str], sigma: float = 2.0) -> None:
+    def __init__(self, keys: str, label_names: Sequence[str]) -> None:
         super().__init__(keys)
         self.label_names = [name.lower() for name in label_names]
-        self.sigma = sigma
 
     def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         clicks = self._clicks(data)
         kept = {k: v for k, v in data.items() if str(k).lower() not in clicks or k in self.keys}
         for key in self.keys:
-            image = data[key]
-            size = (len(self.label_names), *image.shape[1:])
-            guidance = torch.zeros(size, dtype=image.dtype, device=image.device)
-            for channel, name in zip(guidance, self.label_names, strict=True):
-                for centre in to_grid(image, clicks.get(name, []), name):
-                    add_click(channel, centre, self.sigma)
-            both = torch.cat((image.as_tensor(), guidance))
-            done = image.applied_operations
-            kept[key] = MetaTensor(both, meta=image.meta, applied_operations=done)
+            rows = [
+                (turn, number, *place)
+                for number, name in enumerate(self.label_names)
+                for turn, place in enumerate(to_grid(data[key], clicks.get(name, []), name))
+            ]
+            image = data[key].clone()
+            ordered = [row[1:] for row in sorted(rows)]
+            image.meta[META] = torch.tensor(ordered, dtype=torch.float64).reshape(-1, 4)
+            kept[key] = image
         return kept
 
     def _clicks(self, data: Mapping[Any, Any]) -> dict[str, list[Any]]:
@@ -146,102 +169,3 @@ def to_grid(image: MetaTensor, clicks: Sequence[Sequence[float]], name: str) -> 
             )
     step = np.linalg.solve(np.asarray(image.affine), np.asarray(stored, dtype=float))
     return (points @ step[:3, :3].T + step[:3, 3]).tolist()
-
-
-def corrective_click(
-    prediction: np.ndarray, label: np.ndarray, random: np.random.RandomState | None = None
-) -> tuple[int, tuple[int, ...]] | None:
-    """Simulate a corrective click: inside a large error of a segmentation.
-
-    Args:
-        prediction: (x, y, z) class numbers.
-        label: (x, y, z) true class numbers.
-        random: draws a region in proportion to its voxels and a voxel in proportion to its squared
-            depth; None takes the largest region and its deepest voxel, the most central of several.
-
-    Returns:
-        The true class and the voxel; None if nothing is wrong.
-    """
-    regions = _error_regions(prediction, label)
-    if not regions:
-        return None
-    sizes = np.array([region[0] for region in regions], dtype=float)
-    chosen = random.choice(len(sizes), p=sizes / sizes.sum()) if random else sizes.argmax()
-    _, number, box, mask = regions[chosen]
-    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1, 1:-1]
-    if random:
-        odds = (depth**2 / (depth**2).sum()).ravel()
-        inside = np.unravel_index(random.choice(odds.size, p=odds), mask.shape)
-    else:
-        deepest = np.argwhere(depth == depth.max())
-        away = np.linalg.norm(deepest - np.argwhere(mask).mean(0), axis=1)
-        inside = tuple(deepest[away.argmin()])
-    return number, tuple(int(i) + side.start for i, side in zip(inside, box, strict=True))
-
-
-def _error_regions(prediction: np.ndarray, label: np.ndarray) -> list[Region]:
-    """Connected components of the wrongly classified voxels of each class."""
-    wrong = prediction != label
-    found = []
-    for number in np.unique(label[wrong]):
-        parts, _ = ndimage.label(wrong & (label == number))
-        for i, box in enumerate(ndimage.find_objects(parts), 1):
-            mask = parts[box] == i
-            found.append((int(mask.sum()), int(number), box, mask))
-    return found
-
-
-class SimulatedClicks:
-    """A trainer's ``iteration_update`` with simulated clicks in the network's own errors.
-
-    Each item gets 0 or 1 to ``max_clicks`` clicks, one after the other, each in the errors that
-    remain with those before. MONAI's DeepEdit has ``Interaction`` for this, whose click transforms
-    fail on a label without errors, need scikit-image, and block ranks if the network has running
-    statistics. Draws come from numpy's global state, which ``EpochSeed`` seeds.
-
-    Args:
-        label_names: of all classes, the background first.
-        max_clicks: of an item.
-        automatic_share: share of the items without clicks, for automatic segmentation.
-        sigma: of a click, in voxels.
-    """
-
-    def __init__(
-        self,
-        label_names: Sequence[str],
-        max_clicks: int = 5,
-        automatic_share: float = 0.3,
-        sigma: float = 2.0,
-    ) -> None:
-        if max_clicks < 1:
-            raise ValueError(f"max_clicks must be at least 1, got {max_clicks}")
-        if not 0 <= automatic_share <= 1:
-            raise ValueError(f"automatic_share must be in [0, 1], got {automatic_share}")
-        self.channels = len(label_names)
-        self.max_clicks = max_clicks
-        self.automatic_share = automatic_share
-        self.sigma = sigma
-
-    def __call__(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
-        random = np.random.RandomState(np.random.randint(2**31))
-        volume, label = engine.prepare_batch(
-            batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs
-        )
-        image = F.pad(volume, (0,) * 6 + (0, self.channels))
-        truth = label[:, 0].cpu().numpy()
-        clicks = random.randint(1, self.max_clicks + 1, len(image))
-        clicks[random.random_sample(len(image)) < self.automatic_share] = 0
-        for turn in range(clicks.max()):
-            rows = np.flatnonzero(clicks > turn)
-            for row, prediction in zip(rows, self._segment(engine, image[rows]), strict=True):
-                if click := corrective_click(prediction, truth[row], random):
-                    add_click(image[row, 1 + click[0]], click[1], self.sigma)
-        return engine._iteration(engine, {**batchdata, "image": image, "label": label})
-
-    @torch.no_grad()
-    def _segment(self, engine: SupervisedTrainer, image: Tensor) -> np.ndarray:
-        """Class numbers (b, x, y, z), without DDP: ranks have different numbers of clicks."""
-        network = getattr(engine.network, "module", engine.network)
-        network.eval()
-        with torch.autocast(image.device.type, enabled=engine.amp):
-            return engine.inferer(image, network).argmax(1).cpu().numpy()

@@ -254,7 +254,8 @@ def measured_metadata(
             f"network must return a channel for each of {names}, got {output.shape[1]}; "
             "name the overlay with their names"
         )
-    inputs = ["image"] if channels == 1 else ["image", *(f"clicks: {name}" for name in names)]
+    groups = ("clicks", "earlier answer")[: (channels - 1) // len(names)]
+    inputs = ["image", *(f"{group}: {name}" for group in groups for name in names)]
     data = metadata["network_data_format"]
     data["inputs"]["image"] |= _shape(torch.Size((1, channels, *size)), torch.float32, inputs)
     data["outputs"]["pred"] |= _shape(output.shape, output.dtype, names)

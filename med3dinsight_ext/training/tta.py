@@ -19,8 +19,8 @@ class FlipInferer(Inferer):
     Args:
         inferer: runs the network on each.
         axes: spatial axes (0 x, 1 y, 2 z) to mirror, in all combinations; none changes nothing.
-        pairs: classes that swap in a left–right mirror image, in the output and in the guidance
-            channels of clicks, which follow the image's channel.
+        pairs: classes that swap in a left–right mirror image, in the output and in the channels
+            that follow the image's, a group of all classes each: clicks and the earlier answer.
     """
 
     def __init__(
@@ -39,11 +39,12 @@ class FlipInferer(Inferer):
     ) -> Tensor:
         """The mean: volumes (b, c, x, y, z) flipped back, class scores (b, c) as they are."""
         plain = inputs.as_subclass(Tensor)  # metadata slows every layer
-        outputs = []
+        outputs: list[Tensor] = []
         for flip in self.flips:
             mirrored, pairs = plain.flip(flip), self.pairs if LEFT_RIGHT + 2 in flip else ()
-            if pairs and plain.shape[1] > 1:  # clicks
-                mirrored = mirrored[:, swap(pairs, plain.shape[1], first=1)]
+            if pairs:  # channels of clicks and of an earlier answer
+                for first in range(1, plain.shape[1], outputs[0].shape[1]):
+                    mirrored = mirrored[:, swap(pairs, plain.shape[1], first)]
             output = self.inferer(mirrored, network, *args, **kwargs)
             output = output.flip(flip) if output.ndim == inputs.ndim else output
             outputs.append(output[:, swap(pairs, output.shape[1])] if pairs else output)

@@ -4,24 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import fakes
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.inferers import SimpleInferer
 from monai.networks.nets import UNet
-from running import BACKBONES, inference_settings, merged, run, settings, suits
+from running import BACKBONES, inference_settings, merged, run, suits
 from torch import Tensor, nn
 
-from med3dinsight_ext.data.clicks import (
-    AddClicksd,
-    SimulatedClicks,
-    add_click,
-    corrective_click,
-    optional_clicks,
-)
+from med3dinsight_ext.data.clicks import META, AddClicksd, draw_click, optional_clicks
+from med3dinsight_ext.training.click_inferer import ClickInferer
 
 NAMES = ["background", "foreground"]
 SHAPE = (34, 26, 22)
@@ -45,27 +41,13 @@ AFFINES = {
 class FromClicks(nn.Module):
     """Segments what lies around foreground clicks and no background click; sees no image."""
 
-    def __init__(self, in_channels: int = 3) -> None:
+    def __init__(self, in_channels: int = 5) -> None:
         super().__init__()
         self.layer = nn.Conv3d(in_channels, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        inside = x[:, 2:3] - x[:, 1:2] - 0.3
+        inside = x[:, 2:3] - x[:, 1:2] - 0.5
         return 8 * torch.cat((-inside, inside), 1) + 0 * self.layer(x)
-
-
-class Recorder(UNet):
-    """A small network that keeps the guidance of every training step."""
-
-    seen: list[Tensor] = []
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(3, in_channels, out_channels, (4, 8), (2,), norm="INSTANCE")
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            Recorder.seen.append(x[:, 1:].clone())
-        return super().forward(x)
 
 
 def blob(folder: Path, affine: np.ndarray, centre: tuple[int, int, int]) -> Path:
@@ -95,13 +77,13 @@ def centroid(array: Any) -> np.ndarray:
 def test_a_click_lands_on_what_was_clicked(kind: str, tmp_path: Path) -> None:
     voxel = (20, 10, 12)
     image = preprocessed(blob(tmp_path / "in", AFFINES[kind], voxel), foreground=[list(voxel)])
-    volume, background, foreground = image.as_tensor()
-    assert image.shape[0] == 3 and not background.any()
-    found = nib.affines.apply_affine(image.affine.numpy(), centroid(foreground))
+    ((number, *place),) = image.meta[META].tolist()
+    assert number == 1 and image.shape[0] == 1
+    found = nib.affines.apply_affine(image.affine.numpy(), place)
     expected = nib.affines.apply_affine(AFFINES[kind], voxel)
     assert np.allclose(found, expected, atol=1e-3)
-    bright = centroid(volume.clamp(min=0.2) - 0.2)  # what the pipeline made of the file's voxel
-    assert np.linalg.norm(bright - centroid(foreground)) < 0.3
+    bright = centroid(image[0].clamp(min=0.2) - 0.2)  # what the pipeline made of the file's voxel
+    assert np.linalg.norm(bright - place) < 0.3
 
 
 @pytest.mark.parametrize("kind", AFFINES)
@@ -127,30 +109,43 @@ def test_the_segmentation_follows_the_clicks(kind: str, tmp_path: Path) -> None:
 
 def test_a_background_click_takes_away_what_a_foreground_click_gave(tmp_path: Path) -> None:
     path = blob(tmp_path / "in", AFFINES["lps"], (20, 10, 12))
-    clicks = {"foreground": [[20, 10, 12], [8, 8, 8]], "background": [[8.4, 8, 8]]}
-    image = preprocessed(path, **clicks)[None].as_tensor()
-    kept = FromClicks()(image).argmax(1)[0]
-    one = FromClicks()(preprocessed(path, foreground=[[20, 10, 12]])[None].as_tensor()).argmax(1)[0]
-    assert kept.any() and torch.equal(kept, one)
+
+    def segmented(**clicks: Any) -> Tensor:
+        inferer = ClickInferer(SimpleInferer(), NAMES, (40, 40, 40))
+        network = optional_clicks(FromClicks(), 5)
+        return inferer(preprocessed(path, **clicks)[None], network).argmax(1)[0]
+
+    kept = segmented(foreground=[[20, 10, 12], [8, 8, 8]], background=[[8.4, 8, 8]])
+    assert kept.any() and torch.equal(kept, segmented(foreground=[[20, 10, 12]]))
 
 
 def test_without_clicks_a_network_segments_alone(tmp_path: Path) -> None:
     path = blob(tmp_path / "in", AFFINES["oblique"], (20, 10, 12))
     image, empty = preprocessed(path), preprocessed(path, foreground=[], background=[])
-    assert torch.equal(image, empty) and not image[1:].any()
-    network = optional_clicks(UNet(3, 3, 2, (4, 8), (2,)), NAMES).eval()
+    assert torch.equal(image, empty)
+    assert image.meta[META].shape == empty.meta[META].shape == (0, 4)
+    network = optional_clicks(UNet(3, 5, 2, (4, 8), (2,)), 5).eval()
     with torch.no_grad():
-        volume = image[None, :, :32, :32, :32].as_tensor()
+        volume = F.pad(image[None, :, :32, :32, :32].as_tensor(), (0,) * 6 + (0, 4))
         assert torch.equal(network(volume[:, :1]), network(volume))
         volume[:, 1] = 1
         assert not torch.equal(network(volume[:, :1]), network(volume))
 
 
-def test_clicks_do_not_stay_in_the_item(tmp_path: Path) -> None:
+def test_clicks_do_not_stay_in_the_item() -> None:
     image = MetaTensor(torch.zeros(1, 4, 5, 6), meta={"original_affine": np.eye(4)})
     image.meta["spatial_shape"] = (4, 5, 6)
     item = AddClicksd("image", NAMES)({"image": image, "Background": [[1, 2, 3]], "other": [1]})
-    assert item.keys() == {"image", "other"} and item["image"][1, 1, 2, 3] == 1
+    assert item.keys() == {"image", "other"} and META not in image.meta
+    assert item["image"].meta[META].tolist() == [[0, 1, 2, 3]]
+
+
+def test_clicks_come_in_the_order_of_their_lists_and_in_turn_between_labels() -> None:
+    image = MetaTensor(torch.zeros(1, 4, 5, 6), meta={"original_affine": np.eye(4)})
+    image.meta["spatial_shape"] = (4, 5, 6)
+    clicks = {"foreground": [[3, 0, 0], [1, 0, 0]], "background": [[2, 0, 0]]}
+    found = AddClicksd("image", NAMES)({"image": image, **clicks})["image"].meta[META]
+    assert found[:, :2].tolist() == [[0, 2], [1, 3], [1, 1]]
 
 
 BAD = {
@@ -182,101 +177,19 @@ def test_clicks_on_an_image_without_a_file_are_refused() -> None:
         AddClicksd("image", NAMES)(item)
 
 
-def test_where_clicks_meet_the_higher_counts() -> None:
-    channel = torch.zeros(9, 8, 7)
-    add_click(channel, (4, 3, 3), 1.5)
-    once = channel.clone()
-    add_click(channel, (4, 3, 3), 1.5)
-    assert torch.equal(channel, once) and once[4, 3, 3] == 1
-    assert once[6, 3, 3] == pytest.approx(np.exp(-4 / 4.5))
-    with pytest.raises(ValueError, match="click_sigma must be above 0 voxels, got 0"):
-        add_click(channel, (4, 3, 3), 0)
-
-
-def test_the_worst_error_is_clicked_where_it_is_deepest() -> None:
-    label = np.zeros((20, 12, 10), int)
-    label[2:9, 2:9, 2:9] = 2
-    prediction = label.copy()
-    prediction[2:9, 2:9, 2:7] = 1  # 7 x 7 x 5 wrong
-    prediction[14:18, 2:6, 2:6] = 1  # 4 x 4 x 4 wrong: background there
-    number, voxel = corrective_click(prediction, label)
-    assert number == 2 and voxel == (5, 5, 4)
-    prediction[2:9, 2:9, 2:9] = 2
-    number, voxel = corrective_click(prediction, label)
-    assert number == 0 and voxel in set(np.ndindex(18, 6, 6)) - set(np.ndindex(14, 6, 6))
-    assert corrective_click(label, label) is None
-
-
-def test_a_drawn_click_is_in_an_error_and_has_its_true_class() -> None:
-    random = np.random.RandomState(0)
-    label, prediction = random.randint(0, 3, (2, 7, 6, 5))
-    clicks = [corrective_click(prediction, label, random) for _ in range(50)]
-    assert len(set(clicks)) > 20 and {number for number, _ in clicks} == {0, 1, 2}
-    assert all(label[v] == number != prediction[v] for number, v in clicks)
-
-
-@pytest.fixture(scope="module")
-def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fakes.write_volumes(tmp_path_factory.mktemp("volumes"), 6)
-
-
-def trained(root: Path, volumes: Path, **changes: Any) -> list[Tensor]:
-    """Guidance (b, labels, x, y, z) of every step of a training by the configs."""
-    backbone = {"_target_": "test_clicks.Recorder", "out_channels": "@out_channels",
-                "in_channels": "$1 + len(@label_names)"}  # fmt: skip
-    given = settings("seg-finetune", root, volumes, backbone=backbone, **changes)
-    Recorder.seen.clear()
-    run("seg-finetune", ["train.json", "click.yaml"], **given)
-    return list(Recorder.seen)
-
-
-def test_training_clicks_on_some_items_and_leaves_others_alone(
-    tmp_path: Path, volumes: Path
-) -> None:
-    guidance = torch.cat(trained(tmp_path, volumes, max_epochs=4, val_fraction=0))
-    used = guidance.flatten(1).amax(1)
-    assert len(used) == 24 and set(used.tolist()) == {0.0, 1.0}
-    assert 0.1 < (used == 0).float().mean() < 0.6
-    peaks = (guidance == 1).flatten(1).sum(1)
-    assert peaks.max() > 2 and peaks.max() <= 5
-    assert (guidance == 1).sum((0, 2, 3, 4)).min() > 0  # on both labels
-    assert {p.name for p in (tmp_path / "models").iterdir()} == {
-        "model.pt", "last.ckpt", "run.json"
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(("share", "used"), [(1.0, {0.0}), (0.0, {1.0})])
-def test_the_share_without_clicks_is_what_was_asked(
-    share: float, used: set[float], tmp_path: Path, volumes: Path
-) -> None:
-    guidance = torch.cat(trained(tmp_path, volumes, automatic_share=share, val_fraction=0))
-    assert set(guidance.flatten(1).amax(1).tolist()) == used
-
-
-def test_a_run_that_is_repeated_clicks_alike(tmp_path: Path, volumes: Path) -> None:
-    runs = [trained(tmp_path / name, volumes, max_epochs=2) for name in "ab"]
-    assert runs[0] and all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert not torch.equal(runs[0][0], runs[0][-1])
-
-
-def test_one_channel_weights_arrive_and_learn_to_listen(tmp_path: Path, volumes: Path) -> None:
-    torch.save(Recorder(1, 2).state_dict(), tmp_path / "one.pt")
-    root = tmp_path / "click"
-    trained(root, volumes, pretrained=str(tmp_path / "one.pt"), automatic_share=0.0)
-    report = json.loads((root / "eval" / "transfer.json").read_text())
-    assert set(report["extended"].values()) == {"2 extra input channels start at zero"}
-    assert report["encoder_share"] == 1 and not report["skipped"]
-    state = torch.load(root / "models" / "model.pt", weights_only=True)
-    assert all(state[name][:, 1:].abs().min() > 0 for name in report["extended"])
-
-
-def test_a_click_network_is_evaluated_without_clicks(tmp_path: Path, volumes: Path) -> None:
-    trained(tmp_path, volumes)
-    backbone = {"_target_": "test_clicks.Recorder", "in_channels": 3, "out_channels": 2}
-    given = settings("seg-finetune", tmp_path, volumes, backbone=backbone)
-    run("seg-finetune", ["train.json", "evaluate.json", "click.yaml"], **given)
-    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
-    assert metrics["cases"] == 1
+def test_a_click_is_a_ball_of_ones_with_an_edge_of_one_voxel() -> None:
+    channel = torch.zeros(12, 11, 10)
+    draw_click(channel, (5.5, 5, 4), 2.5)
+    away = torch.cartesian_prod(*map(torch.arange, channel.shape)) - torch.tensor([5.5, 5, 4])
+    expected = (3 - away.norm(dim=1)).clamp(0, 1).view(channel.shape)
+    assert torch.allclose(channel, expected)
+    draw_click(channel, (5.5, 5, 4), 2.5)
+    assert torch.allclose(channel, expected)  # where clicks meet the higher counts
+    draw_click(channel, (-9, 5, 4), 2.5)  # outside
+    draw_click(channel, (5, 5, 30), 2.5)
+    assert torch.allclose(channel, expected)
+    with pytest.raises(ValueError, match="click_radius must be at least 1 voxel, got 0"):
+        draw_click(channel, (4, 3, 3), 0)
 
 
 @pytest.mark.parametrize("name", suits("seg-finetune"))
@@ -293,15 +206,3 @@ def test_every_backbone_takes_clicks(name: str) -> None:
                 continue
             network = parser.get_parsed_content("network_def").eval()
             assert network(torch.zeros(1, 1, *size)).shape == (1, 2, *size)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_clicks": 0}, "max_clicks must be at least 1, got 0"),
-        ({"automatic_share": 1.5}, r"automatic_share must be in \[0, 1\], got 1.5"),
-    ],
-)
-def test_a_bad_dial_is_named(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SimulatedClicks(NAMES, **changes)

@@ -227,7 +227,7 @@ def test_what_monai_label_needs_of_the_segmentation_configs() -> None:
     infer = ConfigParser.load_config_file(str(configs("seg-finetune") / "inference.json"))
     assert {"network_def", "preprocessing", "postprocessing", "inferer", "device"} <= infer.keys()
     names = [step["_target_"] for step in infer["postprocessing"]["transforms"]]
-    assert names[:3] == ["Activationsd", "Invertd", "AsDiscreted"]
+    assert names[:3] == ["Activationsd", "Invertd", "Lambdad"]
 
 
 def test_the_paper_overlay_sets_the_papers_recipe() -> None:

@@ -131,11 +131,11 @@ class Recorder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Conv3d(4, 3, 1)
+        self.layer = nn.Conv3d(7, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            Recorder.seen.append(x[:, 1:].clone())
+            Recorder.seen.append(x[:, 1:4].clone())
         return torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1, 1) + 0 * self.layer(x)
 
 
@@ -145,8 +145,9 @@ def test_simulated_clicks_follow_the_mirrored_label(
 ) -> None:
     backbone = {"_target_": "test_one_sided.Recorder"}
     given = small("seg-finetune", tmp_path, bodies, backbone=backbone, val_fraction=0, **changes)
+    given |= {"max_epochs": 4, "click_radius": 1.0}  # a single voxel of 1
     Recorder.seen.clear()
-    run("seg-finetune", ["train.json", "click.yaml"], **given | {"max_epochs": 4})
+    run("seg-finetune", ["train.json", "click.yaml"], **given)
     peaks = (torch.cat(Recorder.seen) == 1).sum((0, 3, 4))  # (labels, x)
     left, right = peaks.chunk(2, 1)
     assert left[1].sum() > 5 and right[2].sum() > 5

@@ -46,7 +46,7 @@ def weights(folder: Path, channels: int) -> str:
 def test_a_folder_of_its_own_segments_by_itself(click: bool, overlay: str, tmp_path: Path) -> None:
     volumes = write_volumes(tmp_path / "volumes", 1)
     target = tmp_path / ("deepedit_ball" if click else "ball")
-    label_bundle(str(target), weights(tmp_path, 3 if click else 1), overlay, click)
+    label_bundle(str(target), weights(tmp_path, 5 if click else 1), overlay, click)
     assert find_bundles(str(target)) == [target] and class_names(target) == ["background", "Ball"]
     items = [{"image": str(volumes / "v0.nii.gz")} | ({"Ball": [[14, 16, 13]]} if click else {})]
     (tmp_path / "list.json").write_text(json.dumps(items))

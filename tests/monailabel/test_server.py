@@ -5,7 +5,9 @@ import json
 import re
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fakes
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from label_running import PYTHON, BrightNet, Server, is_free, small_bundle, start_own, start_stock
+from running import free_port
 from test_finetune import ORIENTATIONS, oblique
 
 PLAIN, CLICK = "seg-finetune", "deepedit_ball"
@@ -124,9 +127,90 @@ def test_a_click_that_means_nothing_is_refused(clicks: dict, message: str, serve
     assert answer.status == 400 and re.search(message, answer.body["detail"])
 
 
+@own_app
+@pytest.mark.parametrize(
+    ("image", "clicks", "message"),
+    [
+        ("lps", [[9, 31, 20]], "click must be inside the volume, 0 to .27, 29, 23."),  # one of v0
+        ("v0", [[9, 9, n / 25] for n in range(500)], "clicks must be at most 100 .* got 500"),
+    ],
+)
+def test_clicks_of_another_series_and_too_many_are_refused(
+    image: str, clicks: list, message: str, served: Served
+) -> None:
+    params = json.dumps({"foreground": clicks})
+    answer = served[0].ask("POST", f"/infer/{CLICK}?image={image}&output=image", params=params)
+    assert answer.status == 400 and re.search(message, answer.body["detail"])
+
+
+@own_app
+def test_one_case_opened_by_three_annotators_gives_each_their_own_answer(served: Served) -> None:
+    places = [[9, 12, 10], [19, 20, 14], [14, 5, 20]]
+
+    def work(place: list[int]) -> None:
+        clicks: list[list[int]] = []
+        for n in range(4):
+            clicks.append([place[0], place[1], place[2] + n % 2])
+            mask = np.asarray(
+                overlay(served[0], "v2", CLICK, f'{{"foreground": {clicks}}}').dataobj
+            )
+            assert np.linalg.norm(np.argwhere(mask).mean(0) - place) < 2.5
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, places))
+
+
+@own_app
+def test_a_click_that_is_taken_back_leads_to_the_answer_before_it(served: Served) -> None:
+    one, two = ({"foreground": [[9, 12, 10], [19, 20, 14]][:n]} for n in (1, 2))
+    first, _, again = (
+        np.asarray(overlay(served[0], "v3", CLICK, json.dumps(clicks)).dataobj)
+        for clicks in (one, two, one)
+    )
+    assert first.any() and np.array_equal(first, again)
+
+
+@own_app
+def test_the_weights_that_answer_are_named(served: Served) -> None:
+    server, bundle, _ = served
+    found = server.ask("GET", "/info/").body["models"][CLICK]
+    assert found["weights"]["validation"] is None and "not recorded" in found["description"]
+    params = json.dumps({"foreground": [[9, 12, 10]]})
+    answer = server.ask("POST", f"/infer/{CLICK}?image=v0&output=json", params=params)
+    assert answer.body["weights"] == found["weights"]
+
+
 def test_without_a_click_the_network_segments_alone(served: Served) -> None:
     found = overlay(served[0], "v0", CLICK, json.dumps({"foreground": [], "background": []}))
     assert found.shape == (28, 32, 26) and not np.asarray(found.dataobj).any()  # as ClickNet does
+
+
+@own_app
+def test_a_label_is_replaced_as_a_whole(served: Served) -> None:
+    server, _, studies = served
+    saved = studies / "labels" / "final" / "v2.nii.gz"
+    noise = np.random.default_rng(0).integers(0, 2, (28, 32, 26)).astype(np.uint8)
+    other = studies.parent / "other.nii.gz"
+    nib.save(nib.Nifti1Image(noise, nib.load(studies / "v2.nii.gz").affine), other)
+    files = [studies / "labels" / "v2.nii.gz", other]
+    whole = {file.read_bytes() for file in files}
+    assert server.save_label("v2", files[0]).status == 200
+    stop = threading.Event()
+    seen: set[bytes] = set()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.add(saved.read_bytes())
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        try:
+            assert all(server.save_label("v2", files[n % 2]).status == 200 for n in range(20))
+        finally:
+            stop.set()
+        reading.result()
+    assert seen == whole
+    server.ask("DELETE", "/datastore/label?id=v2&tag=final")
 
 
 def test_a_saved_label_trains_the_model(served: Served) -> None:
@@ -235,3 +319,36 @@ def test_a_server_killed_in_training_comes_back_with_its_model(
         again.stop()
     assert not again.left and is_free(again.port)
     assert not list((tmp_path / "tmp").glob("med3dinsight-label-*"))
+
+
+FULL_DISK = """
+import errno, os, runpy, shutil
+copy = shutil.copyfile
+def full(source, target, **kwargs):
+    if os.path.exists("full"):
+        open(target, "wb").write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return copy(source, target, **kwargs)
+shutil.copyfile = full
+runpy.run_module("med3dinsight_ext", run_name="__main__")
+"""
+
+
+def test_a_full_disk_keeps_the_label_before_and_says_so(tmp_path: Path) -> None:
+    studies = write_studies(tmp_path / "studies")
+    bundle, port = small_bundle(tmp_path / PLAIN), free_port()
+    words = ["-c", FULL_DISK, "label", "--studies", str(studies), "--port", str(port)]
+    server = Server([*words, "--bundles", str(bundle)], tmp_path, port)
+    try:
+        assert server.save_label("v0", studies / "labels" / "v0.nii.gz").status == 200
+        saved = studies / "labels" / "final" / "v0.nii.gz"
+        before = saved.read_bytes()
+        (tmp_path / "full").touch()
+        answer = server.save_label("v0", studies / "labels" / "v1.nii.gz")
+        assert answer.status == 507 and "No space left" in answer.body["detail"]
+        assert saved.read_bytes() == before and len(list(saved.parent.iterdir())) == 1
+        (tmp_path / "full").unlink()
+        assert server.save_label("v0", studies / "labels" / "v1.nii.gz").status == 200
+        assert saved.read_bytes() != before
+    finally:
+        server.stop()

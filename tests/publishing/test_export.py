@@ -163,7 +163,7 @@ def test_clicks_are_channels_of_the_export(tmp_path: Path) -> None:
     network_def = {
         "_target_": "med3dinsight_ext.data.clicks.optional_clicks",
         "network": "@backbone",
-        "label_names": ["background", "organ"],
+        "channels": 3,
     }
     export(str(bundle(tmp_path, {**UNET, "in_channels": 3}, network_def)))
     assert report(tmp_path)["model.onnx"]["shape"] == ["any", 3, *SIZE]

@@ -171,7 +171,8 @@ def test_only_modules_that_the_configs_reach_travel(published: Path) -> None:
     idle = {"multimodal", "local", "store", "quickstart", "server", "publish", "answer_log"}
     assert {"engine", "volumes", "slicing", "segmentation"} <= code["ball_segmentation"]
     assert not idle & code["ball_segmentation"] and "clicks" not in code["ball_segmentation"]
-    assert code["ball_deepedit"] == code["ball_segmentation"] | {"clicks"}
+    clicks = {"clicks", "click_simulation", "click_inferer"}
+    assert code["ball_deepedit"] == code["ball_segmentation"] | clicks
     assert "classifier" in code["ball_classification"] and not idle & code["ball_classification"]
     assert {"store", "multimodal"} <= code["ball_pretraining"]
     assert not {"local", "served", "quickstart"} & code["ball_pretraining"]

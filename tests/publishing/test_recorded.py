@@ -215,7 +215,7 @@ def test_clicks_are_published_from_the_record(volumes: Path, tmp_path: Path) -> 
         published(tmp_path, tmp_path / "out")
     found = published(tmp_path, tmp_path / "out", name="ball_deepedit", overlays=str(overlay))
     inference = json.loads((found / "configs" / "inference.json").read_text())
-    assert inference["backbone"]["in_channels"] == "$1 + len(@label_names)"
+    assert inference["backbone"]["in_channels"] == "@click_channels"
     assert "AddClicksd" in str(inference["preprocessing"]) and "max_clicks" not in inference
     assert check_record(PublishedFolder(found)) == "1 epochs, 5 cases"
 

@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import SimpleITK as sitk
 from dicomweb_client import DICOMwebClient
 from fastapi import HTTPException
+from filelock import FileLock
 from monailabel.config import settings
+from monailabel.datastore import local
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 from pydicom import Dataset
 
 from med3dinsight_ext.data.labels import read_label
+from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.monailabel.app.requests import check_extension, check_name
 
 MODALITIES = ("CT", "MR", "PT")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def copy(source: str, target: str) -> None:
+    """Replace a file as a whole: a training may be reading it, or the disk may be full."""
+    write_atomic(Path(target), lambda draft: shutil.copyfile(source, draft))
+
+
+local.shutil = SimpleNamespace(copy=copy)
 
 
 @contextmanager
 def refused(prefix: str = "") -> Iterator[None]:
-    """Answer 400 where a check fails."""
+    """Answer 400 where a check fails, and 507 where a disk is full."""
     try:
         yield
     except ValueError as error:
         raise HTTPException(400, f"{prefix}{error}") from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        text = f"disk must have room, got {error}; nothing was saved, free some and save again"
+        raise HTTPException(507, text) from error
 
 
 class LabelChecks:
@@ -72,7 +94,15 @@ class CheckedDatastore(LabelChecks, LocalDatastore):
         """Save a label; answer 400 where its file has another ending than volumes have."""
         with refused():
             check_extension(label_filename, "label")
-        return super().save_label(image_id, label_filename, label_tag, label_info)
+            return super().save_label(image_id, label_filename, label_tag, label_info)
+
+    def _update_datastore_file(self, lock: bool = True) -> None:
+        text = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
+        path = Path(self._datastore_config_path)
+        with FileLock(self._lock_file) if lock else nullcontext():
+            self._ignore_event_config = True
+            write_atomic(path, lambda draft: draft.write_text(text, "utf-8"))
+            self._config_ts = path.stat().st_mtime
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
         """Save an image; answer 400 where its name is not a plain one."""

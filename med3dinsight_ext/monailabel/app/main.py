@@ -43,7 +43,9 @@ from med3dinsight_ext.monailabel.app.datastores import (
 )
 from med3dinsight_ext.monailabel.app.kcenter_greedy import Features, kcenter_greedy
 from med3dinsight_ext.monailabel.app.requests import check_extension, check_values, is_inside
+from med3dinsight_ext.monailabel.app.versions import Versions
 from med3dinsight_ext.monailabel.server import class_names, find_bundles
+from med3dinsight_ext.training.click_inferer import ClickInferer
 
 logger = logging.getLogger(__name__)
 SERVER = "MED3D_LABEL_SERVER"  # its process id, for the processes that it starts
@@ -88,11 +90,12 @@ class LabelApp(MONAILabelApp):
     def init_infers(self) -> dict[str, InferTask]:
         infers: dict[str, InferTask] = {}
         for name, folder in self.bundles.items():
+            given, versions = (str(folder), self.conf), Versions(folder)
             if takes_clicks(folder):
-                infers[f"{name}_seg"] = Inference(str(folder), self.conf, type="segmentation")
-                infers[name] = Inference(str(folder), self.conf, type="deepedit")
+                infers[f"{name}_seg"] = Inference(*given, "segmentation", versions)
+                infers[name] = Inference(*given, "deepedit", versions)
             else:
-                infers[name] = Inference(str(folder), self.conf, type="segmentation")
+                infers[name] = Inference(*given, "segmentation", versions)
         return infers
 
     def init_trainers(self) -> dict[str, TrainTask]:
@@ -150,24 +153,44 @@ def end_with(server: int) -> None:
 
 
 class Inference(BundleInferTask):
-    """A bundle's inference.json with its model.pt, which has to fit as a whole."""
+    """A bundle's inference.json with its model.pt, which has to fit as a whole.
 
-    def __init__(self, path: str, conf: dict[str, str], type: str) -> None:
+    Args:
+        path: of the bundle.
+        conf: of the app.
+        type: segmentation or deepedit.
+        versions: of the bundle's weights, with the answers so far.
+    """
+
+    def __init__(self, path: str, conf: dict[str, str], type: str, versions: Versions) -> None:
         super().__init__(path, conf, type=type, load_strict=True)
+        self.versions = versions
         # Else the shortest name in models/ is taken, which may be a resumable run's state.
         self._config.pop("model_filename", None)
+
+    def info(self) -> dict[str, Any]:
+        found = super().info()
+        text = f"{found['description']} {self.versions.text()}"
+        return found | {"description": text, "weights": self.versions.weights}
+
+    def inferer(self, data: dict[str, Any] | None = None) -> Any:
+        found = super().inferer(data)
+        if isinstance(found, ClickInferer) and (image := (data or {}).get("image_path")):
+            found.history = self.versions.history(image)
+        return found
 
     def writer(self, data: dict[str, Any], extension: Any = None, dtype: Any = None) -> Any:
         """NIfTI by nibabel: itk takes seconds at its first use, and refuses sheared grids."""
         ending = data.get("result_extension") or file_ext(data.get("image_path") or "")
         check_extension(f"a{ending}", "result_extension")
-        if ending not in (".nii", ".nii.gz"):
-            return super().writer(data, extension, dtype)
-        mask = data[self.output_label_key]
-        file, path = tempfile.mkstemp(suffix=ending)
-        os.close(file)
-        nib.save(nib.Nifti1Image(mask.array.astype(np.uint8), mask.affine.numpy()), path)
-        return path, data.get(self.output_json_key, {})
+        with refused():
+            if ending not in (".nii", ".nii.gz"):
+                return super().writer(data, extension, dtype)
+            mask = data[self.output_label_key]
+            file, path = tempfile.mkstemp(suffix=ending)
+            os.close(file)
+            nib.save(nib.Nifti1Image(mask.array.astype(np.uint8), mask.affine.numpy()), path)
+        return path, {**data.get(self.output_json_key, {}), "weights": self.versions.weights}
 
 
 class Training(BundleTrainTask):

@@ -1,0 +1,167 @@
+"""Inference with clicks: each one changes the answer only around itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.inferers import Inferer
+from torch import Tensor
+
+from med3dinsight_ext.data.clicks import META, click_input, draw_click
+
+MOST_CLICKS = 100
+MOST_STEPS = 300  # of a history, in all its branches
+Click = tuple[float, ...]  # class, x, y, z
+Box = tuple[slice, ...]
+
+
+@dataclass
+class Step:
+    """An answer: what a click changed of the answer before it.
+
+    Args:
+        box: of (classes, x, y, z) that was changed; of the automatic answer, all.
+        scores: in the box, in half precision.
+        following: answers to one more click.
+    """
+
+    box: Box
+    scores: Tensor = field(repr=False)
+    following: dict[Click, Step] = field(default_factory=dict, repr=False)
+
+
+@dataclass
+class History:
+    """The answers of a network for one volume, so that only a new click is computed.
+
+    A click that is taken back leads to the answer before it.
+    """
+
+    automatic: Step | None = None
+    steps: int = 0
+
+
+class ClickInferer(Inferer):
+    """Segments without clicks, then lets the network refine the answer around one click at a time.
+
+    The network sees a window of ``patch_size`` around the click with all clicks so far and the
+    answer so far; its scores replace the earlier ones in the ball of ``refine_radius`` around the
+    click, so that a click changes nothing elsewhere.
+
+    Args:
+        inferer: of the whole volume and of a window.
+        label_names: of all classes, the background first.
+        patch_size: of a window, in voxels.
+        radius: of a click in the guidance channels, in voxels.
+        refine_radius: in voxels.
+        earlier_answer: whether the network takes the earlier answer as channels.
+    """
+
+    def __init__(
+        self,
+        inferer: Inferer,
+        label_names: Sequence[str],
+        patch_size: Sequence[int],
+        radius: float = 3.0,
+        refine_radius: float = 16.0,
+        earlier_answer: bool = True,
+        shape: str = "disc",
+    ) -> None:
+        if not refine_radius >= 1:
+            raise ValueError(f"refine_radius must be at least 1 voxel, got {refine_radius}")
+        self.inferer = inferer
+        self.classes = len(label_names)
+        self.patch_size = tuple(patch_size)
+        self.radius = radius
+        self.refine_radius = refine_radius
+        self.earlier_answer = earlier_answer
+        self.shape = shape
+        self.history: History | None = None
+
+    def __call__(
+        self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Scores (1, classes, x, y, z).
+
+        Args:
+            inputs: (1, 1, x, y, z), with the clicks of ``AddClicksd`` in its metadata.
+            network: takes the channels of ``click_input``.
+
+        ``history``, an attribute, may hold earlier answers for this volume.
+        """
+        volume = inputs.as_subclass(Tensor)
+        if len(volume) != 1:
+            raise ValueError(f"batch_size must be 1 for clicks, got {len(volume)}")
+        clicks = getattr(inputs, "meta", {}).get(META, torch.zeros(0, 4))
+        clicks = [tuple(row) for row in clicks.reshape(-1, 4).tolist()]
+        if len(clicks) > MOST_CLICKS:
+            raise ValueError(
+                f"clicks must be at most {MOST_CLICKS} for a volume, got {len(clicks)}; save the "
+                "segmentation and correct the rest by hand"
+            )
+        history = self.history or History()
+        step = history.automatic
+        if step is not None and history.steps > MOST_STEPS:
+            step.following, history.steps = {}, 0
+        if step is None:
+            whole = self.inferer(volume, network, *args, **kwargs)[0]
+            step = history.automatic = Step((slice(None),), _kept(whole))
+        scores = step.scores.float()
+        done: list[Click] = []
+        while clicks:
+            click = next((click for click in clicks if click in step.following), clicks[0])
+            clicks.remove(click)
+            done.append(click)
+            if click not in step.following:
+                history.steps += 1
+                step.following[click] = self._refine(volume, scores, done, network)
+            step = step.following[click]
+            scores[step.box] = step.scores.float()
+        return scores[None]
+
+    def _refine(
+        self, volume: Tensor, scores: Tensor, clicks: list[Click], network: Callable[..., Tensor]
+    ) -> Step:
+        """What the last click changes of the scores (classes, x, y, z)."""
+        size, place = volume.shape[2:], clicks[-1][1:]
+        window = tuple(
+            slice(low := max(0, min(round(c) - p // 2, n - p)), min(n, low + p))
+            for c, p, n in zip(place, self.patch_size, size, strict=True)
+        )
+        inside = (slice(None), *window)
+        before = scores[inside]
+        guidance = torch.zeros_like(before)
+        for number, *centre in clicks:
+            centre = [c - side.start for c, side in zip(centre, window, strict=True)]
+            draw_click(guidance[int(number)], centre, self.radius, self.shape)
+        answer = None
+        if self.earlier_answer:
+            hot = F.one_hot(before.max(0).indices, self.classes)
+            answer = hot.movedim(-1, 0).to(volume)[None]
+        image = click_input(volume[0][inside][None], guidance.to(volume)[None], answer)
+        found = self.inferer(image, network)[0].to(before)
+        reach = self.refine_radius
+        low = [max(0, math.ceil(c - reach)) for c in centre]  # of the last click
+        high = [
+            min(n, math.floor(c + reach) + 1) for n, c in zip(before.shape[1:], centre, strict=True)
+        ]
+        x, y, z = (
+            (torch.arange(a, b, device=volume.device) - c) ** 2
+            for a, b, c in zip(low, high, centre, strict=True)
+        )
+        near = x[:, None, None] + y[:, None] + z <= reach**2
+        inner = (slice(None), *map(slice, low, high))
+        starts = [side.start for side in window]
+        box = [slice(s + a, s + b) for s, a, b in zip(starts, low, high, strict=True)]
+        return Step((slice(None), *box), _kept(torch.where(near, found[inner], before[inner])))
+
+
+def _kept(scores: Tensor) -> Tensor:
+    """Half precision, without infinities."""
+    limit = torch.finfo(torch.float16).max
+    return scores.clamp(-limit, limit).half()
