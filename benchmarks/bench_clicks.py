@@ -31,11 +31,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
 from med3dinsight_ext.data.clicks import corrective_click  # noqa: E402
+from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.metrics.segmentation import case_scores, mean_scores, summary  # noqa: E402
-from med3dinsight_ext.quickstart import BUNDLES, bundle_run  # noqa: E402
 from med3dinsight_ext.training.checkpoints import load_weights  # noqa: E402
+from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
 
-CONFIGS = BUNDLES / "seg-finetune" / "configs"
+CONFIGS = bundles_dir() / "seg-finetune" / "configs"
 OVERLAY = str(Path(__file__).parent / "hippocampus.yaml")
 CLICKS = 5
 FIGURES = Path(__file__).parent / "figures"

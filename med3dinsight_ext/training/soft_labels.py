@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, MapTransform, Orientation, ResampleToMatch, Spacing
 from torch import Tensor
-from tqdm import tqdm
 
 from med3dinsight_ext.data.datalists import datalist
 from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.embeddings.grid_volumes import codes_on_grid
 from med3dinsight_ext.embeddings.whitening import position_terms
+from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, write_atomic
 from med3dinsight_ext.models.voxel_head import VoxelHead, fit_voxel_head
 
@@ -130,7 +130,7 @@ class SoftLabels:
         if missing:
             logger.info(f"{len(missing)} of {len(unlabelled)} volumes have no soft label")
             head = self.fit(labelled)
-        for item, path in tqdm(missing, "soft labels", unit="volume", disable=not missing):
+        for item, path in Bar(missing, "soft labels", unit="volume", disable=not missing):
             features, image = self.features(item)
             share = (head.predict(features) * 255).round().to(torch.uint8)
             share[share < LEAST] = 0
