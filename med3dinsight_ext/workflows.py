@@ -13,10 +13,11 @@ from med3dinsight_ext.io.bundles import bundles_dir, kind_of
 from med3dinsight_ext.io.errors import advice
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.planning.plan import TASK, make_plan, read_plan, shown, write_plan
+from med3dinsight_ext.reports.predictions import write_predictions
 from med3dinsight_ext.training.launch import launch
 
 PROGRAM = "python -m med3dinsight_ext"
-PLAN, DATALIST = "plan.yaml", "datalist.json"
+PLAN, DATALIST, PAGE = "plan.yaml", "datalist.json", "predictions.html"
 OUT = Path("runs")
 
 
@@ -169,8 +170,14 @@ def predict(
     settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
     launch(bundle, ["inference.json", *overlays], settings | overrides, quiet, verbose)
     written = sorted(path for path in folder.iterdir() if path != listed)
+    if kind_of(bundle) == "segmentation":
+        config = home / PLAN if overlays else bundle / "configs" / "inference.json"
+        names = read_plan(config)["label_names"]  # JSON is YAML
+        found = {i: folder / f"{stem}_seg.nii.gz" for i, stem in zip(images, stems, strict=True)}
+        write_predictions(folder / PAGE, found, names)
+        written.append(folder / PAGE)
     if not quiet:
-        print(f"\nwrote {len(written)} files to {folder}: {', '.join(p.name for p in written[:3])}")
+        print(f"\nwrote {len(written)} files to {folder}; look at {written[-1]}")
     return written
 
 

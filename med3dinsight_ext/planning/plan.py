@@ -27,6 +27,7 @@ from med3dinsight_ext.planning.survey import Survey, survey
 BATCH = 4  # patches in a step
 SHARE = 0.7  # of the free memory that a step may take
 SMALLEST = 16**3  # voxels of a patch
+WIDTH = 100  # characters of a line on the screen
 TASK = ("label_names", "class_names", "mirror_axes", "mirror_pairs", "patches_per_volume")
 
 
@@ -172,7 +173,7 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
         patch, strides = fitting_patch(extent / spacing, spacing, voxels, limits.levels)
         size = int(np.prod(patch))
         filters = 32 if size <= limits.wide else 16
-        put("spacing", spacing, "median of the images (coarse axis: 10th percentile)"
+        put("spacing", spacing, "median of the images; 10th percentile of a coarse axis"
             if spacing == native else "coarser than the images, so that a patch shows "
             + ("the whole volume" if whole else "a quarter of the volume"))  # fmt: skip
         put("patch_size", patch, f"proportions of the median volume, {size:,} voxels")
@@ -204,14 +205,22 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
     put("val_interval", "$max(1, @max_epochs // 5)", "five validations")
 
 
-def shown(plan: Plan) -> str:
-    """What was seen and what was chosen, in one screen."""
-    lines = [*(f"  {line}" for line in plan.seen), ""]
+def shown(plan: Plan, width: int = WIDTH) -> str:
+    """What was seen and what was chosen and why, in one screen; the file has the whole text.
+
+    Args:
+        plan: to show.
+        width: of a line, in characters.
+    """
+    lines = [*plan.seen, ""]
     for key, value in plan.settings.items():
-        text = _flow(value)
-        text = text if len(text) <= 44 else f"{text[:41]}..."
-        lines.append(f"  {key:<19}{text:<46}{plan.reasons[key]}")
-    return "\n".join(lines)
+        text = _flow(value["channels"] if key == "backbone" and "channels" in value else value)
+        lines.append(f"{key:<19}{_cut(text, 26):<27}{plan.reasons[key]}")
+    return "\n".join(f"  {_cut(line, width - 2)}".rstrip() for line in lines)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _flow(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,13 @@ def launch(
 
 
 def quoted(value: object) -> str:
-    """A value for a shell, in double quotes if it needs any."""
+    """A value for a shell: bare, in double quotes, or as ``shlex`` quotes it.
+
+    Examples:
+        >>> print(quoted("['a.json','b.yaml']"), quoted("$torch.device(0)"))
+        "['a.json','b.yaml']" '$torch.device(0)'
+    """
     text = str(value)
-    return text if re.fullmatch(r"[\w./:-]+", text) else f'"{text}"'
+    if re.fullmatch(r"[\w./:-]+", text):
+        return text
+    return shlex.quote(text) if set(text) & set('$`"\\!') else f'"{text}"'
