@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,18 +15,16 @@ class Bar(tqdm):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         if not sys.stderr.isatty():
-            options |= {"mininterval": SECONDS, "maxinterval": SECONDS, "miniters": 1}
+            options |= {"file": _Lines(), "mininterval": SECONDS, "maxinterval": SECONDS}
         super().__init__(*args, **options)
 
-    @staticmethod
-    def status_printer(file: TextIO) -> Callable[[str], None]:
-        """How a state of the bar is written."""
-        if file.isatty():
-            return tqdm.status_printer(file)
 
-        def line(text: str) -> None:
-            if text.strip():
-                file.write(f"{text.strip()}\n")
-                file.flush()
+class _Lines:
+    """Standard error, each state of a bar on a line of its own."""
 
-        return line
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
