@@ -36,7 +36,8 @@ def cause_last() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if (shown := wrong_input(error)) is not None:
-            print(f"error: {shown}\n({TRACEBACK}=1 shows the traceback)", file=sys.stderr)
+            print(f"\n({TRACEBACK}=1 shows the traceback)", file=sys.stderr)
+            print(f"{type(shown).__name__}: {shown}", file=sys.stderr)
             return
         sys.__excepthook__(kind, error, trace)
         if (cause := root_cause(error)) is not error:

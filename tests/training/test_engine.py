@@ -80,7 +80,7 @@ def test_wrong_input_ends_with_one_line_and_a_bug_with_its_traceback(cause: str)
     assert "Traceback" in shown["1"]
     if cause.startswith("Value"):
         assert shown[""] == (
-            "error: image must be there\n(MED3D_TRACEBACK=1 shows the traceback)\n"
+            "\n(MED3D_TRACEBACK=1 shows the traceback)\nValueError: image must be there\n"
         )
     else:
         assert "Traceback" in shown[""] and shown[""].endswith("\nKeyError: 'bug'\n")
