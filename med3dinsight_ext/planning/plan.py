@@ -173,7 +173,7 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
         patch, strides = fitting_patch(extent / spacing, spacing, voxels, limits.levels)
         size = int(np.prod(patch))
         filters = 32 if size <= limits.wide else 16
-        put("spacing", spacing, "median of the images; 10th percentile of a coarse axis"
+        put("spacing", spacing, "median of the images, isotropic up to a factor of two"
             if spacing == native else "coarser than the images, so that a patch shows "
             + ("the whole volume" if whole else "a quarter of the volume"))  # fmt: skip
         put("patch_size", patch, f"proportions of the median volume, {size:,} voxels")

@@ -15,7 +15,10 @@ COARSEST = 4  # voxels of the deepest features along an axis that was halved
 
 
 def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> list[float]:
-    """Median spacing; on a coarse axis the 10th percentile.
+    """Median spacing; on a coarse axis the 10th percentile; isotropic up to a factor of two.
+
+    Axes of less than twice the finest spacing are resampled to it: the networks here halve the grid
+    in their first layer, so that what is kept of it decides the detail.
 
     Args:
         spacings: (n, 3) mm.
@@ -24,6 +27,8 @@ def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> list[float]:
     Examples:
         >>> target_spacing(np.array([[1, 1, 2], [1, 1, 4], [1, 1, 6.0]]), np.array([[90, 90, 15]]))
         [1.0, 1.0, 2.4]
+        >>> target_spacing(np.array([[3.9, 3.9, 2.5]]), np.array([[100, 60, 80]]))
+        [2.5, 2.5, 2.5]
     """
     spacing, shape = np.median(spacings, 0), np.median(shapes, 0)
     worst = int(spacing.argmax())
@@ -31,6 +36,7 @@ def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> list[float]:
     coarse = spacing[worst] > ANISOTROPIC * spacing[others].max()
     if coarse and shape[worst] * ANISOTROPIC < shape[others].min():
         spacing[worst] = max(np.percentile(spacings[:, worst], 10), spacing[others].max())
+    spacing = np.where(spacing < 2 * spacing.min(), spacing.min(), spacing)
     return [round(float(mm), 2) for mm in spacing]
 
 
