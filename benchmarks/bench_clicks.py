@@ -35,14 +35,15 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from common import machine, spread, timed, write  # noqa: E402
 from med3dinsight_ext.data.datalists import partition  # noqa: E402
+from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.metrics.bootstrap import bootstrap  # noqa: E402
 from med3dinsight_ext.metrics.segmentation import case_scores, summary  # noqa: E402
-from med3dinsight_ext.quickstart import BUNDLES, bundle_run  # noqa: E402
 from med3dinsight_ext.training.checkpoints import load_weights  # noqa: E402
 from med3dinsight_ext.training.click_inferer import ClickInferer, History  # noqa: E402
 from med3dinsight_ext.training.click_simulation import corrective_clicks  # noqa: E402
+from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
 
-CONFIGS = BUNDLES / "seg-finetune" / "configs"
+CONFIGS = bundles_dir() / "seg-finetune" / "configs"
 CLICKS = 10  # most of a case, when one a step
 ROUNDS = 5
 GOAL = 0.85  # mean Dice that clicks are counted to

@@ -23,8 +23,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import RESULTS, write  # noqa: E402
+from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.publishing.export import export  # noqa: E402
-from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 
 SIZES = {
     name: [64, 32, 32] for name in ("swinunetr", "swinunetr_v2", "flexibleunet", "efficientnet")
@@ -37,7 +37,7 @@ def overlays() -> dict[str, Path]:
     found = {
         f"{bundle}/{path.stem}": path
         for bundle in ("seg-finetune", "cls-finetune")
-        for path in sorted((BUNDLES / "backbones").glob("*.yaml"))
+        for path in sorted((bundles_dir() / "backbones").glob("*.yaml"))
         if bundle in path.read_text().splitlines()[1]
     }
     return dict(sorted(found.items(), key=lambda item: item[0].split("/")[1] in SLOW))
@@ -45,7 +45,7 @@ def overlays() -> dict[str, Path]:
 
 def folder(root: Path, bundle: str, overlay: Path, size: list[int]) -> int:
     """A bundle folder with an overlay and random weights; the number of its parameters."""
-    files = [str(BUNDLES / bundle / "configs" / "inference.json"), str(overlay)]
+    files = [str(bundles_dir() / bundle / "configs" / "inference.json"), str(overlay)]
     config = ConfigParser.load_config_files(files) | {"patch_size": size}
     torch.manual_seed(0)
     network = ConfigParser(config).get_parsed_content("network_def")

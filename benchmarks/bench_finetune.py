@@ -18,7 +18,7 @@ import fire
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import write  # noqa: E402
-from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
+from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
 
 HERE = Path(__file__).parent
 

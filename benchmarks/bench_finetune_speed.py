@@ -24,11 +24,11 @@ from monai.bundle import ConfigWorkflow
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import spread, timed, write  # noqa: E402
+from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.io.configs import with_shared  # noqa: E402
-from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 
 HERE = Path(__file__).parent
-CONFIGS = BUNDLES / "seg-finetune" / "configs"
+CONFIGS = bundles_dir() / "seg-finetune" / "configs"
 
 
 def workflow(files: list[str | Path], kind: str, **overrides: Any) -> ConfigWorkflow:

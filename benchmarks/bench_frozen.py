@@ -28,12 +28,12 @@ from evidence.differences import Outcome, difference, level, outcome  # noqa: E4
 from formatting import load  # noqa: E402
 from med3dinsight_ext.data.datalists import datalist, take  # noqa: E402
 from med3dinsight_ext.data.slicing import PLANES  # noqa: E402
+from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.io.configs import with_shared  # noqa: E402
 from med3dinsight_ext.metrics.classification import class_scores  # noqa: E402
 from med3dinsight_ext.models.classifier import pooled_features  # noqa: E402
 from med3dinsight_ext.models.probes import fit_linear, select_l2  # noqa: E402
 from med3dinsight_ext.models.teacher_classifier import TeacherFeatures  # noqa: E402
-from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 from med3dinsight_ext.teachers.dense import encode_grids  # noqa: E402
 from med3dinsight_ext.teachers.teacher import Teacher, bundled, untrained  # noqa: E402
 
@@ -49,7 +49,7 @@ def items_of(data: str, subset: str) -> list[dict[str, Any]]:
 
 def bundle(items: list[dict[str, Any]]) -> ConfigParser:
     """The bundle with teacher.yaml, at the resolution of the archive."""
-    folder = BUNDLES / "cls-finetune" / "configs"
+    folder = bundles_dir() / "cls-finetune" / "configs"
     files = [*with_shared(folder / "train.json"), folder / "teacher.yaml"]
     config = ConfigParser.load_config_files([str(file) for file in files])
     config |= {"class_names": NAMES, "spacing": [1.0] * 3, "patch_size": [64] * 3}

@@ -18,7 +18,7 @@ import fire
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import machine, write  # noqa: E402
-from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
+from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
 
 OVERLAY = str(Path(__file__).parent / "sarcoma.yaml")
 PROMPTS = ["a large soft-tissue mass in the thigh", "hip joint, femoral head", "ribs and lung"]

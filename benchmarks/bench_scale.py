@@ -32,9 +32,9 @@ from bench_gpu import ct  # noqa: E402
 from common import RESULTS, machine, spread, timed  # noqa: E402
 from med3dinsight_ext.data.prepared import PreparedCopy, RandReadPreparedd  # noqa: E402
 from med3dinsight_ext.data.volumes import ReadVolumed, ScaleByModalityd  # noqa: E402
+from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.io.claims import open_volume  # noqa: E402
 from med3dinsight_ext.io.configs import with_shared  # noqa: E402
-from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 
 PATCH = (96, 96, 96)
 BASES = 4  # files that the simulated ones are links to
@@ -221,7 +221,7 @@ def simulated(root: Path, bundle: str, count: int) -> dict[str, Any]:
     }  # fmt: skip
     few = root / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in rows[:BASES]))
-    files = with_shared(BUNDLES / bundle / "configs" / "train.json")
+    files = with_shared(bundles_dir() / bundle / "configs" / "train.json")
     made = ConfigWorkflow(
         files, logging_file=False, workflow_type="train", datalist=str(few), **settings
     )
@@ -285,7 +285,7 @@ def start(root: Path, count: int = 100_000) -> dict[str, Any]:
         folder = root / bundle
         folder.mkdir()
         settings = simulated(folder, bundle, count)
-        files = with_shared(BUNDLES / bundle / "configs" / "train.json")
+        files = with_shared(bundles_dir() / bundle / "configs" / "train.json")
         for name, epochs in (("start", 1), ("resume", 2)):
             text = json.dumps([files, {**settings, "max_epochs": epochs}])
             done = subprocess.run(

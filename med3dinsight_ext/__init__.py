@@ -49,6 +49,11 @@ if TYPE_CHECKING:  # a copy in a published bundle holds few of these modules
     from med3dinsight_ext.teachers.teacher import open_clip as open_clip
     from med3dinsight_ext.teachers.teacher import pair as pair
     from med3dinsight_ext.training.transfer import load_pretrained as load_pretrained
+    from med3dinsight_ext.workflows import evaluate as evaluate
+    from med3dinsight_ext.workflows import finetune as finetune
+    from med3dinsight_ext.workflows import plan as plan
+    from med3dinsight_ext.workflows import predict as predict
+    from med3dinsight_ext.workflows import pretrain as pretrain
 
 __version__ = "0.1.0"
 _MODULES = {
@@ -74,6 +79,7 @@ _MODULES = {
     ),
     "metrics.retrieval": ("Retrieval",),
     "training.transfer": ("load_pretrained",),
+    "workflows": ("evaluate", "finetune", "plan", "predict", "pretrain"),
 }
 __all__ = sorted(name for names in _MODULES.values() for name in names)
 

@@ -6,7 +6,6 @@ import ast
 import importlib
 import importlib.util
 import io
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -17,10 +16,15 @@ from fire import Fire
 from fire.core import FireExit
 
 from med3dinsight_ext import __version__
-from med3dinsight_ext.io.errors import advice, causes
+from med3dinsight_ext.io.errors import TRACEBACK, advice, wrong_input
 
 PROGRAM = "python -m med3dinsight_ext"
 COMMANDS = {
+    "plan": "med3dinsight_ext.workflows.plan",
+    "pretrain": "med3dinsight_ext.workflows.pretrain",
+    "finetune": "med3dinsight_ext.workflows.finetune",
+    "predict": "med3dinsight_ext.workflows.predict",
+    "evaluate": "med3dinsight_ext.workflows.evaluate",
     "quickstart": "med3dinsight_ext.quickstart.quickstart",
     "doctor": "med3dinsight_ext.doctor.doctor",
     "bundles": "med3dinsight_ext.io.bundles.bundles",
@@ -35,8 +39,6 @@ COMMANDS = {
     "export": "med3dinsight_ext.publishing.export.export",
     "push": "med3dinsight_ext.publishing.push.push",
 }
-WRONG_INPUT = (ValueError, OSError, ImportError)  # shown without a traceback
-TRACEBACK = "MED3D_TRACEBACK"  # environment variable that shows it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,11 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         given = parsed(name, rest[:-1])
         module, _, function = COMMANDS[name].rpartition(".")
+        named = definition(name).args
+        order = [argument.arg for argument in named.args] if named.vararg else []
+        listed = [given.pop(key) for key in order]
+        listed += given.pop(named.vararg.arg) if named.vararg else ()
         try:
-            getattr(importlib.import_module(module), function)(**given)
+            getattr(importlib.import_module(module), function)(*listed, **given)
         except Exception as error:
-            shown = next((cause for cause in causes(error) if isinstance(cause, WRONG_INPUT)), None)
-            if shown is None or os.environ.get(TRACEBACK):
+            if (shown := wrong_input(error)) is None:
                 raise
             stop(1, str(shown))
 
@@ -82,7 +87,7 @@ def parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
         SystemExit: after help, or for a missing or unknown argument.
     """
     node = definition(name)
-    known = [f"--{argument.arg}" for argument in node.args.args]
+    known = [f"--{argument.arg}" for argument in (*node.args.args, *node.args.kwonlyargs)]
     see = f"see {PROGRAM} {name} --help"
     for flag in (word.partition("=")[0].replace("-", "_") for word in arguments):
         option = flag.replace("__", "--", 1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +15,13 @@ from monai.bundle import ConfigWorkflow
 
 from med3dinsight_ext.data import datalists
 from med3dinsight_ext.data.demo_cohort import make_cohort
-from med3dinsight_ext.io.bundles import bundles_dir
-from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.reports.pages import write_page
 from med3dinsight_ext.reports.retrieval import TASKS, gallery, retrieval_tasks, retrieved_slices
 from med3dinsight_ext.reports.segmentation_figures import dice_comparison
 from med3dinsight_ext.reports.training_curves import curves
 from med3dinsight_ext.training.history import read_history
+from med3dinsight_ext.training.launch import bundle_run
 
-BUNDLES = bundles_dir()
 PROMPTS = (
     "T1 brain MRI through the cerebellum and brainstem",
     "frontal lobes",
@@ -33,35 +29,6 @@ PROMPTS = (
 )
 ARMS = {"scratch": "from scratch", "pretrained": "pre-trained"}
 PATCH = 48  # voxels a side, as in quickstart.yaml
-
-
-def bundle_run(name: str, overlays: list[str], **overrides: Any) -> ConfigWorkflow:
-    """Run a bundle in this process, printing the command that does the same.
-
-    Args:
-        name: folder in bundles/.
-        overlays: config files in its configs/ or with an absolute path; the later ones win. The
-            files that bundles share follow train.json.
-        overrides: key to value.
-    """
-    files = [str(BUNDLES / name / "configs" / overlay) for overlay in overlays]
-    files = [path for file in files for path in with_shared(file)]
-    short = [os.path.relpath(file) for file in files]
-    config = short[0] if len(files) == 1 else str(short)
-    words = [f"--{key} {quoted(value)}" for key, value in overrides.items()]
-    print(f"\n$ python -m monai.bundle run --config_file {quoted(config)} {' '.join(words)}\n")
-    logging_file = str(BUNDLES / name / "configs" / "logging.conf")
-    workflow = ConfigWorkflow(files, logging_file=logging_file, workflow_type="train", **overrides)
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-    return workflow
-
-
-def quoted(value: object) -> str:
-    """A value for a shell, in double quotes if it needs any."""
-    text = str(value)
-    return text if re.fullmatch(r"[\w./:-]+", text) else f'"{text}"'
 
 
 def fitting_spacing(items: list[dict[str, Any]]) -> float:

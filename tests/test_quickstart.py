@@ -6,11 +6,7 @@ import pytest
 from fakes import write_volumes
 
 from med3dinsight_ext.data.datalists import datalist
-from med3dinsight_ext.quickstart import fitting_spacing, quoted, score_prompts
-
-
-def test_only_values_that_need_quotes_have_them() -> None:
-    assert [quoted(value) for value in ("a/b-1.nii", 3, "[1, 2]")] == ["a/b-1.nii", "3", '"[1, 2]"']
+from med3dinsight_ext.quickstart import fitting_spacing, score_prompts
 
 
 def test_the_median_volume_fits_a_patch(tmp_path: Path) -> None:

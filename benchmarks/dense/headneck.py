@@ -31,10 +31,10 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from common import machine  # noqa: E402
 from med3dinsight_ext.data.volumes import ScaleByModalityd  # noqa: E402
-from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
 from med3dinsight_ext.teachers.efficientnet import EfficientNetLite0  # noqa: E402
 from med3dinsight_ext.teachers.teacher import Teacher  # noqa: E402
 from med3dinsight_ext.teachers.towers import TextTower  # noqa: E402
+from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
 
 CLASSES = ["background", "Brainstem", "SpinalCord", "RightParotid", "LeftParotid"]
 SPACING, PATCH = [3.0, 3.0, 2.5], [64, 64, 48]

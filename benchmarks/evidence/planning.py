@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from med3dinsight_ext.data import datalists
+from med3dinsight_ext.io.bundles import bundles_dir
 from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.overrides import check_overrides
 from med3dinsight_ext.io.reading import read_rows
-from med3dinsight_ext.quickstart import BUNDLES
 
 STEPS = ("steps", "epoch_steps")  # settings of run.py, not of a bundle
 TASK = ("bundle", "data", "corpus")  # keys of a task that are no overrides
@@ -70,7 +70,7 @@ def planned(plan: dict[str, Any], budget: str) -> dict[str, Run]:
                     f"name must belong to one run, got two {run.name}; rename a variant"
                 )
     for run in runs.values():
-        config = with_shared(BUNDLES / run.bundle / "configs" / "train.json")
+        config = with_shared(bundles_dir() / run.bundle / "configs" / "train.json")
         given = [f"--{key}={value!r}" for key, value in run.overrides.items()]
         check_overrides([f"--config_file={config}", *given])
     return runs

@@ -30,11 +30,11 @@ from evidence.planning import items_of  # noqa: E402
 from med3dinsight_ext.captions.sources import TemplateCaptions  # noqa: E402
 from med3dinsight_ext.data.datalists import take  # noqa: E402
 from med3dinsight_ext.embeddings.store import Store  # noqa: E402
+from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.io.configs import with_shared  # noqa: E402
 from med3dinsight_ext.metrics.classification import class_scores  # noqa: E402
 from med3dinsight_ext.models.classifier import pooled_features  # noqa: E402
 from med3dinsight_ext.models.probes import linear_probe  # noqa: E402
-from med3dinsight_ext.quickstart import BUNDLES  # noqa: E402
 from med3dinsight_ext.teachers.teacher import bundled  # noqa: E402
 
 LABELS, DRAWS = (12, 119), 20
@@ -78,7 +78,7 @@ def main(data: str, out: str = "evidence_runs", budget: str = "pilot") -> None:
     report["teacher"] = probe((means[0], means[1]), train, evaluation)
 
     config = ConfigParser.load_config_files(
-        with_shared(BUNDLES / "cls-finetune/configs/train.json")
+        with_shared(bundles_dir() / "cls-finetune/configs/train.json")
     )
     task = plan["tasks"]["adrenal"]
     for key in ("spacing", "patch_size", "class_names"):

@@ -36,8 +36,8 @@ from common import device_name  # noqa: E402
 from evidence import results as run_store  # noqa: E402
 from evidence.planning import Run, case_lists, planned, renamed  # noqa: E402
 from evidence.results import Record  # noqa: E402
-from med3dinsight_ext.quickstart import bundle_run  # noqa: E402
 from med3dinsight_ext.training.history import read_history  # noqa: E402
+from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
 
 EARLIER = "earlier"  # records of earlier tries, in the folder of the weights
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from med3dinsight_ext.captions.cleaning import Reply
+from med3dinsight_ext.io.console import Bar
 
 
 class SlicedVolume(NamedTuple):
@@ -134,7 +134,7 @@ class Captioner(ABC):
             ValueError: the captioner is not configured correctly.
             ConnectionError: a model cannot be reached.
         """
-        with tqdm(total=count, unit="volume", desc="embed") as bar:
+        with Bar(total=count, unit="volume", desc="embed") as bar:
             for volume in volumes:
                 texts = self.caption(volume.item, volume.plane, volume.position)
                 write(volume, {n: Reply(t, "ok") for n, t in enumerate(texts) if t is not None})

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from med3dinsight_ext.captions.answer_log import AnswerLog, Slot
 from med3dinsight_ext.captions.captioner import Captioner, SlicedVolume
 from med3dinsight_ext.captions.cleaning import Reply, clean_caption
 from med3dinsight_ext.data.slicing import PLANES, WINDOWS, cut, depth
+from med3dinsight_ext.io.console import Bar
 
 logger = logging.getLogger(__name__)
 PROMPT = (
@@ -225,7 +225,7 @@ class MllmCaptions(Captioner):
                     if row in missing:
                         yield SliceRequest(number, row, *question)
 
-        with tqdm(total=count * expected, unit="slice", desc="caption") as bar:
+        with Bar(total=count * expected, unit="slice", desc="caption") as bar:
             for request, answer in self.answers(requests()):
                 current = open_volumes[request.volume]
                 current.log.add(current.slots[request.row], answer)

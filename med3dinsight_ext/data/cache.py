@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import CacheDataset
-from tqdm import tqdm
+
+from med3dinsight_ext.io.console import Bar
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class MemoryDataset(CacheDataset):
         waiting, kept, used = iter(chosen), [], 0
         with (
             ThreadPool(self.num_workers) as pool,
-            tqdm(total=len(chosen), desc="Loading volumes", disable=None) as bar,
+            Bar(total=len(chosen), desc="Loading volumes") as bar,
         ):
             # A few at a time, so that little is loaded beyond the limit.
             while used < self.limit and (some := list(islice(waiting, self.num_workers or 1))):

@@ -109,7 +109,7 @@ def read_cohort(
     root = source if source.is_dir() else source.parent
     records, faults, seen = [], {}, set[str]()
     items = list(_listed(source, root, split))
-    names = names or _decathlon_names(source)
+    names = names or decathlon_names(source)
     for item, lists in tqdm(items, "Reading volumes", unit="volume", disable=None):
         name = os.path.relpath(item["image"], root)
         seen |= item_ids(item, root)
@@ -136,7 +136,7 @@ def _listed(
             yield item, (name,) if name else ()
 
 
-def _decathlon_names(source: Path) -> list[str] | None:
+def decathlon_names(source: Path) -> list[str] | None:
     """Class names of a ``dataset.json``, in either direction: number to name, name to number."""
     content = json.loads(source.read_text("utf-8")) if source.suffix == ".json" else None
     known = content.get("labels") if isinstance(content, dict) else None

@@ -93,7 +93,7 @@ def datalist(
     if not split:
         return items
     with readable("split", split, "correct it"):
-        return _subset(items, root, Path(split), subset)
+        return split_items(items, root, Path(split), subset)
 
 
 def subset_names(source: str | Path) -> list[str]:
@@ -190,7 +190,7 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
     return item
 
 
-def _subset(items: list[dict], root: Path, split: Path, subset: str | None) -> list[dict]:
+def split_items(items: list[dict], root: Path, split: Path, subset: str | None) -> list[dict]:
     """The items of one list of a split file, which is checked as a whole."""
     lists = split_lists(split)
     if subset not in lists:

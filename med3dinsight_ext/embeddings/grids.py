@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from med3dinsight_ext.data import slicing
 from med3dinsight_ext.data.volumes import guess_modality, read_volume
 from med3dinsight_ext.embeddings.whitening import Whitening, fit_whitening
+from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, sha256, write_atomic
 from med3dinsight_ext.teachers.dense import encode_grids, find_layers
 from med3dinsight_ext.teachers.teacher import Teacher
@@ -184,7 +184,7 @@ class GridStore:
             logger.info(
                 f"{len(missing)} of {len(items)} volumes have no feature grids: making them"
             )
-        for item, path in tqdm(missing, "feature grids", unit="volume", disable=not missing):
+        for item, path in Bar(missing, "feature grids", unit="volume", disable=not missing):
             self._write(item, path)
         return [{**item, "grids": str(path)} for item, path in zip(items, paths, strict=True)]
 
@@ -245,7 +245,7 @@ class GridStore:
     def _fit(self, sample: Sequence[dict[str, Any]]) -> dict[str, Whitening]:
         generator = torch.Generator().manual_seed(self.seed)
         found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in self.layers}
-        for item in tqdm(sample, "whitening", unit="volume"):
+        for item in Bar(sample, "whitening", unit="volume"):
             slices = self._slices(item)
             for layer, features, fraction in self._cells(slices):
                 inside = ((fraction >= 0) & (fraction <= 1)).all(-1)

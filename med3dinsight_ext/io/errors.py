@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
+
+WRONG_INPUT = (ValueError, OSError, ImportError)  # shown without a traceback
+TRACEBACK = "MED3D_TRACEBACK"  # environment variable that shows it
+
+
+def wrong_input(error: BaseException) -> BaseException | None:
+    """The error in a chain that wrong input causes, unless tracebacks are asked for."""
+    if os.environ.get(TRACEBACK):
+        return None
+    return next((cause for cause in causes(error) if isinstance(cause, WRONG_INPUT)), None)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -12,7 +12,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import Normal, Stroke
@@ -112,20 +112,34 @@ def overlays(cases: Sequence[Case], names: Sequence[str]) -> Figure:
     for part, (which, i) in zip(parts, chosen.items(), strict=True):
         text = f"{which}: {short(names[i], 40)}, {dice_text(cases[i])}"
         part.suptitle(text, x=0.01, ha="left", fontsize=9.5, weight="bold")
-        image = read_volume(cases[i].image)
-        shown = window(image, guess_modality(image))[:1]  # of CT the soft tissue
-        kept = np.load(io.BytesIO(cases[i].slices))
-        for plane, ax in enumerate(part.subplots(1, 3)):
-            where = torch.tensor([kept["position"][plane]])
-            picture = cut(shown, image.pixdim.tolist(), plane, where, SIZE)[0, 0]
-            draw_image(ax, picture.numpy(), f"{PLANES[plane]} {where.item():.2f}", INK, 0.6)
-            pair = torch.from_numpy(kept[PLANES[plane]])
-            drawn |= set(pair.unique().tolist()) - {0}
-            draw_classes(ax, pair, kept["spacing"], plane, list(colors.values()))
+        drawn |= draw_slices(part, cases[i].image, cases[i].slices, list(colors.values()))
     add_legend(figure, {name: c for n, (name, c) in enumerate(colors.items(), 1) if n in drawn})
     listing = "; ".join(f"{which.lower()} {names[i]}" for which, i in chosen.items())
     figure.set_label(f"Prediction (filled) and label (outlined) on the image: {listing}")
     return figure
+
+
+def draw_slices(part: SubFigure, path: str, slices: bytes, colors: Sequence[str]) -> set[int]:
+    """Draw a case in three planes; returns the classes that are shown.
+
+    Args:
+        part: of a figure.
+        path: of the image, which is read again.
+        slices: from ``three_slices``.
+        colors: of the classes from 1 on.
+    """
+    image = read_volume(path)
+    shown = window(image, guess_modality(image))[:1]  # of CT the soft tissue
+    kept = np.load(io.BytesIO(slices))
+    drawn = set[int]()
+    for plane, ax in enumerate(part.subplots(1, 3)):
+        where = torch.tensor([kept["position"][plane]])
+        picture = cut(shown, image.pixdim.tolist(), plane, where, SIZE)[0, 0]
+        draw_image(ax, picture.numpy(), f"{PLANES[plane]} {where.item():.2f}", INK, 0.6)
+        pair = torch.from_numpy(kept[PLANES[plane]])
+        drawn |= set(pair.unique().tolist()) - {0}
+        draw_classes(ax, pair, kept["spacing"], plane, colors)
+    return drawn
 
 
 def dice_text(case: Case) -> str:

@@ -18,7 +18,7 @@ from ignite.handlers import Checkpoint
 from monai.handlers import CheckpointLoader, ValidationHandler
 from torch import Tensor, nn
 
-from med3dinsight_ext.io.errors import root_cause
+from med3dinsight_ext.io.errors import TRACEBACK, root_cause, wrong_input
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.training import incremental
 from med3dinsight_ext.training.checkpoints import checkpoint, resume
@@ -30,9 +30,16 @@ logger = logging.getLogger(__name__)
 
 
 def cause_last() -> None:
-    """Print the root cause of a failed run last; MONAI wraps it in "Failed to evaluate"."""
+    """Print the cause of a failed run last, and nothing else if it is wrong input.
+
+    MONAI wraps it in "Failed to evaluate", with two pages of traceback.
+    """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if (shown := wrong_input(error)) is not None:
+            print(f"\n({TRACEBACK}=1 shows the traceback)", file=sys.stderr)
+            print(f"{type(shown).__name__}: {shown}", file=sys.stderr)
+            return
         sys.__excepthook__(kind, error, trace)
         if (cause := root_cause(error)) is not error:
             print(f"\n{type(cause).__name__}: {cause}", file=sys.stderr)

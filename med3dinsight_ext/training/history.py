@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,8 +14,11 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from tqdm import tqdm
 
+from med3dinsight_ext.io.console import SECONDS
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import readable
+
+logger = logging.getLogger(__name__)
 
 
 def _parts(engine: Engine, latest: Callable[[], Mapping[str, Any]] | None) -> Mapping[str, Any]:
@@ -97,18 +102,26 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A bar over the whole run: steps, rate, remaining time, and the loss parts of the last epoch.
+    """A bar over the whole run on a terminal; in a file, a plain line an epoch at most.
 
-    ignite's ``ProgressBar`` has one bar an epoch, shows no time for the whole run, and its loss
-    would be copied from the device at every step.
+    Both show the loss parts of the last step, the last validation and the remaining time. ignite's
+    ``ProgressBar`` has one bar an epoch, and its loss would be copied from the device every step.
 
     Args:
         latest: gives the parts of the last loss, name to value; by default the loss itself.
+        evaluator: whose key metric is shown.
     """
 
-    def __init__(self, latest: Callable[[], Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        latest: Callable[[], Mapping[str, Any]] | None = None,
+        evaluator: Engine | None = None,
+    ) -> None:
         self.latest = latest
+        self.evaluator = evaluator
         self._bar: Any = None
+        self._start: tuple[float, int] = (0.0, 0)
+        self._shown = -math.inf
 
     def attach(self, engine: Engine) -> None:
         if idist.get_rank() == 0:
@@ -119,11 +132,30 @@ class Progress:
 
     def open(self, engine: Engine) -> None:
         if self._bar is None:  # not before a checkpoint has set the iteration
-            length = engine.state.epoch_length or len(engine.state.dataloader)
-            total = engine.state.max_epochs * length
-            self._bar = tqdm(total=total, initial=engine.state.iteration, unit="step", desc="train")
+            done = engine.state.iteration
+            self._start = (time.perf_counter(), done)
+            self._bar = tqdm(total=_steps(engine), initial=done, unit="step", desc="train",
+                             disable=None)  # fmt: skip
 
     def show(self, engine: Engine) -> None:
-        latest = _parts(engine, self.latest)
-        parts = {name: f"{float(value):.4f}" for name, value in latest.items()}
-        self._bar.set_postfix({"epoch": engine.state.epoch, **parts}, refresh=False)
+        parts = {name: float(value) for name, value in _parts(engine, self.latest).items()}
+        if self.evaluator is not None:
+            name, found = self.evaluator.state.key_metric_name, self.evaluator.state.metrics
+            parts |= {name: float(found[name])} if name in found else {}
+        words = {name: f"{value:.4f}" for name, value in parts.items()}
+        self._bar.set_postfix({"epoch": engine.state.epoch, **words}, refresh=False)
+        now, last = time.perf_counter(), engine.state.epoch == engine.state.max_epochs
+        if not self._bar.disable or not (last or now - self._shown > SECONDS):
+            return
+        self._shown = now
+        done = engine.state.iteration
+        rate = (now - self._start[0]) / max(1, done - self._start[1])
+        left = tqdm.format_interval(rate * (_steps(engine) - done))
+        shown = ", ".join(f"{name} {word}" for name, word in words.items())
+        logger.info(f"epoch {engine.state.epoch}/{engine.state.max_epochs}: {shown}; {left} left")
+
+
+def _steps(engine: Engine) -> int:
+    """Steps of the whole run."""
+    length = engine.state.epoch_length or len(engine.state.dataloader)
+    return int(engine.state.max_epochs * length)

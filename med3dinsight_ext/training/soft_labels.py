@@ -23,12 +23,12 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import LoadImage, MapTransform, Orientation, ResampleToMatch, Spacing
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from med3dinsight_ext.data.datalists import datalist
 from med3dinsight_ext.data.volumes import ScaleByModalityd, read_volume
 from med3dinsight_ext.embeddings.grid_volumes import codes_on_grid
 from med3dinsight_ext.embeddings.whitening import position_terms
+from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, sha256, write_atomic
 from med3dinsight_ext.models.voxel_head import VoxelHead, fit_voxel_head
 from med3dinsight_ext.training.checkpoints import load_weights
@@ -190,7 +190,7 @@ class SoftLabels:
         if missing:
             logger.info(f"{len(missing)} of {len(unlabelled)} volumes have no soft label")
             head = self.fit(labelled) if self.head else None
-        for item, path in tqdm(missing, "soft labels", unit="volume", disable=not missing):
+        for item, path in Bar(missing, "soft labels", unit="volume", disable=not missing):
             image = self.image(item)
             shares = [head.predict(self.features(item, image))] if head else []
             if self.network:

@@ -1,9 +1,12 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator
+from running import environment
 from torch import nn
 
 from med3dinsight_ext.training import engine
@@ -93,3 +96,25 @@ def test_the_summary_has_a_line_for_each_target_and_rank() -> None:
     assert [line.split() for line in lines] == [
         ["image_all", "1", "0.500", "0.400", "to", "0.600", "0.250", "0.125"]
     ]
+
+
+@pytest.mark.parametrize("cause", ["ValueError('image must be there')", "KeyError('bug')"])
+def test_wrong_input_ends_with_one_line_and_a_bug_with_its_traceback(cause: str) -> None:
+    code = (
+        "from med3dinsight_ext.training.engine import cause_last\ncause_last()\ntry:\n"
+        f"  raise {cause}\nexcept Exception as error:\n  raise RuntimeError('Failed') from error\n"
+    )
+    shown = {}
+    for name in ("", "1"):
+        settings = environment() | ({"MED3D_TRACEBACK": name} if name else {})
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                              env=settings)  # fmt: skip
+        assert done.returncode == 1
+        shown[name] = done.stderr
+    assert "Traceback" in shown["1"]
+    if cause.startswith("Value"):
+        assert shown[""] == (
+            "\n(MED3D_TRACEBACK=1 shows the traceback)\nValueError: image must be there\n"
+        )
+    else:
+        assert "Traceback" in shown[""] and shown[""].endswith("\nKeyError: 'bug'\n")

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import io
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from ignite.engine import Engine
 
-from med3dinsight_ext.training.history import History, read_history
+from med3dinsight_ext.training import history
+from med3dinsight_ext.training.history import History, Progress, read_history
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_history_holds_epoch_means_and_drops_repeated_epochs(tmp_path: Path) -> None:
@@ -43,3 +51,52 @@ def test_a_broken_row_is_an_error_that_names_the_file(text: str, tmp_path: Path)
     path.write_text(text)
     with pytest.raises(ValueError, match="history.*history.jsonl"):
         read_history(path)
+
+
+def trained(epochs: int, latest: dict[str, float]) -> Engine:
+    """An engine with a progress handler that has run."""
+    engine = Engine(lambda *_: None)
+    evaluator = Engine(lambda *_: None)
+    evaluator.state.key_metric_name = "dice"
+    evaluator.state.metrics = {"dice": 0.5}
+    Progress(lambda: latest, evaluator).attach(engine)
+    engine.run([0, 1], max_epochs=epochs)
+    return engine
+
+
+def test_in_a_file_progress_is_at_most_one_line_an_epoch_and_no_bar(
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with caplog.at_level(logging.INFO, "med3dinsight_ext"):
+        trained(20, {"loss": 0.25})
+    first, last = caplog.messages  # 20 epochs take no half minute
+    assert first.startswith("epoch 1/20: loss 0.2500, dice 0.5000; ") and first.endswith(" left")
+    assert last.startswith("epoch 20/20: ") and "00:00 left" in last
+    assert not capsys.readouterr().err
+    caplog.clear()
+    monkeypatch.setattr(history, "SECONDS", -1)
+    with caplog.at_level(logging.INFO, "med3dinsight_ext"):
+        trained(3, {"loss": 0.25})
+    assert len(caplog.messages) == 3
+
+
+def test_on_a_terminal_progress_is_a_bar_and_no_line(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with caplog.at_level(logging.INFO, "med3dinsight_ext"):
+        trained(2, {"loss": 0.25})
+    assert not caplog.messages
+    assert "4/4" in terminal.getvalue() and "loss=0.2500, dice=0.5000" in terminal.getvalue()
+
+
+def test_other_ranks_show_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ignite.distributed.get_rank", lambda: 1)
+    with caplog.at_level(logging.INFO, "med3dinsight_ext"):
+        trained(2, {"loss": 0.25})
+    assert not caplog.messages

@@ -1,0 +1,220 @@
+"""Layouts of datasets on disk: which images there are, which label belongs to which."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from med3dinsight_ext.data.cohort import decathlon_names
+from med3dinsight_ext.data.datalists import LABEL_ENDINGS, datalist, modality_name, split_items
+from med3dinsight_ext.data.volumes import check_each
+from med3dinsight_ext.io.claims import open_volume
+from med3dinsight_ext.io.reading import read_json
+
+CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net's number of a channel
+FEW_IMAGES = 10  # in a folder, on average, that is taken to be one patient
+NIFTI = (".nii", ".nii.gz")
+Key = tuple[tuple[str, ...], str]
+
+
+class Dataset(NamedTuple):
+    """Images of a folder or list.
+
+    root: folder of relative paths.
+    items: as from ``datalist``, with ``label`` where there is one.
+    names: of the classes by label value, background first; None if they are not written anywhere.
+    split, captions: split.json and captions.jsonl in the folder, if they are there.
+    notes: what was left out, one line each.
+    """
+
+    root: Path
+    items: list[dict[str, Any]]
+    names: list[str] | None
+    split: Path | None
+    captions: Path | None
+    notes: list[str]
+
+    def training(self) -> Dataset:
+        """The dataset without the cases that a split.json keeps for tests."""
+        if not self.split:
+            return self
+        return self._replace(items=split_items(self.items, self.root, self.split, "development"))
+
+    def labelled(self) -> list[dict[str, Any]]:
+        """The items with a label."""
+        return [item for item in self.items if item.get("label") not in (None, "")]
+
+    def segments(self) -> bool:
+        """Whether labels are label maps, not classes."""
+        return all(str(item["label"]).endswith(NIFTI) for item in self.labelled())
+
+
+def read_dataset(source: str | Path, labels: str | Path | None = None) -> Dataset:
+    """Find the images and labels of a dataset in one of the usual layouts.
+
+    A folder with imagesTr and labelsTr (Decathlon, nnU-Net), with images and labels in two folders,
+    with labels named ``*_seg``, ``*_label``, ``*_mask`` or ``*_gtv`` beside the images, or with
+    images alone; or a list, see ``datalist``.
+
+    Args:
+        source: folder or list of images.
+        labels: folder of labels that are named like the images, or a list with image and label.
+
+    Raises:
+        ValueError: nothing to use is there, or the labels belong to other images.
+    """
+    source = Path(source)
+    if source.is_file() and source.name.endswith(NIFTI):
+        raise ValueError(f"data must be a folder or a list, got the file {source}; name its folder")
+    if not source.exists():
+        raise ValueError(f"data must exist, got {source}; name a folder of NIfTI files or a list")
+    listed = next((Path(p) for p in (labels, source) if p and Path(p).is_file()), None)
+    root = source if source.is_dir() else source.parent
+    described = listed if listed and listed.suffix == ".json" else root / "dataset.json"
+    names = decathlon_names(described) if described.is_file() else None
+    notes: list[str] = []
+    if listed:
+        items = [{"patient": Path(item["image"]).name, **item} for item in datalist(listed, root)]
+    else:
+        items = _folder_items(source, Path(labels) if labels else None, notes)
+        if described.is_file():
+            modality = _modality(described)
+            items = [item | {"modality": modality} for item in items]
+    split, captions = root / "split.json", root / "captions.jsonl"
+    found = [path if path.is_file() else None for path in (split, captions)]
+    return Dataset(root, items, names, found[0], found[1], notes)
+
+
+def _folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[dict[str, Any]]:
+    """Images of a folder with their labels and patients."""
+    images = source / "imagesTr" if (source / "imagesTr").is_dir() else source
+    if images != source and (source / "imagesTs").is_dir():
+        notes.append("imagesTs is left out: images for tests")
+    other = Counter(
+        "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix.lower()
+        for path in images.rglob("*") if path.is_file() and not path.name.endswith(NIFTI)
+    )  # fmt: skip
+    kinds = ", ".join(f"{n} {kind or 'without extension'}" for kind, n in other.most_common(4))
+    if not any(path.is_file() for path in images.rglob("*.nii*")):
+        raise ValueError(
+            f"data must hold .nii or .nii.gz files, got {kinds or 'no files'} in {images}; convert "
+            "DICOM with dcm2niix; pictures (2D) are not volumes"
+        )
+    scans = {kind: n for kind, n in other.items() if kind in ("", ".dcm", ".ima", ".nrrd", ".mha")}
+    if scans:
+        notes.append(f"only NIfTI files are read: {kinds} left out")
+    items = datalist(images)
+    keys = {item["image"]: _key(Path(item["image"]), images) for item in items}
+    folders = {folder for folder, _ in keys.values() if folder}
+    by_folder = len(folders) > 1 and len(items) <= FEW_IMAGES * len(folders)
+    for item in items:
+        folder, stem = keys[item["image"]]
+        if folder and by_folder:
+            item["patient"] = "/".join(folder)
+        else:
+            item["patient"] = "/".join((*folder, stem))
+    known = _labels(source, labels)
+    paired = Counter(key for key in keys.values() if key in known)
+    if known and not paired:
+        shown = [
+            ", ".join(sorted({stem for _, stem in group})[:3]) for group in (known, keys.values())
+        ]
+        raise ValueError(
+            f"labels must belong to the images, got {len(known)} labels ({shown[0]} …) and none "
+            f"named like one of {len(items)} images ({shown[1]} …); name them alike"
+        )
+    if labels and not known:
+        raise ValueError(f"labels must hold .nii or .nii.gz files, got none in {labels}")
+    if lost := len(known) - len(paired):
+        notes.append(f"{lost} of {len(known)} labels have no image")
+    for item in items:
+        if (key := keys[item["image"]]) in known:
+            item["label"] = known[key]
+    return items
+
+
+def _modality(path: Path) -> str:
+    """Modality of the first channel in a dataset.json; "auto" if it is not written or unknown."""
+    content = read_json(path, "dataset.json", "correct it or move it away")
+    kinds = content.get("modality") or content.get("channel_names") or {}
+    try:
+        return modality_name(next(iter(dict(kinds).values()), None))
+    except ValueError:
+        return "auto"
+
+
+def _labels(source: Path, labels: Path | None) -> dict[Key, str]:
+    """Label files by what they belong to."""
+    if labels and not labels.is_dir():
+        raise ValueError(f"labels must be a folder or a list, got {labels}; correct the path")
+    root = labels or (source / "labelsTr" if (source / "labelsTr").is_dir() else source)
+    found = {}
+    for path in sorted(p for p in root.rglob("*.nii*") if p.name.endswith(NIFTI)):
+        folders = path.relative_to(source).parts[:-1] if path.is_relative_to(source) else ()
+        in_folder = labels or any(folder.startswith("labels") for folder in folders)
+        if path.name[0] != "." and (in_folder or _stem(path).endswith(LABEL_ENDINGS)):
+            found[_key(path, root)] = str(path.absolute())
+    return found
+
+
+def _key(path: Path, root: Path) -> Key:
+    """Folders and name without what differs between an image and its label."""
+    parts = path.relative_to(root.absolute() if path.is_absolute() else root).parts[:-1]
+    folders = tuple(part for part in parts if not part.startswith(("images", "labels")))
+    stem = CHANNEL.sub("", _stem(path))
+    ending = next((end for end in LABEL_ENDINGS if stem.endswith(end)), "")
+    return folders, stem.removesuffix(ending)
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def check_channels(items: Sequence[dict[str, Any]]) -> None:
+    """Stop if several images share a label: networks here take one channel.
+
+    Raises:
+        ValueError: names the cases.
+    """
+    count = Counter(item["label"] for item in items if str(item["label"]).endswith(NIFTI))
+    if shared := [label for label, n in count.items() if n > 1]:
+        names = sorted(Path(i["image"]).name for i in items if i["label"] == shared[0])
+        raise ValueError(
+            f"cases must have one image a label, got {', '.join(names)} for {shared[0]} and "
+            f"{len(shared) - 1} more such; keep one channel in the folder, or name the images in a "
+            "list with image and label"
+        )
+
+
+def label_values(items: Sequence[dict[str, Any]]) -> set[int]:
+    """Values in all label maps of items.
+
+    Raises:
+        ValueError: a label is unreadable or has values that are no class numbers.
+    """
+
+    def values(item: dict[str, Any]) -> set[float]:
+        try:
+            return set(np.unique(np.asanyarray(open_volume(item["label"]).dataobj)).tolist())
+        except ValueError:
+            raise
+        except Exception as error:  # nibabel, gzip, zlib and numpy each have their own
+            raise ValueError(
+                f"label must be readable, got {type(error).__name__}: {error} in {item['label']}; "
+                "repair it"
+            ) from error
+
+    found = check_each(values, list(items), "labels", skip_bad=False).values()
+    union = sorted(set[float]().union(*found))
+    if union != list(range(len(union))) or len(union) < 2:
+        shown = ", ".join(f"{value:g}" for value in union[:12])
+        raise ValueError(
+            f"labels must hold 0, 1, 2, … without a gap, got {shown} in {len(items)} label maps; "
+            "map the values, or name every value in the labels of dataset.json"
+        )
+    return {int(value) for value in union}

@@ -1,0 +1,80 @@
+"""Memory and time of a training step on this machine, by running one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+
+CGROUP = Path("/sys/fs/cgroup")
+CPU_STEP = 3.0  # peak of a step on a CPU, as a multiple of the tensors saved for its backward pass
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a training may use; for a CPU within the limit of its control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    try:
+        limit, used = ((CGROUP / f"memory.{x}").read_text().strip() for x in ("max", "current"))
+        free = min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no control group, or no limit
+        pass
+    return free
+
+
+def build(backbone: dict[str, Any], device: torch.device) -> nn.Module:
+    """The network of a config, with one output channel."""
+    parser = ConfigParser({"backbone": backbone, "out_channels": 1, "deep_supervision": False})
+    network: nn.Module = parser.get_parsed_content("backbone")
+    return network.to(device)
+
+
+def step_cost(network: nn.Module, patch: Sequence[int], batch: int) -> tuple[int, float]:
+    """Bytes and seconds of a training step with AdamW; the second of two, the first warms up.
+
+    On a GPU the peak of allocated memory; on a CPU from the tensors saved for the backward pass.
+
+    Args:
+        network: on its device.
+        patch: (x, y, z) voxels.
+        batch: patches in a step.
+    """
+    device = next(network.parameters()).device
+    optimizer = torch.optim.AdamW(network.parameters())
+    saved: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    cuda, seconds = device.type == "cuda", 0.0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(2):
+        begin = perf_counter()
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            with torch.autocast(device.type, enabled=cuda):
+                output = network(torch.rand(batch, 1, *patch, device=device))
+        optimizer.zero_grad()
+        output.float().square().mean().backward()
+        optimizer.step()
+        if cuda:
+            torch.cuda.synchronize(device)
+        seconds = perf_counter() - begin
+    if cuda:
+        return torch.cuda.max_memory_allocated(device), seconds
+    weights = sum(4 * p.numel() * p.element_size() for p in network.parameters())
+    return int(CPU_STEP * sum(saved.values())) + weights, seconds

@@ -1,0 +1,245 @@
+"""A plan: the settings for a dataset on this machine, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+
+from med3dinsight_ext.data.laterality import mirror
+from med3dinsight_ext.data.layouts import Dataset, check_channels, label_values
+from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.reading import readable
+from med3dinsight_ext.planning.dry_step import build, free_memory, step_cost
+from med3dinsight_ext.planning.rules import (
+    covering_spacing,
+    fitting_patch,
+    steps_for,
+    target_spacing,
+    unet,
+)
+from med3dinsight_ext.planning.survey import Survey, survey
+
+BATCH = 4  # patches in a step
+SHARE = 0.7  # of the free memory that a step may take
+SMALLEST = 16**3  # voxels of a patch
+WIDTH = 100  # characters of a line on the screen
+TASK = ("label_names", "class_names", "mirror_axes", "mirror_pairs", "patches_per_volume")
+
+
+class Machine(NamedTuple):
+    """What a device allows.
+
+    voxels: of a patch, at most.
+    wide: voxels of a patch up to which the network has 32 filters instead of 16.
+    levels: halvings of the network.
+    budget, least, most: of the training, see ``steps_for``.
+    """
+
+    voxels: int
+    wide: int
+    levels: int
+    budget: float
+    least: int
+    most: int
+
+
+CPU = Machine(330_000, 130_000, 3, 8e8, 600, 2500)
+GPU = Machine(128**3, 128**3, 4, 8e10, 5_000, 20_000)
+
+
+class Plan(NamedTuple):
+    """Settings of a config overlay, why each has its value, and what was seen."""
+
+    settings: dict[str, Any]
+    reasons: dict[str, str]
+    seen: list[str]
+
+
+def read_plan(path: str | Path) -> dict[str, Any]:
+    """Settings of a plan's file.
+
+    Raises:
+        ValueError: it is no YAML file of settings.
+    """
+    with readable("plan", path, "name a file that the command plan wrote"):
+        return dict(yaml.safe_load(Path(path).read_text("utf-8")))
+
+
+def make_plan(
+    dataset: Dataset, kept: Mapping[str, Any] | None = None, source: str = "",
+    device: torch.device | None = None,
+) -> Plan:  # fmt: skip
+    """Settings for a dataset on this machine.
+
+    Args:
+        dataset: from ``read_dataset``; cases for tests are not looked at.
+        kept: settings that are given, as those that a network was pre-trained with.
+        source: of ``kept``, for the reasons.
+        device: default: a GPU if there is one.
+
+    Raises:
+        ValueError: volumes or labels are bad, or the memory holds no patch.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = dataset.training()
+    labelled = dataset.labelled()
+    found = survey(dataset.items)
+    plan = Plan({}, {}, _seen(dataset, found))
+
+    def put(key: str, value: Any, reason: str) -> None:
+        given = kept is not None and key in kept
+        plan.settings[key] = kept[key] if given and kept is not None else value
+        plan.reasons[key] = f"as in {source}" if given else reason
+
+    if labelled:
+        _put_classes(put, dataset)
+    put("modality", found.modality, "told by the datalist or the intensities")
+    if found.ct_range and found.modality == "CT":
+        put("ct_range", list(found.ct_range), "HU of the labelled voxels, 0.5 to 99.5 %")
+    _put_grid(put, plan, found, device, whole=bool(labelled) and not dataset.segments())
+    cores = torch.get_num_threads()
+    put("num_workers", 0 if device.type == "cpu" else min(8, cores), f"{cores} threads")
+    extent = np.median(found.shapes * found.spacings, 0) / plan.settings["spacing"]
+    cached = int(0.4 * free_memory(torch.device("cpu")) / (8 * extent.prod()))
+    put("cache_num", min(cached, 2000), "volumes kept in memory, at most 40 % of it")
+    for key, value in (kept or {}).items():
+        if key not in plan.settings:
+            put(key, value, "")
+    return plan
+
+
+def _seen(dataset: Dataset, found: Survey) -> list[str]:
+    """Lines on what was found."""
+    labelled = dataset.labelled()
+    shape, mm = np.median(found.shapes, 0), np.median(found.spacings, 0)
+    kind = "label maps" if dataset.segments() else "classes"
+    lines = [
+        f"{len(dataset.items)} images, {len(labelled)} with {kind}" if labelled
+        else f"{len(dataset.items)} images without labels",
+        f"median {_times(shape)} voxels of {_times(mm)} mm; from {_times(found.spacings.min(0))} "
+        f"to {_times(found.spacings.max(0))} mm",
+        f"voxels of {found.sampled} images read: "
+        + (f"modality {found.modality}" if found.modality != "auto" else "several modalities"),
+    ]  # fmt: skip
+    return [*lines, *dataset.notes]
+
+
+def _times(values: Sequence[float] | np.ndarray) -> str:
+    return " × ".join(f"{value:.3g}" for value in values)
+
+
+def _put_classes(put: Any, dataset: Dataset) -> None:
+    """Class names and mirroring."""
+    labelled = dataset.labelled()
+    if not dataset.segments():
+        classes = sorted({str(item["label"]) for item in labelled})
+        put("class_names", classes, "all labels of the list")
+        return
+    check_channels(labelled)
+    names = dataset.names
+    reason = "from dataset.json"
+    if names is None:
+        count = len(label_values(labelled))
+        names = ["background", *(f"class_{i}" for i in range(1, count))]
+        reason = "values of the labels; edit the names, left and right in them matter"
+    put("label_names", names, reason)
+    flips = mirror(names, labelled)
+    put("mirror_axes", list(flips.axes), flips.reason)
+    put("mirror_pairs", [list(pair) for pair in flips.pairs], "classes that swap when mirrored")
+    put("patches_per_volume", 1, "so that batch_size counts the patches of a step")
+
+
+def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: bool) -> None:
+    """Spacing, patch, network, batch and steps, by a dry step.
+
+    Args:
+        put: adds a setting.
+        plan: that it is added to.
+        found: measured.
+        device: of the training.
+        whole: a patch shows the whole volume, as for classification.
+    """
+    limits = GPU if device.type == "cuda" else CPU
+    native = target_spacing(found.spacings, found.shapes)
+    extent = np.median(found.shapes * found.spacings, 0)
+    free, voxels, batch = free_memory(device), limits.voxels, BATCH
+    while True:
+        spacing = covering_spacing(extent / native, native, voxels, 1.0 if whole else 0.25)
+        patch, strides = fitting_patch(extent / spacing, spacing, voxels, limits.levels)
+        size = int(np.prod(patch))
+        filters = 32 if size <= limits.wide else 16
+        put("spacing", spacing, "median of the images, isotropic up to a factor of two"
+            if spacing == native else "coarser than the images, so that a patch shows "
+            + ("the whole volume" if whole else "a quarter of the volume"))  # fmt: skip
+        put("patch_size", patch, f"proportions of the median volume, {size:,} voxels")
+        put("backbone", unet(filters, limits.levels, strides), f"residual U-Net, {filters} filters")
+        put("batch_size", batch, "patches in a step")
+        patch, batch = plan.settings["patch_size"], plan.settings["batch_size"]
+        try:
+            network = build(plan.settings["backbone"], device)
+            used, seconds = step_cost(network, patch, batch)
+        except torch.OutOfMemoryError:
+            used, seconds = free + 1, 0.0
+        if used <= SHARE * free:
+            break
+        if batch > 2:
+            batch = 2
+        elif (voxels := voxels // 2) < SMALLEST:
+            raise ValueError(
+                f"memory must hold a training step, got {free / 2**30:.1f} GiB free and "
+                f"{used / 2**30:.1f} GiB needed by the smallest patch; free memory, or give a "
+                "smaller backbone in a plan"
+            )
+    plan.reasons["batch_size"] += (
+        f"; a step takes {used / 2**30:.1f} of {free / 2**30:.0f} GiB and {seconds:.1f} s here"
+    )
+    steps = steps_for(batch * int(np.prod(patch)), limits.budget, limits.least, limits.most)
+    put("steps", steps, f"of training; about {steps * seconds / 60:.0f} min in the network here")
+    put("max_epochs", "$-(-@steps // len(@train::dataloader))", "steps as epochs")
+    put("warmup_epochs", "$max(1, @max_epochs // 20)", "a twentieth of them")
+    put("val_interval", "$max(1, @max_epochs // 5)", "five validations")
+
+
+def shown(plan: Plan, width: int = WIDTH) -> str:
+    """What was seen and what was chosen and why, in one screen; the file has the whole text.
+
+    Args:
+        plan: to show.
+        width: of a line, in characters.
+    """
+    lines = [*plan.seen, ""]
+    for key, value in plan.settings.items():
+        text = _flow(value["channels"] if key == "backbone" and "channels" in value else value)
+        lines.append(f"{key:<19}{_cut(text, 26):<27}{plan.reasons[key]}")
+    return "\n".join(f"  {_cut(line, width - 2)}".rstrip() for line in lines)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _flow(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def write_plan(plan: Plan, path: Path, title: str) -> None:
+    """Write a plan as a commented overlay, for editing.
+
+    Args:
+        plan: to write.
+        path: YAML file.
+        title: first line.
+    """
+    head = [f"# {title}", *(f"#   {line}" for line in plan.seen)]
+    rows = [
+        f"{key}: {_flow(value)}" + (f"  # {plan.reasons[key]}" if plan.reasons[key] else "")
+        for key, value in plan.settings.items()
+    ]
+    text = "\n".join([*head, *rows, ""])
+    write_atomic(path, lambda draft: draft.write_text(text, "utf-8"))

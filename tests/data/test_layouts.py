@@ -1,0 +1,147 @@
+"""Layouts of folders: what is found, and one clear line for each that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from med3dinsight_ext.data.layouts import check_channels, label_values, read_dataset
+
+
+def put(root: Path, *names: str, shape: tuple[int, ...] = (6, 7, 8), value: int = 0) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        array = np.zeros(shape, np.uint8)
+        array.flat[: array.size // 2] = value
+        nib.save(nib.Nifti1Image(array, np.eye(4)), root / name)
+
+
+def pairs(root: Path, labels: Path | None = None) -> dict[str, str]:
+    """Image to label, as paths below the folder."""
+    top = root.parent
+    return {
+        str(Path(i["image"]).relative_to(top)): str(Path(i.get("label", top)).relative_to(top))
+        for i in read_dataset(root, labels).items
+    }
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (["imagesTr/a.nii.gz", "imagesTr/b.nii.gz"], ["labelsTr/a.nii.gz"]),
+        (["imagesTr/a_0000.nii.gz", "imagesTr/b_0000.nii.gz"], ["labelsTr/a.nii.gz"]),
+        (["images/a.nii", "images/b.nii.gz"], ["labels/a.nii.gz"]),
+        (["a.nii.gz", "b.nii.gz"], ["a_seg.nii.gz"]),
+        (["p1/ct.nii.gz", "p2/ct.nii.gz"], ["p1/ct_mask.nii.gz"]),
+        (["p1/images/x.nii.gz", "p2/images/x.nii.gz"], ["p1/labels/x.nii.gz"]),
+    ],
+)
+def test_usual_layouts_pair_images_and_labels(
+    images: list[str], labels: list[str], tmp_path: Path
+) -> None:
+    put(tmp_path / "d", *images, *labels)
+    assert pairs(tmp_path / "d") == {f"d/{images[0]}": f"d/{labels[0]}", f"d/{images[1]}": "."}
+
+
+def test_labels_may_be_in_another_folder_or_a_list(tmp_path: Path) -> None:
+    put(tmp_path, "scans/a.nii.gz", "scans/b.nii.gz", "masks/b_label.nii.gz")
+    assert pairs(tmp_path / "scans", tmp_path / "masks") == {
+        "scans/a.nii.gz": ".",
+        "scans/b.nii.gz": "masks/b_label.nii.gz",
+    }
+    (tmp_path / "classes.csv").write_text("image,label\na.nii.gz,ill\nb.nii.gz,well\n")
+    found = read_dataset(tmp_path / "scans", tmp_path / "classes.csv")
+    assert [item["label"] for item in found.labelled()] == ["ill", "well"] and not found.segments()
+
+
+def test_a_dataset_json_gives_names_and_modality_and_test_images_stay_out(tmp_path: Path) -> None:
+    put(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTs/b_0000.nii.gz")
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    found = read_dataset(tmp_path)
+    assert found.names == ["background", "liver"] and len(found.items) == 1
+    assert found.items[0]["modality"] == "CT" and found.items[0]["patient"] == "a"
+    assert found.notes == ["imagesTs is left out: images for tests"]
+
+
+def test_the_cases_for_tests_of_a_split_are_not_for_training(tmp_path: Path) -> None:
+    put(tmp_path, "a.nii.gz", "b.nii.gz")
+    (tmp_path / "split.json").write_text('{"development": ["a"], "test": ["b"]}')
+    found = read_dataset(tmp_path)
+    assert len(found.items) == 2
+    assert [Path(item["image"]).name for item in found.training().items] == ["a.nii.gz"]
+
+
+def test_images_of_a_patients_folder_belong_together_but_classes_are_no_patients(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path / "few", "p1/t1.nii.gz", "p1/t2.nii.gz", "p2/t1.nii.gz")
+    assert [i["patient"] for i in read_dataset(tmp_path / "few").items] == ["p1", "p1", "p2"]
+    put(tmp_path / "many", *(f"{c}/{i}.nii.gz" for c in ("ill", "well") for i in range(11)))
+    assert len({i["patient"] for i in read_dataset(tmp_path / "many").items}) == 22
+
+
+@pytest.mark.parametrize(
+    ("files", "rule"),
+    [
+        ([], "data must hold .nii or .nii.gz files, got no files in"),
+        (["a.dcm", "b.dcm", "c"], "got 2 .dcm, 1 without extension in .* convert DICOM with dcm2"),
+        (["a.png"], r"got 1 .png in .* pictures \(2D\) are not volumes"),
+    ],
+)
+def test_a_folder_without_volumes_says_what_is_in_it(
+    files: list[str], rule: str, tmp_path: Path
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rule):
+        read_dataset(tmp_path)
+
+
+def test_dicom_and_files_without_extension_beside_nifti_are_noted(tmp_path: Path) -> None:
+    put(tmp_path, "a.nii.gz")
+    for name in ("b.dcm", "c"):
+        (tmp_path / name).touch()
+    (note,) = read_dataset(tmp_path).notes
+    assert note == "only NIfTI files are read: 1 .dcm, 1 without extension left out"
+
+
+def test_one_file_a_missing_folder_and_labels_of_others_are_errors(tmp_path: Path) -> None:
+    put(tmp_path, "scans/a.nii.gz", "masks/x.nii.gz")
+    with pytest.raises(ValueError, match=r"must be a folder or a list, got the file .*name its fo"):
+        read_dataset(tmp_path / "scans/a.nii.gz")
+    with pytest.raises(ValueError, match="data must exist, got .*none"):
+        read_dataset(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"got 1 labels \(x …\) and none named like one of 1 imag"):
+        read_dataset(tmp_path / "scans", tmp_path / "masks")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="labels must hold .nii or .nii.gz files, got none"):
+        read_dataset(tmp_path / "scans", tmp_path / "empty")
+    with pytest.raises(ValueError, match="labels must be a folder or a list, got .*lost"):
+        read_dataset(tmp_path / "scans", tmp_path / "lost")
+
+
+def test_labels_without_an_image_are_noted(tmp_path: Path) -> None:
+    put(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
+    assert read_dataset(tmp_path).notes == ["1 of 2 labels have no image"]
+
+
+def test_two_channels_of_a_labelled_case_are_an_error(tmp_path: Path) -> None:
+    put(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz")
+    with pytest.raises(ValueError, match="one image a label, got a_0000.nii.gz, a_0001.nii.gz for"):
+        check_channels(read_dataset(tmp_path).labelled())
+
+
+def test_label_values_must_count_up(tmp_path: Path) -> None:
+    put(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", value=1)
+    assert label_values(read_dataset(tmp_path).items) == {0, 1}
+    put(tmp_path, "labels/a.nii.gz", value=5)
+    with pytest.raises(ValueError, match=r"0, 1, 2, … without a gap, got 0, 5 in 1 label maps"):
+        label_values(read_dataset(tmp_path).items)
+    (tmp_path / "labels/a.nii.gz").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"label must be readable, got .*labels/a.nii.gz; repair"):
+        label_values(read_dataset(tmp_path).items)

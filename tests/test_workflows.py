@@ -1,0 +1,218 @@
+"""The front door: commands from a folder, the line that they print, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import pytest
+import torch
+import yaml
+from fakes import write_volumes
+
+import med3dinsight_ext
+from med3dinsight_ext import workflows
+from med3dinsight_ext.cli import main
+from med3dinsight_ext.planning import plan as planning
+from med3dinsight_ext.planning.plan import read_plan
+
+TEACHER = {"_target_": "fakes.teacher"}
+SMALL = {"teacher": TEACHER, "per_plane": 8, "slices": 4, "device": "$torch.device('cpu')"}
+
+
+@pytest.fixture
+def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Five images, three labels, a working directory, and plans that take a second to train."""
+    monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 1, 1, 1, 2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    folder = write_volumes(Path("scans"), 5)
+    for name in ("v3", "v4"):
+        (folder / "labels" / f"{name}.nii.gz").unlink()
+    for name in ("segmentation.json", "classification.json"):
+        (folder / name).rename(name)
+    return folder
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What would be launched."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(workflows, "launch", lambda *words: calls.append(words))
+    return calls
+
+
+@pytest.mark.slow
+def test_three_commands_lead_from_a_folder_to_predictions_and_a_page(
+    scans: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = med3dinsight_ext.pretrain("scans", **SMALL)
+    assert run == Path("runs/scans/pretrain") and (run / "models" / "student.pt").is_file()
+    main(["finetune", "scans", "--pretrained", str(run), "--device", SMALL["device"]])
+    out = capsys.readouterr().out
+    assert "plan as in runs/scans/pretrain:" in out and "encoder 100 %" in out
+    assert "next: python -m med3dinsight_ext predict runs/scans/finetune FILES" in out
+    images = ["scans/v0.nii.gz", "scans/v3.nii.gz"]
+    written = med3dinsight_ext.predict("runs/scans/finetune", *images, device=SMALL["device"])
+    assert [path.name for path in written] == [
+        "v0_seg.nii.gz", "v3_seg.nii.gz", "predictions.html"
+    ]  # fmt: skip
+    for image, path in zip(images, written, strict=False):
+        ours, theirs = nib.load(path), nib.load(image)
+        assert ours.shape == theirs.shape and (ours.affine == theirs.affine).all()
+    page = written[-1].read_text("utf-8")
+    assert "v3.nii.gz" in page and page.count("<svg") == 2 and "class_1" in page
+    with pytest.raises(ValueError, match="without these predictions, got .* with v0 and 1 more"):
+        med3dinsight_ext.predict("runs/scans/finetune", *images)
+    out_dir = med3dinsight_ext.evaluate("runs/scans/finetune", "scans", device=SMALL["device"])
+    assert json.loads((out_dir / "metrics.json").read_text())["cases"] == 3
+    assert "cases of the training" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="out must be a new folder, got .*evaluation-scans"):
+        med3dinsight_ext.evaluate("runs/scans/finetune", "scans")
+
+
+def test_the_printed_line_is_the_one_that_runs(
+    scans: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[Any, dict[str, Any]]] = []
+
+    class Workflow:
+        def __init__(self, files: list[str], **overrides: Any) -> None:
+            ran.append((files, overrides))
+
+        initialize = run = finalize = lambda self: None
+
+    monkeypatch.setattr("med3dinsight_ext.training.launch.ConfigWorkflow", Workflow)
+    main(["pretrain", "scans", "--steps", "7", "--patch_size", "[16,16,16]"])
+    ((files, overrides),) = ran
+    (line,) = re.findall(r"^\$ python -m monai.bundle run (.*)$", capsys.readouterr().out, re.M)
+    words = shlex.split(line)
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    assert yaml.safe_load(given.pop("--config_file")) == [
+        str(Path(p).resolve().relative_to(Path.cwd())) if Path(p).is_relative_to(Path.cwd())
+        else os.path.relpath(p) for p in files
+    ]  # fmt: skip
+    for key, value in given.items():
+        assert str(overrides[key[2:]]) == value
+    assert given["--steps"] == "7" and given["--patch_size"] == "[16, 16, 16]"
+    assert overrides["workflow_type"] == "train"
+
+
+def test_a_mistyped_key_is_one_line(scans: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["pretrain", "scans", "--step", "7"])
+    assert capsys.readouterr().err.endswith(
+        "error: override must name a key of the config, got --step; did you mean steps?\n"
+    )
+
+
+def test_a_split_keeps_its_test_cases_out_and_captions_are_found(
+    scans: Path, lines: list[tuple[Any, ...]]
+) -> None:
+    ids = {"development": ["v0", "v1", "v3"], "test": ["v2", "v4"]}
+    (scans / "split.json").write_text(json.dumps(ids))
+    (scans / "captions.jsonl").touch()
+    workflows.pretrain("scans", quiet=True)
+    settings = lines[0][2]
+    assert settings["split"] == "scans/split.json" and settings["captions"].endswith(".jsonl")
+    text = Path("runs/scans/pretrain/plan.yaml").read_text()
+    assert "3 images, 2 with label maps" in text
+    items = json.loads(Path(settings["datalist"]).read_text())
+    assert len(items) == 5 and not any("label" in item for item in items)
+
+
+def test_fine_tuning_lists_labelled_cases_and_takes_the_network_of_the_pre_training(
+    scans: Path, lines: list[tuple[Any, ...]]
+) -> None:
+    workflows.pretrain("scans", quiet=True)
+    run = Path("runs/scans/pretrain")
+    with pytest.raises(ValueError, match="pretrained must be a folder of a training or a weights"):
+        workflows.finetune("scans", pretrained=str(run), quiet=True)
+    (run / "models").mkdir()
+    (run / "models" / "model.pt").touch()
+    plan = read_plan(run / "plan.yaml")
+    (run / "plan.yaml").write_text(yaml.safe_dump(plan | {"spacing": [4.5, 4.5, 4.5]}))
+    workflows.finetune("scans", pretrained=str(run), quiet=True)
+    bundle, overlays, settings, *_ = lines[-1]
+    assert bundle == "seg-finetune" and settings["pretrained"] == str(run / "models/model.pt")
+    assert read_plan(overlays[1])["spacing"] == [4.5, 4.5, 4.5]
+    assert len(json.loads(Path(settings["datalist"]).read_text())) == 3
+
+
+def test_a_list_of_classes_is_a_classification(scans: Path, lines: list[tuple[Any, ...]]) -> None:
+    workflows.finetune("scans", labels="classification.json", quiet=True)
+    bundle, overlays, *_ = lines[0]
+    assert bundle == "cls-finetune" and read_plan(overlays[1])["class_names"] == ["even", "odd"]
+
+
+def test_a_folder_is_used_again_for_the_same_images_and_plan_alone(
+    scans: Path, lines: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    workflows.finetune("scans", out="run", quiet=True)
+    workflows.finetune("scans", out="run")
+    assert capsys.readouterr().out.startswith("goes on with run/plan.yaml\n")
+    Path("other.yaml").write_text("steps: 3\n")
+    with pytest.raises(ValueError, match="a training with this plan, got run with another plan"):
+        workflows.finetune("scans", out="run", plan="other.yaml")
+    shutil.copy(scans / "labels" / "v0.nii.gz", scans / "labels" / "v3.nii.gz")
+    with pytest.raises(ValueError, match="on the same images, got run with 1 others; name another"):
+        workflows.finetune("scans", out="run")
+    assert len(lines) == 2
+
+
+def test_plan_writes_a_file_once_and_names_the_next_command(
+    scans: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = med3dinsight_ext.plan("scans")
+    out = capsys.readouterr().out
+    assert "5 images, 3 with label maps" in out
+    assert "pretrain scans --plan runs/scans/plan.yaml" in out.splitlines()[-1]
+    assert read_plan("runs/scans/plan.yaml") == settings
+    with pytest.raises(ValueError, match="out must be a new file, got runs/scans/plan.yaml"):
+        med3dinsight_ext.plan("scans")
+
+
+@pytest.mark.parametrize(
+    ("call", "rule"),
+    [
+        (lambda: workflows.finetune("images"), "data must have labels, got none for 2 images in"),
+        (lambda: workflows.pretrain("one"), "at least 2 volumes to pre-train on, got 1 in one"),
+        (lambda: workflows.predict("lost", "a.nii.gz"), "model must be a folder with models/model"),
+        (lambda: workflows.predict("bare", "a.nii.gz"), "model must hold plan.yaml, got bare"),
+        (lambda: workflows.predict("run"), "files must be given, got none; like python -m"),
+        (lambda: workflows.predict("run", "x.nii.gz"), "files must exist, got x.nii.gz"),
+        (lambda: workflows.predict("run", "one", "images"), "different names, got v0 twice"),
+        (lambda: workflows.evaluate("run", "images"), "data must have labels, got none in images"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(call: Any, rule: str, scans: Path) -> None:
+    for name, count in (("images", 2), ("one", 1)):
+        Path(name).mkdir()
+        for i in range(count):
+            shutil.copy(scans / f"v{i}.nii.gz", name)
+    for name in ("run", "bare"):
+        (Path(name) / "models").mkdir(parents=True)
+        (Path(name) / "models" / "model.pt").touch()
+    Path("run/plan.yaml").write_text("label_names: [background, ball]\n")
+    with pytest.raises(ValueError, match=rule):
+        call()
+
+
+def test_other_data_is_scored_whole_and_that_of_the_training_by_its_validation_cases(
+    scans: Path, lines: list[tuple[Any, ...]]
+) -> None:
+    workflows.finetune("scans", out="run", quiet=True)
+    (Path("run") / "models").mkdir()
+    (Path("run") / "models" / "model.pt").touch()
+    workflows.evaluate("run", "scans", quiet=True)
+    shutil.copytree(scans, "others")
+    workflows.evaluate("run", "others", quiet=True)
+    own, others = lines[-2][2], lines[-1][2]
+    assert "val_fraction" not in own and others["val_fraction"] == 0
+    assert own["output_dir"] == "run/evaluation-scans"
