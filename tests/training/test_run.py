@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,29 +141,6 @@ def test_a_loader_among_the_handlers_makes_it_incremental(
     engine.run(*words, handlers=[object(), loader])
     assert given == [run.trainer, run.evaluator, [run.best], run.state, [loader], tmp_path]
     assert run.trainer.state.iteration == 0 and not list(tmp_path.iterdir())
-
-
-def test_the_cause_is_printed_last(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    engine.cause_last()
-    try:
-        try:
-            raise ValueError("a label is missing")
-        except ValueError as cause:
-            raise RuntimeError("Failed to evaluate") from cause
-    except RuntimeError as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-    said = capsys.readouterr().err
-    assert "RuntimeError: Failed to evaluate" in said
-    assert (
-        said.endswith("\nValueError: a label is missing\n")
-        and said.count("ValueError: a label") == 2
-    )
-    alone = KeyError("x")
-    sys.excepthook(KeyError, alone, None)
-    assert capsys.readouterr().err == "KeyError: 'x'\n"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
