@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from med3dinsight_ext.data.layouts import Dataset, read_dataset
-from med3dinsight_ext.io.bundles import bundles_dir, kind_of
-from med3dinsight_ext.io.errors import advice
+from med3dinsight_ext.data.layouts import read_dataset
+from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import write_atomic
-from med3dinsight_ext.planning.plan import TASK, make_plan, read_plan, shown, write_plan
+from med3dinsight_ext.planning.plan import read_plan
+from med3dinsight_ext.planning.run_folder import (
+    DATALIST,
+    OUT,
+    PLAN,
+    PROGRAM,
+    WEIGHTS,
+    images_of,
+    overlay,
+    prepare,
+    settle,
+    trained,
+    weights_of,
+    write_items,
+)
 from med3dinsight_ext.reports.predictions import write_predictions
 from med3dinsight_ext.training.launch import launch
 
-PROGRAM = "python -m med3dinsight_ext"
-PLAN, DATALIST, PAGE = "plan.yaml", "datalist.json", "predictions.html"
-OUT = Path("runs")
+PAGE = "predictions.html"
 
 
 def plan(
@@ -45,9 +56,9 @@ def plan(
     path = Path(out) if out else OUT / _name(data) / PLAN
     if path.exists():
         raise ValueError(f"out must be a new file, got {path}; edit it, delete it or name another")
-    settings = _write_plan(dataset, path, data, base, quiet)
+    settings = settle(dataset, path, base, quiet)
     if not quiet:
-        print(f"next: {PROGRAM} pretrain {_word(data)} --plan {path}")
+        print(f"next: {PROGRAM} pretrain {quote(data)} --plan {path}")
     return settings
 
 
@@ -75,14 +86,12 @@ def pretrain(
     if len(dataset.training().items) < 2:
         raise ValueError(f"data must hold at least 2 volumes to pre-train on, got 1 in {data}")
     folder = Path(out) if out else OUT / _name(data) / "pretrain"
-    settings = _prepare(folder, dataset, data, plan, quiet, ["patient"])
+    settings = prepare(folder, dataset, plan, [], quiet)
     if dataset.captions:
         settings["captions"] = str(dataset.captions)
-    launch(
-        "pretrain", ["train.json", _absolute(folder / PLAN)], settings | overrides, quiet, verbose
-    )
+    launch("pretrain", ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
-        _close(folder, f"finetune {_word(data)} --pretrained {folder}")
+        _close(folder, f"finetune {quote(data)} --pretrained {folder}")
     return folder
 
 
@@ -119,14 +128,14 @@ def finetune(
     folder = Path(out) if out else OUT / _name(data) / "finetune"
     more: dict[str, Any] = {}
     if pretrained:
-        weights, home = _weights(pretrained)
+        weights, home = weights_of(pretrained)
         more["pretrained"] = str(weights)
-        plan = plan or (str(home) if (home / PLAN).is_file() else None)
-    settings = _prepare(folder, dataset, data, plan, quiet, ["patient", "label"]) | more
+        plan = plan or home
+    settings = prepare(folder, dataset, plan, ["label"], quiet) | more
     bundle = "seg-finetune" if dataset.segments() else "cls-finetune"
-    launch(bundle, ["train.json", _absolute(folder / PLAN)], settings | overrides, quiet, verbose)
+    launch(bundle, ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
-        _close(folder, f"predict {folder} FILES", f"evaluate {folder} {_word(data)}")
+        _close(folder, f"predict {folder} FILES", f"evaluate {folder} {quote(data)}")
     return folder
 
 
@@ -150,7 +159,7 @@ def predict(
     Raises:
         ValueError: a file is missing, or would be overwritten.
     """
-    home, bundle, overlays = _trained(model)
+    home, bundle, overlays = trained(model)
     images = [str(i["image"]) for file in files for i in _images(Path(str(file)))]
     if not images:
         raise ValueError(f"files must be given, got none; like {PROGRAM} predict {model} a.nii.gz")
@@ -205,19 +214,19 @@ def evaluate(
     Raises:
         ValueError: there are no labels, or ``out`` holds an evaluation.
     """
-    home, bundle, overlays = _trained(model)
+    home, bundle, overlays = trained(model)
     dataset = read_dataset(data, labels)
-    if kind_of(bundle) != "pretraining":
+    scored = kind_of(bundle) != "pretraining"
+    if scored:
         dataset = dataset._replace(items=dataset.labelled())
     if not dataset.items:
         raise ValueError(f"data must have labels, got none in {data}; name them with --labels")
     folder = Path(out) if out else home / f"evaluation-{_name(data)}"
     if (folder / DATALIST).exists():
         raise ValueError(f"out must be a new folder, got {folder}; name another with --out")
-    keys = ["patient", "label"] if dataset.labelled() else ["patient"]
-    write_items(dataset, folder / DATALIST, keys)
-    settings = _source(dataset, folder) | {"bundle_root": str(home), "output_dir": str(folder)}
-    trained_on = _images_of(home / DATALIST)
+    settings: dict[str, Any] = {"bundle_root": str(home), "output_dir": str(folder)}
+    settings |= write_items(dataset, folder, ["label"] if scored else [])
+    trained_on = images_of(home)
     if not dataset.split and not trained_on & {str(item["image"]) for item in dataset.items}:
         settings["val_fraction"] = 0
     launch(bundle, ["train.json", *overlays, "evaluate.json"], settings | overrides, quiet, verbose)
@@ -230,7 +239,7 @@ def evaluate(
 
 def _close(folder: Path, *following: str) -> None:
     """Print where the results of a training are, and the next commands."""
-    print(f"\n{folder}: models/model.pt is the network, eval/history.jsonl has a line an epoch")
+    print(f"\n{folder}: {WEIGHTS} is the network, eval/history.jsonl has a line an epoch")
     for command in following:
         print(f"next: {PROGRAM} {command}")
 
@@ -238,121 +247,6 @@ def _close(folder: Path, *following: str) -> None:
 def _name(data: str) -> str:
     """Name of a dataset's folder or list."""
     return Path(data).resolve().name.partition(".")[0] or "data"
-
-
-def _word(text: str) -> str:
-    return shlex.quote(text)
-
-
-def _absolute(path: Path) -> str:
-    return str(path.absolute())
-
-
-def write_items(dataset: Dataset, path: Path, keys: Sequence[str]) -> None:
-    """Write a dataset as a list for ``--datalist``, with these fields of each item."""
-    items = [{key: item[key] for key in ("image", "modality", *keys)} for item in dataset.items]
-    text = json.dumps(items, indent=1, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda draft: draft.write_text(text, "utf-8"))
-
-
-def _images_of(path: Path) -> set[str]:
-    """Images of a list that ``write_items`` wrote; none if there is no such list."""
-    return (
-        {row["image"] for row in json.loads(path.read_text("utf-8"))} if path.is_file() else set()
-    )
-
-
-def _source(dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Overrides that name the data."""
-    settings = {"dataset_dir": str(dataset.root), "datalist": str(folder / DATALIST)}
-    return settings | ({"split": str(dataset.split)} if dataset.split else {})
-
-
-def _write_plan(
-    dataset: Dataset, path: Path, data: str, base: str | None, quiet: bool
-) -> dict[str, Any]:
-    """Make, print and write a plan."""
-    kept = None
-    if base:
-        home = Path(base)
-        kept = read_plan(home / PLAN if home.is_dir() else home)
-        if home.is_dir():  # the network's settings; classes are those of this dataset
-            kept = {key: value for key, value in kept.items() if key not in TASK}
-    made = make_plan(dataset, kept, str(base))
-    title = f"Plan for {data}. Edit it; then: {PROGRAM} finetune {data} --plan FILE"
-    write_plan(made, path, title)
-    if not quiet:
-        print(f"{shown(made)}\n\nwrote {path}: edit it, or give keys like --steps 2000")
-    return made.settings
-
-
-def _prepare(
-    folder: Path,
-    dataset: Dataset,
-    data: str,
-    base: str | None,
-    quiet: bool,
-    keys: Sequence[str],
-) -> dict[str, Any]:
-    """Write list and plan of a training, unless they are there; overrides that name them."""
-    listed = _images_of(folder / DATALIST)
-    images = {str(item["image"]) for item in dataset.items}
-    if listed and listed != images:
-        raise ValueError(
-            f"out must be new or a training on the same images, got {folder} with "
-            f"{len(listed ^ images)} others; name another with --out"
-        )
-    if (folder / PLAN).is_file():
-        if base and read_plan(folder / PLAN) != read_plan(base) and Path(base).is_file():
-            raise ValueError(
-                f"out must be a training with this plan, got {folder} with another {PLAN}; name "
-                "another with --out"
-            )
-        if not quiet:
-            print(f"goes on with {folder / PLAN}")
-    else:
-        if not quiet:
-            print(
-                f"plan as in {base}:" if base else f"no plan is given, so one is made for {data}:"
-            )
-        _write_plan(dataset, folder / PLAN, data, base, quiet)
-    write_items(dataset, folder / DATALIST, keys)
-    return {"bundle_root": str(folder), **_source(dataset, folder)}
-
-
-def _weights(pretrained: str) -> tuple[Path, Path]:
-    """Weights file and folder of a pre-training."""
-    path = Path(pretrained)
-    weights = path / "models" / "model.pt" if path.is_dir() else path
-    if not weights.is_file():
-        raise ValueError(
-            f"pretrained must be a folder of a training or a weights file, got {path}; run "
-            f"{PROGRAM} pretrain first"
-        )
-    return weights, path if path.is_dir() else weights.absolute().parents[1]
-
-
-def _trained(model: str) -> tuple[Path, Path, list[str]]:
-    """Folder of a trained network, its bundle, and overlays of the configs."""
-    home = Path(model)
-    if home.is_file():
-        home = home.absolute().parents[1]
-    if not (home / "models" / "model.pt").is_file():
-        near = [str(path.parents[1]) for path in OUT.glob("*/*/models/model.pt")]
-        hint = advice(model, near, f"train one with {PROGRAM} finetune")
-        raise ValueError(f"model must be a folder with models/model.pt, got {model}; {hint}")
-    if (home / "configs" / "inference.json").is_file():
-        return home, home, []
-    if not (home / PLAN).is_file():
-        raise ValueError(
-            f"model must hold {PLAN}, got {home} without one; run the bundle's inference.json with "
-            "the overlays of its training"
-        )
-    if (home / "models" / "student.pt").is_file():
-        name = "pretrain"
-    else:
-        name = "cls-finetune" if "class_names" in read_plan(home / PLAN) else "seg-finetune"
-    return home, bundles_dir() / name, [_absolute(home / PLAN)]
 
 
 def _images(path: Path) -> Sequence[dict[str, Any]]:

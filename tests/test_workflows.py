@@ -139,7 +139,9 @@ def test_fine_tuning_lists_labelled_cases_and_takes_the_network_of_the_pre_train
     plan = read_plan(run / "plan.yaml")
     (run / "plan.yaml").write_text(yaml.safe_dump(plan | {"spacing": [4.5, 4.5, 4.5]}))
     workflows.finetune("scans", pretrained=str(run), quiet=True)
+    workflows.finetune("scans", pretrained=str(run))  # again
     bundle, overlays, settings, *_ = lines[-1]
+    assert lines[-1][:3] == lines[-2][:3]
     assert bundle == "seg-finetune" and settings["pretrained"] == str(run / "models/model.pt")
     assert read_plan(overlays[1])["spacing"] == [4.5, 4.5, 4.5]
     assert len(json.loads(Path(settings["datalist"]).read_text())) == 3

@@ -1,0 +1,141 @@
+"""Folder of a run: its plan, the list of its images, and the network that it trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from med3dinsight_ext.data.layouts import Dataset
+from med3dinsight_ext.io.bundles import bundles_dir
+from med3dinsight_ext.io.errors import advice
+from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.reading import read_json
+from med3dinsight_ext.planning.plan import TASK, make_plan, read_plan, shown, write_plan
+
+PROGRAM = "python -m med3dinsight_ext"
+PLAN, DATALIST, WEIGHTS = "plan.yaml", "datalist.json", "models/model.pt"
+OUT = Path("runs")
+
+
+def settle(dataset: Dataset, path: Path, base: str | None, quiet: bool) -> dict[str, Any]:
+    """Make, print and write a plan; returns its settings.
+
+    Args:
+        dataset: from ``read_dataset``.
+        path: file to write.
+        base: plan to take settings from, or the folder of a run, whose classes do not count.
+        quiet: print nothing.
+    """
+    kept = None
+    if base:
+        home = Path(base)
+        kept = read_plan(home / PLAN if home.is_dir() else home)
+        kept = {k: v for k, v in kept.items() if not home.is_dir() or k not in TASK}
+    made = make_plan(dataset, kept, str(base))
+    write_plan(made, path, f"Plan for {dataset.root}. Edit it, and pass it on with --plan {path}")
+    if not quiet:
+        print(f"{shown(made)}\n\nwrote {path}: edit it, or give keys like --steps 2000")
+    return made.settings
+
+
+def prepare(
+    folder: Path, dataset: Dataset, base: str | None, keys: Sequence[str], quiet: bool
+) -> dict[str, Any]:
+    """Write plan and list of a training, unless they are there; returns overrides that name them.
+
+    Raises:
+        ValueError: the folder is that of a training on other images, or with another plan.
+    """
+    listed, images = images_of(folder), {str(item["image"]) for item in dataset.items}
+    if listed and listed != images:
+        raise ValueError(
+            f"out must be new or a training on the same images, got {folder} with "
+            f"{len(listed ^ images)} others; name another with --out"
+        )
+    path = folder / PLAN
+    if not path.is_file():
+        if not quiet:
+            print(f"plan as in {base}:" if base else "no plan is given, so one is made:")
+        settle(dataset, path, base, quiet)
+    elif base and Path(base).is_file() and not read_plan(base).items() <= read_plan(path).items():
+        raise ValueError(
+            f"out must be a training with this plan, got {folder} with another {PLAN}; name "
+            "another with --out"
+        )
+    elif not quiet:
+        print(f"goes on with {path}")
+    return {"bundle_root": str(folder), **write_items(dataset, folder, keys)}
+
+
+def write_items(dataset: Dataset, folder: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Write the list of a dataset; returns overrides that name list, folder and split.
+
+    Args:
+        dataset: to list.
+        folder: gets datalist.json.
+        keys: fields of an item besides image, modality and patient.
+    """
+    fields = ("image", "modality", "patient", *keys)
+    items = [{key: item[key] for key in fields} for item in dataset.items]
+    text = json.dumps(items, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(folder / DATALIST, lambda draft: draft.write_text(text, "utf-8"))
+    settings = {"dataset_dir": str(dataset.root), "datalist": str(folder / DATALIST)}
+    return settings | ({"split": str(dataset.split)} if dataset.split else {})
+
+
+def images_of(folder: Path) -> set[str]:
+    """Images in the list of a folder; none if there is no list."""
+    path = folder / DATALIST
+    rows = read_json(path, "datalist", "name another folder") if path.is_file() else []
+    return {str(row["image"]) for row in rows}
+
+
+def weights_of(pretrained: str) -> tuple[Path, str | None]:
+    """Weights file of a pre-training, and its folder if that has a plan.
+
+    Args:
+        pretrained: folder of a run, or a weights file.
+    """
+    path = Path(pretrained)
+    weights = path / WEIGHTS if path.is_dir() else path
+    if not weights.is_file():
+        raise ValueError(
+            f"pretrained must be a folder of a training or a weights file, got {path}; run "
+            f"{PROGRAM} pretrain first"
+        )
+    home = path if path.is_dir() else weights.absolute().parents[1]
+    return weights, str(home) if (home / PLAN).is_file() else None
+
+
+def trained(model: str) -> tuple[Path, Path, list[str]]:
+    """Folder of a trained network, its bundle, and overlays of the configs.
+
+    Args:
+        model: folder of a run or of a published bundle, or its models/model.pt.
+    """
+    home = Path(model)
+    if home.is_file():
+        home = home.absolute().parents[1]
+    if not (home / WEIGHTS).is_file():
+        near = [str(path.parents[1]) for path in OUT.glob(f"*/*/{WEIGHTS}")]
+        hint = advice(model, near, f"train one with {PROGRAM} finetune")
+        raise ValueError(f"model must be a folder with {WEIGHTS}, got {model}; {hint}")
+    if (home / "configs" / "inference.json").is_file():
+        return home, home, []
+    if not (home / PLAN).is_file():
+        raise ValueError(
+            f"model must hold {PLAN}, got {home} without one; run the bundle's inference.json with "
+            "the overlays of its training"
+        )
+    if (home / "models" / "student.pt").is_file():
+        name = "pretrain"
+    else:
+        name = "cls-finetune" if "class_names" in read_plan(home / PLAN) else "seg-finetune"
+    return home, bundles_dir() / name, [overlay(home)]
+
+
+def overlay(folder: Path) -> str:
+    """A run's plan, as a config file that lies outside of the bundle."""
+    return str((folder / PLAN).absolute())
