@@ -36,3 +36,12 @@ def test_a_run_trains_from_the_prepared_copy_alone(
     assert one.keys() == other.keys()
     assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
     assert torch.load(ours / "models" / "model.pt", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", ["pretrain", "seg-finetune"])
+def test_an_epoch_may_be_a_number_of_steps(bundle: str, tmp_path: Path) -> None:
+    volumes = fakes.write_volumes(tmp_path / "volumes", 5)
+    changes = {"steps_per_epoch": 4, "max_epochs": 2, "backbone::init_filters": 8}
+    run(bundle, ["train.json"], **settings(bundle, tmp_path, volumes, **changes))
+    assert [row["steps"] for row in read_history(tmp_path / "eval" / "history.jsonl")] == [4, 4]
