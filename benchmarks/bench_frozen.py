@@ -40,7 +40,14 @@ from med3dinsight_ext.teachers.teacher import Teacher, bundled, untrained  # noq
 NAMES = ["normal", "hyperplasia"]
 DRAWS = {12: 10, 119: 5, None: 3}  # labelled cases: draws, as many as seeds of the evidence
 CHOICE_CASES, RANDOM = 300, 32  # development cases, random projections
+PARTS = ("choice", "test_cases", "volume_seconds", "fit_seconds", "arms")
 EVIDENCE = ("scratch", "reconstruction", "default", "default_reconstruction_100")
+
+
+def update(figures: dict[str, Any]) -> None:
+    """Write results/frozen.json anew, with what else it holds."""
+    before = load("frozen") or {}
+    write("frozen", {key: before[key] for key in PARTS if key in before} | figures)
 
 
 def items_of(data: str, subset: str) -> list[dict[str, Any]]:
@@ -128,7 +135,7 @@ def choose(data: str) -> None:
                 value = class_scores(p, labels[rest])["auroc"]
                 found.setdefault(name, {}).setdefault(str(count), []).append(round(value, 5))
         print(name, features.shape[1], found[name], flush=True)
-    write("frozen", (load("frozen") or {}) | {"choice": {"cases": len(items), "auroc": found}})
+    update({"choice": {"cases": len(items), "auroc": found}})
 
 
 def scored(
@@ -182,7 +189,10 @@ def test(data: str, out: str = "frozen_run") -> None:
                 for seed in range(draws)
             ]  # fmt: skip
             fit_seconds[str(count)] = (perf_counter() - begin) / draws
-    records = [r for r in results.read("cpu").values() if r.get("task") == "adrenal"]
+    kind = ("adrenal", "unet_batch")
+    records = [
+        r for r in results.read("cpu").values() if (r.get("task"), r.get("backbone")) == kind
+    ]
     for name in EVIDENCE:
         for count in DRAWS:
             same = (r for r in records if r["arm"] == name and r["labels"] == count)
@@ -202,7 +212,7 @@ def test(data: str, out: str = "frozen_run") -> None:
             report.setdefault(name, {})[labelled] = row
     figures = {"test_cases": len(parts[1]), "volume_seconds": volume_seconds,
                "fit_seconds": fit_seconds, "arms": report}  # fmt: skip
-    write("frozen", (load("frozen") or {}) | figures)
+    update(figures)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def frozen(result: Result) -> str:
             )  # fmt: skip
     trained, choice = result["arms"]["trained"], result["choice"]
     chosen = choice["auroc"]
+    few = trained["12"]["auroc"]
     draws = next(iter(chosen.values()))
     return fill(
         "frozen",
@@ -196,6 +197,10 @@ def frozen(result: Result) -> str:
         trained_seconds=result["volume_seconds"]["trained"],
         fit_12=result["fit_seconds"]["12"],
         fit_119=result["fit_seconds"]["119"],
+        draws_12=len(few),
+        draws_119=len(trained["119"]["auroc"]),
+        bad=sum(value < 0.5 for value in few),
+        median_12=median(few),
         goal_12=reached(trained["12"]["mean"] >= 0.77),
         goal_119=reached(trained["119"]["mean"] >= 0.86),
         rows=table(rows),
