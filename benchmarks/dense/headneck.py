@@ -115,11 +115,12 @@ def write_lists(root: Path, work: Path, draws: int, volumes: int | None) -> None
         (work / "lists" / f"{name}.json").write_text(json.dumps(items))
 
 
-SCORED_CASES: list[tuple[str, Tensor, Tensor]] = []
+Case = tuple[str, Tensor, Tensor]
+SCORED_CASES: list[Case] = []
 
 
-def load_scored(root: Path, count: int) -> None:
-    """Scored volumes and labels on the grid of training, once for all jobs."""
+def load_cases(root: Path, names: Sequence[str]) -> list[Case]:
+    """Name, image (1, x, y, z) and label (x, y, z) of cases on the grid of training."""
     load = Compose(
         [
             LoadImaged(["image", "label"], reader="NibabelReader", ensure_channel_first=True),
@@ -128,11 +129,22 @@ def load_scored(root: Path, count: int) -> None:
             Spacingd(["image", "label"], SPACING, mode=["bilinear", "nearest"]),
         ]
     )
-    for name in split(root)["scored"][:count]:
-        paths = {f"{k}": str(root / f"{k}sTr" / f"{name}.nii.gz") for k in ("image", "label")}
+    found = []
+    for name in names:
+        paths = {k: str(root / f"{k}sTr" / f"{name}.nii.gz") for k in ("image", "label")}
         data = load({**paths, "modality": "CT"})
-        tensors = [data[k].as_tensor() for k in ("image", "label")]
-        SCORED_CASES.append((name, tensors[0], tensors[1][0].to(torch.uint8)))
+        image, label = (data[k].as_tensor() for k in ("image", "label"))
+        found.append((name, image, label[0].to(torch.uint8)))
+    return found
+
+
+def dice(guess: Tensor, label: Tensor) -> list[float]:
+    """Of each organ."""
+    found = []
+    for k in range(1, len(CLASSES)):
+        a, b = guess == k, label == k
+        found.append(round(float(2 * (a & b).sum() / (a.sum() + b.sum()).clamp(min=1)), 4))
+    return found
 
 
 @torch.no_grad()
@@ -144,12 +156,7 @@ def score(network: nn.Module, device: torch.device) -> dict[str, Any]:
     for name, image, label in SCORED_CASES:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             guess = inferer(image[None].to(device), network)[0].argmax(0)
-        truth = label.to(device)
-        cases[name] = [
-            round(float(2 * ((guess == k) & (truth == k)).sum()
-                        / ((guess == k).sum() + (truth == k).sum()).clamp(min=1)), 4)
-            for k in range(1, len(CLASSES))
-        ]  # fmt: skip
+        cases[name] = dice(guess, label.to(device))
     table = np.array(list(cases.values()))
     return {"dice": float(table.mean()), "organs": table.mean(0).round(4).tolist(), "cases": cases}
 
@@ -402,7 +409,7 @@ def main(
         (folder / part).mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     write_lists(root, folder, 3, volumes)
-    load_scored(root, scored)
+    SCORED_CASES.extend(load_cases(root, split(root)["scored"][:scored]))
     print(f"{len(SCORED_CASES)} cases loaded in {time.time() - begin:.0f} s", flush=True)
     context = multiprocessing.get_context("fork")  # shares the imports and the scored cases
     context.Process(target=write_machine, args=(folder,)).start()
