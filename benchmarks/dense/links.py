@@ -27,10 +27,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import headneck  # noqa: E402
 
 from common import machine  # noqa: E402
+from med3dinsight_ext.embeddings.grids import GridStore  # noqa: E402
 from med3dinsight_ext.embeddings.whitening import position_terms  # noqa: E402
 from med3dinsight_ext.models.pyramid import find_pyramid, pyramid_of  # noqa: E402
 from med3dinsight_ext.models.voxel_head import fit_voxel_head  # noqa: E402
 from med3dinsight_ext.training.checkpoints import load_weights  # noqa: E402
+from med3dinsight_ext.training.soft_labels import SoftLabels  # noqa: E402
 
 TISSUE = 0.02  # of the scaled intensity; darker voxels are no rows
 Case = tuple[str, Tensor, Tensor]
@@ -95,26 +97,61 @@ def readout(
         guess = torch.where(whole[0] > TISSUE, share.argmax(0), 0)
         guess = guess[tuple(slice(n) for n in label.shape)]
         cases[name] = headneck.dice(guess, label)
+    return summary(cases) | {"features": rows.shape[1]}
+
+
+def codes_readout(
+    root: Path, work: Path, labelled: str, scored: list[Case], random: bool
+) -> dict[str, Any]:
+    """Dice of the head of ``unlabelled.yaml``: on the teacher's own codes, without a 3D network."""
+    store = GridStore(work / "store", headneck.images_only(0 if random else None), "auto")
+    sample = json.loads((work / "lists/pretrain.json").read_text())
+    store.fill(sample[:: len(sample) // 16])  # as headneck.py, so that the whitening is the same
+    train = json.loads((work / "lists" / f"{labelled}.json").read_text())
+    maker = SoftLabels(work / "store", len(headneck.CLASSES), [2 * mm for mm in headneck.SPACING])
+    head = maker.fit(store.fill(train))
+    cases = {}
+    for name, image, label in scored:
+        item = {"image": str(root / "imagesTr" / f"{name}.nii.gz"), "modality": "CT"}
+        [item] = store.fill([item])
+        volume = maker.image(item)
+        share = head.predict(maker.features(item, volume))
+        share = F.interpolate(share[None].float(), image.shape[1:], mode="trilinear")[0]
+        guess = torch.where(image[0] > TISSUE, share.argmax(0), 0)
+        cases[name] = headneck.dice(guess, label)
+    return summary(cases) | {"features": int(head.mean.numel())}
+
+
+def summary(cases: dict[str, list[float]]) -> dict[str, Any]:
+    """Mean Dice, that of each organ, and the cases'."""
     table = np.array(list(cases.values()))
-    return {"features": rows.shape[1], "dice": float(table.mean()),
-            "organs": table.mean(0).round(4).tolist(), "cases": cases}  # fmt: skip
+    return {
+        "dice": float(table.mean()), "organs": table.mean(0).round(4).tolist(), "cases": cases
+    }  # fmt: skip
 
 
 def main(data: str, work: str, draws: int = 3, networks: str | tuple[str, ...] = ()) -> None:
-    """Read out each network, and one that was never trained; WORK/results/readout_*.json."""
+    """Read out each network, one that was never trained, and the teachers' codes.
+
+    Results are WORK/results/readout_*.json; what is there is not done again.
+    """
     torch.set_num_threads(1)
     root, folder = Path(data).resolve(), Path(work).resolve()
     scored = headneck.load_cases(root, headneck.split(root)["scored"])
+    given = [networks] if isinstance(networks, str) else list(networks)
     for draw in range(draws):
         train = cases_of(root, folder, f"draw{draw}")
-        for name in ["untrained", *([networks] if isinstance(networks, str) else networks)]:
+        for name in ["untrained", *given, "codes", "random_codes"]:
             path = folder / "results" / f"readout_{name}_d{draw}.json"
             if path.exists():
                 continue
             begin = time.time()
-            weights = folder / "runs" / name / "models/model.pt"
-            network = network_of(None if name == "untrained" else weights)
-            found = readout(train, scored, partial(features_of, network))
+            if name.endswith("codes"):
+                found = codes_readout(root, folder, f"draw{draw}", scored, name[:6] == "random")
+            else:
+                weights = folder / "runs" / name / "models/model.pt"
+                network = network_of(None if name == "untrained" else weights)
+                found = readout(train, scored, partial(features_of, network))
             line = {
                 "name": f"{name}_d{draw}", "kind": "readout", "init": name,
                 "labelled": f"draw{draw}", **found, "wall_s": round(time.time() - begin, 1),
