@@ -9,7 +9,6 @@ python benchmarks/dense/headneck.py run DATA WORK [--slots 8] [--seconds 500] [-
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -107,6 +106,7 @@ def write_lists(root: Path, work: Path, draws: int, volumes: int | None) -> None
         picked = np.random.RandomState(draw).permutation(len(parts["pool"]))[:LABELLED]
         lists[f"draw{draw}"] = [item(parts["pool"][i], True) for i in picked]
         names = {Path(i["image"]).name for i in lists[f"draw{draw}"]}
+        lists[f"two{draw}"] = lists[f"draw{draw}"][:2]
         lists[f"others{draw}"] = [
             i for i in lists["pretrain"] if Path(i["image"]).name not in names
         ]
@@ -247,7 +247,7 @@ def finetune(
     )  # fmt: skip
     network = flow.parser.get_parsed_content("network_def")
     device = flow.parser.get_parsed_content("device")
-    return score(network, device)
+    return {"lr": lr or LEARNING_RATE, **score(network, device)}
 
 
 RUNS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -270,9 +270,12 @@ def pack(work: str, out: str) -> None:
         torch.save(states, Path(out) / f"weights_{n // 5}.pt")
 
 
-def write_machine(work: Path) -> None:
-    """Device and versions; asking for them starts CUDA, which a parent of forks must not do."""
-    (work / "machine.json").write_text(json.dumps(machine()))
+def collect(work: str) -> None:
+    """Write results/headneck.jsonl from the results in WORK."""
+    paths = sorted((Path(work) / "results").glob("*.json"))
+    rows = [path.read_text() for path in paths if not path.name.startswith("fill")]
+    target = Path(__file__).parent / "results" / "headneck.jsonl"
+    target.write_text("".join(f"{row}\n" for row in rows))
 
 
 def child(job: Job, work: Path) -> None:
@@ -291,6 +294,7 @@ def child(job: Job, work: Path) -> None:
         line = {
             "name": job.name, "kind": job.run, **job.settings, **found,
             "wall_s": round(time.time() - begin, 1), "cpu_s": round(time.process_time() - cpu, 1),
+            **machine(),
         }  # fmt: skip
         draft = work / "results" / f"{job.name}.part"
         draft.write_text(json.dumps(line))
@@ -325,6 +329,7 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
         "both": {},
         "dense": {"reconstruction": 0.0},
         "random": {"tag": "random"},
+        "dense_random": {"tag": "random", "reconstruction": 0.0},
     }
     for arm in ("recon", "both"):  # three times as long
         name = f"{arm}_6000_p0"
@@ -371,6 +376,13 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 labelled=f"draw{draw}", steps=600,
             )  # fmt: skip
     for draw in range(3):
+        add(f"scratch_two{draw}", "finetune", labelled=f"two{draw}", steps=600)
+        for arm in ("recon", "dense"):
+            add(
+                f"{arm}_p0_two{draw}", "finetune", [f"{arm}_p0"], init=f"{arm}_p0",
+                labelled=f"two{draw}", steps=600, lr=1e-3,
+            )  # fmt: skip
+    for draw in range(3):
         add(
             f"shuffled_p0_d{draw}", "finetune", ["shuffled_p0"], init="shuffled_p0",
             labelled=f"draw{draw}", steps=600,
@@ -411,8 +423,9 @@ def main(
     write_lists(root, folder, 3, volumes)
     SCORED_CASES.extend(load_cases(root, split(root)["scored"][:scored]))
     print(f"{len(SCORED_CASES)} cases loaded in {time.time() - begin:.0f} s", flush=True)
-    context = multiprocessing.get_context("fork")  # shares the imports and the scored cases
-    context.Process(target=write_machine, args=(folder,)).start()
+    context = multiprocessing.get_context(
+        "fork"
+    )  # shares imports and cases; only children use CUDA
     waiting = [job for job in plan(scale) if re.search(only, job.name)]
     running: dict[str, tuple[Any, float]] = {}
     failed: set[str] = set()
@@ -447,9 +460,6 @@ def main(
         time.sleep(0.1)
     for process, _ in running.values():
         process.terminate()
-    with contextlib.suppress(OSError):
-        lines = [p.read_text() for p in sorted((folder / "results").glob("*.json"))]
-        (folder / "results.jsonl").write_text("".join(f"{line}\n" for line in lines))
     print(
         f"{len(waiting) + len(running)} not done, {len(failed)} failed: {sorted(failed)}",
         flush=True,
@@ -458,4 +468,4 @@ def main(
 
 if __name__ == "__main__":
     sys.modules["headneck"] = sys.modules["__main__"]
-    fire.Fire({"run": main, "pack": pack})
+    fire.Fire({"run": main, "pack": pack, "collect": collect})

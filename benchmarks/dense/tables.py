@@ -6,60 +6,169 @@ python benchmarks/dense/tables.py
 from __future__ import annotations
 
 import json
-import statistics
+import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from string import Template
 from typing import Any
 
+import torch
+
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+from med3dinsight_ext.metrics.bootstrap import bootstrap  # noqa: E402
+
+DRAWS = ("draw0", "draw1", "draw2")
+TWO = ("two0", "two1", "two2")
 ORGANS = "Brainstem | SpinalCord | RightParotid | LeftParotid"
+Rows = list[dict[str, Any]]
+FINE_TUNED = {
+    "scratch_3e-4": "from scratch, learning rate 0.0003",
+    "scratch_1e-3": "from scratch, 0.001",
+    "scratch": "from scratch, 0.003",
+    "recon": "masked reconstruction",
+    "both": "dense teaching and reconstruction",
+    "both_1e-3": "the same, fine-tuned at 0.001",
+    "random": "the same by a teacher with random weights",
+    "dense": "dense teaching alone",
+    "dense_1e-3": "the same, fine-tuned at 0.001",
+    "recon_1e-3": "masked reconstruction, fine-tuned at 0.001",
+    "self": "from scratch, with soft labels of the network from scratch",
+}
+READ_OUT = {
+    "codes": "the teacher's codes",
+    "random_codes": "codes of a teacher with random weights",
+    "untrained": "network, never trained",
+    "recon_p0": "network, after masked reconstruction",
+    "both_p0": "network, after dense teaching and reconstruction",
+    "dense_p0": "network, after dense teaching alone",
+    "dense_random_p0": "network, after dense teaching alone by a teacher with random weights",
+    "random_p0": "network, after both by a teacher with random weights",
+    "shuffled_p0": "network, after both with another volume's codes",
+}
 
 
-def finetuning(rows: list[dict[str, Any]]) -> str:
-    """One line an arm and number of steps: mean Dice of each draw of labelled patients."""
-    arms: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
+def arm_of(row: dict[str, Any]) -> str:
+    """Which line of the table of fine-tuning a run belongs to."""
+    rate = {0.0003: "_3e-4", 0.001: "_1e-3"}.get(row["lr"], "")
+    if row.get("soft"):
+        return "self"
+    return row.get("init", "").split("_p")[0] + rate if row.get("init") else f"scratch{rate}"
+
+
+def by_draw(rows: Rows) -> dict[str, Rows]:
+    """Runs of each draw of labelled patients."""
+    found: dict[str, Rows] = defaultdict(list)
+    for row in rows:
+        found[row["labelled"]].append(row)
+    return found
+
+
+def cells(draws: dict[str, Rows], names: Sequence[str] = DRAWS) -> list[str]:
+    """Mean Dice of each draw."""
+    means = [fmean(r["dice"] for r in draws[d]) if d in draws else None for d in names]
+    return ["–" if mean is None else f"{mean:.3f}" for mean in means]
+
+
+def above(rows: dict[str, Rows], others: dict[str, Rows], names: Sequence[str] = DRAWS) -> str:
+    """Mean difference in points over the draws that both have, with its interval over cases."""
+    values, cases = [], []
+    for draw in names:
+        if draw in rows and draw in others:
+            one, other = (
+                {n: fmean(fmean(r["cases"][n]) for r in part) for n in part[0]["cases"]}
+                for part in (rows[draw], others[draw])
+            )
+            for number, name in enumerate(sorted(one)):
+                values.append(100 * (one[name] - other[name]))
+                cases.append(number)
+    if not values:
+        return "–"
+    mean, low, high = bootstrap(torch.tensor(values), torch.tensor(cases))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def table(head: str, lines: list[list[str]]) -> str:
+    """Markdown."""
+    columns = head.count("|") + 1
+    rule = "|".join(["---", *["---:"] * (columns - 1)])
+    return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def finetuning(rows: Rows) -> str:
+    """One line an arm: Dice of each draw, and the gain over the arm from scratch."""
+    arms: dict[str, Rows] = defaultdict(list)
     for row in rows:
         if row["kind"] == "finetune":
-            arms[row["steps"], row["name"]][row["draw"]] = row["dice"]
-    lines = ["| steps | arm | draw 0 | draw 1 | mean |", "|---:|---|---:|---:|---:|"]
-    for (steps, name), dice in sorted(arms.items()):
-        cells = [f"{dice[draw]:.3f}" if draw in dice else "–" for draw in (0, 1)]
-        mean = f"{statistics.mean(dice.values()):.3f}" if len(dice) > 1 else "–"
-        lines.append(f"| {steps} | `{name}` | {' | '.join(cells)} | {mean} |")
-    return "\n".join(lines)
+            arms[arm_of(row)].append(row)
+    scratch = by_draw(arms["scratch"])
+    five: list[list[str]] = []
+    two: list[list[str]] = []
+    for arm, name in FINE_TUNED.items():
+        if arm in arms:
+            draws = by_draw(arms[arm])
+            for names, lines in ((DRAWS, five), (TWO, two)):
+                if any(draw in draws for draw in names):
+                    gain = "" if arm == "scratch" else above(draws, scratch, names)
+                    lines.append([name, *cells(draws, names), gain])
+    head = "draw 0 | draw 1 | draw 2 | points above scratch, 0.003"
+    parts = [table(f"{n} patients | {head}", lines) for n, lines in (("five", five), ("two", two))]
+    return "\n\n".join(parts)
 
 
-def readouts(rows: list[dict[str, Any]]) -> str:
-    """One line a source of frozen features: Dice of a light head a voxel."""
-    lines = [f"| numbers a voxel | mean | {ORGANS} |", "|---:|---:|---:|---:|---:|---:|"]
+def readouts(rows: Rows) -> str:
+    """One line a source of frozen features."""
+    found = {key: [r for r in rows if r["kind"] == "readout" and r["init"] == key]
+             for key in READ_OUT}  # fmt: skip
+    lines = []
+    for key, name in READ_OUT.items():
+        if part := found[key]:
+            organs = [f"{fmean(r['organs'][k] for r in part):.2f}" for k in range(4)]
+            gain = "" if key == "untrained" else above(by_draw(part), by_draw(found["untrained"]))
+            lines.append([name, str(part[0]["features"]), *cells(by_draw(part)), *organs, gain])
+    head = f"features | numbers a voxel | draw 0 | draw 1 | draw 2 | {ORGANS}"
+    return table(f"{head} | points above never trained", lines)
+
+
+def pretraining(rows: Rows) -> str:
+    """Seconds and last losses of each pre-training."""
+    lines = []
     for row in rows:
-        if row["kind"] == "readout":
-            organs = " | ".join(f"{value:.2f}" for value in row["organs"])
-            lines.append(f"| {row['features']} | {row['dice']:.3f} | {organs} |")
-    return "\n".join(lines)
+        if row["kind"] == "pretrain":
+            last = row["last"]
+            lines.append([
+                f"`{row['name']}`", str(row["steps"]), f"{row['wall_s']:.0f} s",
+                f"{last['dense']:.3f}", f"{last['reconstruction']:.4f}", row["device"],
+            ])  # fmt: skip
+    return table("run | steps | time | smooth L1 of the codes | reconstruction | device", lines)
 
 
 def speed(result: dict[str, Any]) -> str:
     """One line a network: seconds of a step without and with dense codes."""
-    lines = ["| network | bare | dense | ratio |", "|---|---:|---:|---:|"]
+    lines = []
     for name in ("unet", "segresnet"):
         row = result[name]
-        lines.append(
-            f"| {name} | {row['bare_s']:.2f} | {row['dense_s']:.2f} | {row['ratio']:.2f} |"
-        )
+        figures = (f"{row[key]:.2f}" for key in ("bare_s", "dense_s", "ratio"))
+        lines.append([name, *figures])
     where = f"{result['points']} points a volume and teacher layer; {result['device']}"
-    return "\n".join([*lines, "", f"{where}, commit {result['commit']}."])
+    return (
+        table("network | bare | dense | ratio", lines) + f"\n\n{where}, commit {result['commit']}."
+    )
 
 
 def readme() -> str:
     """The page with its tables."""
     results = HERE / "results"
-    rows = [json.loads(line) for line in (results / "pilot.jsonl").read_text("utf-8").splitlines()]
+    text = (results / "headneck.jsonl").read_text("utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
     cost = json.loads((results / "speed.json").read_text("utf-8"))
+    devices = sorted({f"{row['device']} (commit {row['commit']})" for row in rows})
     return Template((HERE / "page.md").read_text("utf-8")).substitute(
-        finetuning=finetuning(rows), readouts=readouts(rows), speed=speed(cost)
-    )
+        finetuning=finetuning(rows), readouts=readouts(rows), pretraining=pretraining(rows),
+        speed=speed(cost), devices="; ".join(devices),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
