@@ -444,14 +444,21 @@ def data_laws(result: Result) -> str:
 
 def mutation(result: Result) -> str:
     """Section of mutation.py."""
-    rows = []
+    rows, modules = [], result["modules"].values()
     for name, row in result["modules"].items():
         share = f"{100 * row['killed_share']:.0f} %"
         verdicts = [survivor["verdict"] for survivor in row["survivors"]]
         equal = sum(verdict.startswith("equivalent") for verdict in verdicts)
         counts = (row["mutants"], row["tried"], row["killed"], equal, len(verdicts) - equal)
         rows.append([f"`{name}`", *map(str, counts), share])
-    return fill("mutation", where=where(result), rows=table(rows))
+    mutants, tried, killed = (
+        sum(m[key] for m in modules) for key in ("mutants", "tried", "killed")
+    )
+    equal, others = (sum(int(row[column]) for row in rows) for column in (4, 5))
+    return fill(
+        "mutation", where=where(result), rows=table(rows), mutants=mutants, tried=tried,
+        killed=killed, equal=equal, others=others, share=100 * killed / max(1, tried - equal),
+    )  # fmt: skip
 
 
 def fuzz(result: Result) -> str:

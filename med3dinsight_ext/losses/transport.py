@@ -199,7 +199,9 @@ def _solve_columns(
     diagonal[:, :m] += tied
     eps = torch.finfo(plan.dtype).eps
     diagonal.mul_(1 + eps**0.8).add_(eps**2 / m)
-    right = torch.cat([right, (right * tied).sum(1, keepdim=True) + right_h], 1)
+    right = torch.cat(
+        [right.masked_fill(tied, 0), (right * tied).sum(1, keepdim=True) + right_h], 1
+    )
     factor, info = torch.linalg.cholesky_ex(system)
     solution = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
     solution = torch.where((info == 0)[:, None], solution, 0).nan_to_num(0, 0, 0)

@@ -133,3 +133,11 @@ def test_ranks_one_five_and_ten_count_by_default() -> None:
     for a, b in zip(recall_at_k(tokens, targets, group),
                     recall_at_k(tokens, targets, group, (1, 5, 10)), strict=True):  # fmt: skip
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["tokens", "targets"])
+def test_rows_that_are_not_finite_are_counted(name: str) -> None:
+    tokens, targets, plane, *_ = pairs()
+    {"tokens": tokens, "targets": targets}[name][[3, 8], 2] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} must be finite, got NaN or Inf in 2 of 40 rows"):
+        recall_at_k(tokens, targets, plane)
