@@ -49,12 +49,12 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
 
 def main(data: str, steps: int = 24) -> None:
     """Run the commands and write results/newcomer.json."""
-    home = "runs/scans"
+    home, length = "runs/scans", ["--steps", str(steps)]
     commands = {
-        "pretrain": ["pretrain", "scans", "--steps", str(steps)],
-        "finetune": ["finetune", "scans", "--pretrained", f"{home}/pretrain", "--steps", str(steps)],
+        "pretrain": ["pretrain", "scans", *length],
+        "finetune": ["finetune", "scans", "--pretrained", f"{home}/pretrain", *length],
         "predict": ["predict", f"{home}/finetune", "scans"],
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory() as folder:
         make_folder(Path(data), Path(folder, "scans"))
         figures = {name: run(words, Path(folder)) for name, words in commands.items()}
