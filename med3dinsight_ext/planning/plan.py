@@ -104,9 +104,6 @@ def make_plan(
     _put_grid(put, plan, found, device, whole=bool(labelled) and not dataset.segments())
     cores = torch.get_num_threads()
     put("num_workers", 0 if device.type == "cpu" else min(8, cores), f"{cores} threads")
-    extent = np.median(found.shapes * found.spacings, 0) / plan.settings["spacing"]
-    cached = int(0.4 * free_memory(torch.device("cpu")) / (8 * extent.prod()))
-    put("cache_num", min(cached, 2000), "volumes kept in memory, at most 40 % of it")
     for key, value in (kept or {}).items():
         if key not in plan.settings:
             put(key, value, "")
