@@ -16,6 +16,7 @@ from med3dinsight_ext.reports.figures import STYLE, class_colors
 from med3dinsight_ext.reports.formatting import short
 from med3dinsight_ext.reports.pages import write_page
 from med3dinsight_ext.reports.segmentation_figures import FILL, draw_slices, three_slices
+from med3dinsight_ext.reports.viewer import write_viewer
 
 SHOWN = 12  # cases with pictures
 
@@ -32,6 +33,7 @@ def write_predictions(
     """
     rows: dict[str, list[str]] = {}
     figures: list[Figure] = []
+    viewers: dict[str, str] = {}
     load = LoadImage(image_only=True, ensure_channel_first=True)
     for image, path in files.items():
         label = load(path, NibabelReader())
@@ -40,10 +42,14 @@ def write_predictions(
         rows[Path(image).name] = [f"{n * ml:.1f}" for n in counts.tolist()]
         if len(figures) < SHOWN:
             figures.append(picture(image, label, label_names[1:]))
+            viewer = f"viewer/{Path(path).name.split('.')[0]}.html"
+            maps = {"Prediction": label}
+            if write_viewer(page.parent / viewer, image, maps, label_names[1:], f"../{page.name}"):
+                viewers[Path(image).name] = viewer
     write_page(
         page, "predictions.html", title="Predictions", rows=rows, figures=figures,
         facts={"Cases": len(rows), "Folder": str(page.parent)}, classes=list(label_names[1:]),
-        hidden=max(0, len(rows) - SHOWN),
+        hidden=max(0, len(rows) - SHOWN), viewers=viewers,
     )  # fmt: skip
 
 

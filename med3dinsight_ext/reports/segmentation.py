@@ -12,6 +12,7 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 
 from med3dinsight_ext.metrics.segmentation import (
     SCORES,
@@ -27,9 +28,11 @@ from med3dinsight_ext.reports.formatting import case_names, number
 from med3dinsight_ext.reports.pages import write_csv, write_page, write_text
 from med3dinsight_ext.reports.run_facts import run_block
 from med3dinsight_ext.reports.segmentation_figures import Case, boxes, overlays, three_slices
+from med3dinsight_ext.reports.viewer import write_viewer
 
 DIGITS = {"dice": 3, "nsd": 3, "hd95": 1}
 LOWEST = 10  # cases in the page's table
+VIEWED = 12  # cases with a viewer, the first
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,8 @@ class SegmentationReport:
     file. A repeated file, as when a sampler pads the ranks, counts once. All ranks get the results
     in ``engine.state.metrics`` (``dice``, ``nsd``, ``hd95``, ``dice_<class>``), the first writes
     ``cases.csv``, ``metrics.json`` (with the ``confusion`` of classes over all cases and the
-    ``worst_class`` of each case), ``boxes.png``, ``overlays.png`` and ``report.html``.
+    ``worst_class`` of each case), ``boxes.png``, ``overlays.png``, ``report.html`` and, of
+    the first cases, ``viewer``.
 
     Args:
         output_dir: folder to write to.
@@ -70,6 +74,7 @@ class SegmentationReport:
         self.tolerance = tolerance
         self.title, self.weights = title, weights
         self.cases: list[Case] = []
+        self.viewers: dict[str, str] = {}
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -77,7 +82,7 @@ class SegmentationReport:
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def start(self, engine: Engine) -> None:
-        self.cases = []
+        self.cases, self.viewers = [], {}
 
     def score(self, engine: Engine) -> None:
         for item in engine.state.output:
@@ -93,6 +98,16 @@ class SegmentationReport:
             shown = self.label_names.index(worst, 1) if worst else 0
             slices = three_slices(prediction, label, shown)
             self.cases.append(Case(image, scores, counts, slices))
+            if len(self.viewers) < VIEWED and Path(image).is_file():
+                self.view(image, prediction, label)
+
+    def view(self, image: str, prediction: MetaTensor, label: MetaTensor) -> None:
+        """Write the viewer of a case."""
+        page = f"viewer/case-{idist.get_rank()}-{len(self.viewers):02d}.html"
+        maps = {"Prediction": prediction, "Label": label}
+        target = self.output_dir / page
+        if write_viewer(target, image, maps, self.label_names[1:], "../report.html"):
+            self.viewers[image] = page
 
     def write(self, engine: Engine) -> None:
         every = [case for rank in idist.all_gather(self.cases) for case in rank]
@@ -125,10 +140,11 @@ class SegmentationReport:
         figures = {"boxes": boxes(cases), "overlays": overlays(cases, names)}
         for name, figure in figures.items():
             save_png(self.output_dir / f"{name}.png", figure)
+        viewers = {n: self.viewers.get(c.image) for n, c in zip(names, cases, strict=True)}
         page = self.output_dir / "report.html"
         write_page(
             page, "segmentation.html", title=self.title, facts=self.facts(len(cases), found),
-            found=found, scores=SCORES, digits=DIGITS, confusion=mixed, worst=worst[:LOWEST],
+            found=found, viewers=viewers, scores=SCORES, digits=DIGITS, confusion=mixed, worst=worst[:LOWEST],
             colors=class_colors(self.label_names[1:]), run=run_block(self.weights), **figures,
         )  # fmt: skip
         means = {SCORES[key]: number(found["mean"][key]["mean"], DIGITS[key]) for key in SCORES}
