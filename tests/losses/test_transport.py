@@ -118,6 +118,18 @@ def test_filling_scales_to_the_mass_and_cuts_at_the_bound(n: int, mass: float, s
     assert torch.allclose(cut, -math.log(n) - sums) and not h.any()  # at 1, up or down
 
 
+def test_the_first_column_pins_the_constant_where_no_row_is_slack() -> None:
+    plan = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    right = torch.randn(2, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    right -= right.mean(1, keepdim=True)  # of a Laplacian's range
+    none, tied = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.bool)
+    k, _ = _solve_columns(plan, none, tied, right)
+    weights = plan.mT @ (plan / plan.sum(2, keepdim=True))
+    laplacian = torch.diag_embed(weights.sum(2)) - weights
+    assert torch.allclose((laplacian @ k[..., None])[..., 0], right, atol=1e-6)
+    assert k[:, 0].abs().max() < 1e-6 * k.abs().max()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_system_that_cannot_be_solved_gives_no_step(bad: float) -> None:
     plan = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)) / 20
