@@ -221,22 +221,6 @@ def points(gain: dict[str, float]) -> str:
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def newcomer(result: Result) -> str:
-    """Section of bench_newcomer.py."""
-    commands = result["commands"]
-    return fill(
-        "newcomer",
-        where=where(result),
-        **{key: result[key] for key in ("images", "labels", "steps", "predictions")},
-        page=reached(result["page"]),
-        goal=reached(all(row["words"] < 12 for row in commands.values())),
-        rows=table(
-            [name, row["words"], *(f"{row[key]:.0f} s" for key in ("processor_seconds", "seconds"))]
-            for name, row in commands.items()
-        ),
-    )
-
-
 def adrenal(result: Result) -> str:
     """Section of bench_finetune.py on adrenal."""
     test = result["test"]
@@ -551,7 +535,6 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "gpu": gpu,
     "transport": transport,
     "sarcoma": sarcoma,
-    "newcomer": newcomer,
     "hippocampus": hippocampus,
     "headneck": headneck,
     "clicks": clicks,

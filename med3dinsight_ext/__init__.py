@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # a copy in a published bundle holds few of these modules
     from med3dinsight_ext.teachers.teacher import hugging_face as hugging_face
     from med3dinsight_ext.teachers.teacher import open_clip as open_clip
     from med3dinsight_ext.teachers.teacher import pair as pair
+    from med3dinsight_ext.training.encoder import load_encoder as load_encoder
     from med3dinsight_ext.training.transfer import load_pretrained as load_pretrained
     from med3dinsight_ext.workflows import evaluate as evaluate
     from med3dinsight_ext.workflows import finetune as finetune
@@ -78,6 +79,7 @@ _MODULES = {
         "siglip_loss",
     ),
     "metrics.retrieval": ("Retrieval",),
+    "training.encoder": ("load_encoder",),
     "training.transfer": ("load_pretrained",),
     "workflows": ("evaluate", "finetune", "plan", "predict", "pretrain"),
 }

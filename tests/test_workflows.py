@@ -23,6 +23,7 @@ from med3dinsight_ext.planning import plan as planning
 from med3dinsight_ext.planning.plan import read_plan
 
 TEACHER = {"_target_": "fakes.teacher"}
+CONFIG = '{"label_names": ["background", "ball"]}'
 SMALL = {"teacher": TEACHER, "per_plane": 8, "slices": 4, "device": "$torch.device('cpu')"}
 
 
@@ -178,6 +179,21 @@ def test_plan_writes_a_file_once_and_names_the_next_command(
     assert read_plan("runs/scans/plan.yaml") == settings
     with pytest.raises(ValueError, match="out must be a new file, got runs/scans/plan.yaml"):
         med3dinsight_ext.plan("scans")
+
+
+def test_a_published_bundle_predicts_by_its_own_configs(
+    scans: Path, lines: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(workflows, "write_predictions", lambda *words: pages.append(words))
+    home = Path("bundle")
+    for name, text in (("models/model.pt", ""), ("configs/inference.json", CONFIG)):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    workflows.predict("bundle", "scans/v0.nii.gz", out="new", quiet=True)
+    bundle, overlays, settings, *_ = lines[0]
+    assert (bundle, overlays) == (home, ["inference.json"]) and settings["output_dir"] == "new"
+    assert pages[0][2] == ["background", "ball"]
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,8 @@ class SegmentationReport:
         page = self.output_dir / "report.html"
         write_page(
             page, "segmentation.html", title=self.title, facts=self.facts(len(cases), found),
-            found=found, viewers=viewers, scores=SCORES, digits=DIGITS, confusion=mixed, worst=worst[:LOWEST],
+            found=found, viewers=viewers, scores=SCORES, digits=DIGITS,
+            confusion=mixed, worst=worst[:LOWEST],
             colors=class_colors(self.label_names[1:]), run=run_block(self.weights), **figures,
         )  # fmt: skip
         means = {SCORES[key]: number(found["mean"][key]["mean"], DIGITS[key]) for key in SCORES}
