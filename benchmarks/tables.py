@@ -511,8 +511,8 @@ def _scale_part(name: str, part: Result) -> str:
         part[k]["cpu_seconds"] < 60 and part[k]["gigabytes"] < 2 for k in ("start", "resume")
     )
     text = "; ".join(
-        "{0} {cpu_seconds:.0f} CPU seconds ({seconds:.0f} s at a load average of {load_average:.0f}), "
-        "{gigabytes:.2f} GB".format(kind, **part[kind])
+        "{0} {cpu_seconds:.0f} CPU seconds ({seconds:.0f} s at a load average of "
+        "{load_average:.0f}), {gigabytes:.2f} GB".format(kind, **part[kind])
         for kind in ("start", "resume")
     )
     head = f"`{SCALE_PARTS[name]}` with {part['volumes']:,} volumes, to the end of its first step"
