@@ -1,12 +1,13 @@
 """Prepared copies, memory and start-up at the scale of many volumes.
 
-python benchmarks/bench_scale.py [chunks|prepare|memory|start ...] [--folder DIR]
+python benchmarks/bench_scale.py [chunks|prepare|memory|start_seg|start_pretrain ...] [--folder DIR]
 
 - chunks: 96^3 patches of a 512 x 512 x 300 int16 CT from .nii.gz, blosc2 and zarr, warm page cache.
 - prepare: volumes a minute with one process and with two, in turn.
 - memory: resident memory over an epoch of 5,000 small volumes, direct and prepared.
-- start: a run with a list of 100,000 volumes, to the end of its first step, and resumed. Volumes
-  and entries are hard links to a few files; the recorded hashes are invented.
+- start_seg, start_pretrain: a run with a list of 100,000 volumes, to the end of its first step,
+  and resumed. Volumes and entries are hard links to a few files; the recorded hashes are invented.
+  CPU seconds are those of all its processes.
 
 results/scale.json keeps the parts that a run does not measure again.
 """
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,38 +274,42 @@ made = ConfigWorkflow(files, logging_file=False, workflow_type="train", **settin
 made.initialize()
 made.run()
 own = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e6
-workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-row = {"seconds": time.perf_counter() - begin, "gigabytes": own, "worker_gigabytes": workers}
+children = resource.getrusage(resource.RUSAGE_CHILDREN)
+row = {
+    "seconds": time.perf_counter() - begin,
+    "cpu_seconds": time.process_time() + children.ru_utime + children.ru_stime,
+    "gigabytes": own,
+    "worker_gigabytes": children.ru_maxrss / 1e6,
+}
 print(json.dumps(row))
 """
 
 
-def start(root: Path, count: int = 100_000) -> dict[str, Any]:
+def start(root: Path, bundle: str, count: int = 100_000) -> dict[str, Any]:
     """Seconds and memory of a run of one step, and of the same run resumed for one more."""
     found: dict[str, Any] = {"volumes": count}
-    for bundle in ("seg-finetune", "pretrain"):
-        folder = root / bundle
-        folder.mkdir()
-        settings = simulated(folder, bundle, count)
-        files = with_shared(bundles_dir() / bundle / "configs" / "train.json")
-        for name, epochs in (("start", 1), ("resume", 2)):
-            text = json.dumps([files, {**settings, "max_epochs": epochs}])
-            done = subprocess.run(
-                [sys.executable, "-c", RUN, text], capture_output=True, text=True,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-            )  # fmt: skip
-            if done.returncode:
-                raise RuntimeError(done.stdout[-3000:] + done.stderr[-6000:])
-            row = json.loads(done.stdout.strip().splitlines()[-1])
-            found.setdefault(bundle, {})[name] = row | {"load_average": os.getloadavg()[0]}
-            print(bundle, name, row, flush=True)
-        shutil.rmtree(folder)
+    settings = simulated(root, bundle, count)
+    files = with_shared(bundles_dir() / bundle / "configs" / "train.json")
+    for name, epochs in (("start", 1), ("resume", 2)):
+        text = json.dumps([files, {**settings, "max_epochs": epochs}])
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, text], capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(done.stdout[-3000:] + done.stderr[-6000:])
+        row = json.loads(done.stdout.strip().splitlines()[-1])
+        found[name] = row | {"load_average": os.getloadavg()[0]}
     return found
 
 
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
-    "chunks": chunks, "prepare": prepare, "memory": memory, "start": start,
-}  # fmt: skip
+    "chunks": chunks,
+    "prepare": prepare,
+    "memory": memory,
+    "start_seg": partial(start, bundle="seg-finetune"),
+    "start_pretrain": partial(start, bundle="pretrain"),
+}
 
 
 def main(*parts: str, folder: str | None = None, count: int | None = None) -> None:

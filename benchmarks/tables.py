@@ -528,11 +528,72 @@ def gpu(result: Result) -> str:
     )
 
 
+def scale(result: Result) -> str:
+    """Section of bench_scale.py; its later parts may not have been measured."""
+    chunks, prepare = result["chunks"], result["prepare"]
+    slow, *_, ours = chunks.values()
+    ratio = ours["patches_per_second"]["median"] / slow["patches_per_second"]["median"]
+    rate = prepare["volumes_per_minute"]
+    costs = [
+        [
+            f"{n:,}",
+            f"{n * prepare['megabytes_nii_gz'] / 1000:,.0f}",
+            f"{n * prepare['megabytes_per_volume'] / 1000:,.0f}",
+            f"{n / rate['1']['median'] / 60:,.1f}",
+        ]
+        for n in (1000, 10_000, 100_000)
+    ]
+    return fill(
+        "scale",
+        where=where(result),
+        ratio=ratio,
+        ratio_goal=reached(ratio >= 20),
+        read_goal=reached(ours["megabytes_read"] <= 4),
+        chunks=table(
+            [name, span(row["patches_per_second"], 1), *(f"{row[key]:.1f}" for key in SIZES)]
+            for name, row in chunks.items()
+        ),
+        size=" × ".join(map(str, prepare["size"])),
+        one=span(rate["1"], 0),
+        two=span(rate["2"], 0),
+        prepare_ratio=span(prepare["ratio"]),
+        prepare_goal=reached(prepare["ratio"]["median"] >= 1.7),
+        load=prepare["load_average"],
+        costs=table(costs),
+        more="".join(_scale_part(name, result[name]) for name in SCALE_PARTS if name in result),
+    )
+
+
+def _scale_part(name: str, part: Result) -> str:
+    """Memory of an epoch, or a start and a resumed run."""
+    if name == "memory":
+        rows = [
+            f"{kind} {part[kind]['megabytes']['max']:.0f} MB at most, {part[kind]['growth']:+.1%}"
+            for kind in ("direct", "prepared")
+        ]
+        flat = all(abs(part[kind]["growth"]) <= 0.05 for kind in ("direct", "prepared"))
+        head = f"an epoch of {part['volumes']:,} volumes, from its first tenth to its end"
+        return f"\n**Memory** of {head}: {'; '.join(rows)} (goal 5 %: {reached(flat)}).\n"
+    good = all(
+        part[k]["cpu_seconds"] < 60 and part[k]["gigabytes"] < 2 for k in ("start", "resume")
+    )
+    text = "; ".join(
+        "{0} {cpu_seconds:.0f} CPU seconds ({seconds:.0f} s at a load average of "
+        "{load_average:.0f}), {gigabytes:.2f} GB".format(kind, **part[kind])
+        for kind in ("start", "resume")
+    )
+    head = f"`{SCALE_PARTS[name]}` with {part['volumes']:,} volumes, to the end of its first step"
+    return f"\n**Start** of {head}: {text} (goals 60 s and 2 GB: {reached(good)}).\n"
+
+
+SIZES = ("megabytes_read", "megabytes")
+SCALE_PARTS = {"memory": "", "start_seg": "seg-finetune", "start_pretrain": "pretrain"}
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "pretrain": pretrain,
     "captions": captions,
     "served": served,
     "gpu": gpu,
+    "scale": scale,
     "transport": transport,
     "sarcoma": sarcoma,
     "hippocampus": hippocampus,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ class BrokenChunks(ValueError):
     """A file of chunks is missing, cut or changed."""
 
 
+def _blosc2() -> Any:
+    """An extra: published bundles do not need it, as only a prepared copy does."""
+    return import_module("blosc2")
+
+
 def write_chunks(
     path: Path, array: np.ndarray, about: Mapping[str, Any], low: float = 0.0, step: float = 1.0
 ) -> None:
@@ -31,8 +37,7 @@ def write_chunks(
         low: value that the integer 0 stands for.
         step: value between two integers.
     """
-    import blosc2
-
+    blosc2 = _blosc2()
     crc = [zlib.crc32(np.ascontiguousarray(array[block])) for block in _blocks(array.shape)]
     about = {**about, "low": low, "step": step, "crc": np.array(crc, "<u4").tobytes()}
 
@@ -60,8 +65,7 @@ class ChunkFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        import blosc2
-
+        blosc2 = _blosc2()
         self.path = path
         try:
             # One thread: workers read beside each other, and threads do not survive a fork.

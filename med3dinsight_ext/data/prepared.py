@@ -88,8 +88,11 @@ class PreparedCopy:
     def entry(self, item: Mapping[str, Any]) -> str:
         """Name of the item's entry, whether it exists or not; reads files that are new."""
         files = [item.get(key) for key in self.keys]
-        parts = [self._hashes(f) if isinstance(f, str) and os.path.isfile(f) else f for f in files]
-        text = json.dumps([self._settings, item.get("modality"), parts])
+        known = [self._hashes(f) if isinstance(f, str) and os.path.isfile(f) else f for f in files]
+        return self._name(item, known)
+
+    def _name(self, item: Mapping[str, Any], hashes: list[Any]) -> str:
+        text = json.dumps([self._settings, item.get("modality"), hashes])
         name = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:32]
         return f"{name[:2]}/{name}"
 
@@ -99,10 +102,18 @@ class PreparedCopy:
 
     def _record(self, item: Mapping[str, Any]) -> Record | None:
         """What is known of an item without reading it."""
-        files = [item.get(key) for key in self.keys]
-        if not all(isinstance(f, str) and os.path.isfile(f) and self._hashes.has(f) for f in files):
-            return None
-        record = self._records.get(self.entry(item))
+        hashes: list[Any] = []
+        for key in self.keys:
+            file: Any = item.get(key)
+            try:
+                known = self._hashes.get(file)
+            except (TypeError, ValueError):  # no file; its verdict says so
+                known = file
+            else:
+                if known is None:
+                    return None
+            hashes.append(known)
+        record = self._records.get(self._name(item, hashes))
         if record and not record["fault"]:
             paths = (self.path(record["entry"], key) for key in self.keys)
             return record if all(map(os.path.exists, paths)) else None

@@ -245,7 +245,7 @@ class Store:
         """
         self.captioner.check_items(items)
         items = part_of(items, shard)
-        hashed = {item["image"]: self._hashes.has(_file(item)) for item in items}
+        hashed = {item["image"]: self._hashes.get(_file(item)) is not None for item in items}
         missing = [i for i in items if not hashed[i["image"]] or not self.path(i).exists()]
         sample = missing[:: -(-len(missing) // 200) or 1]
         slices = calls = unreadable = 0

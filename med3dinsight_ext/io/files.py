@@ -78,9 +78,9 @@ class HashMemo:
             if [type(x) for x in (name, size, mtime, digest)] == [str, int, int, str]:
                 self._known[name, size, mtime] = digest
 
-    def has(self, file: str | Path) -> bool:
-        """Whether the hash is cached."""
-        return _identity(file) in self._known
+    def get(self, file: str | Path) -> str | None:
+        """The hash if it is cached."""
+        return self._known.get(_identity(file))
 
     def __call__(self, file: str | Path) -> str:
         key = _identity(file)

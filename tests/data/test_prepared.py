@@ -112,15 +112,17 @@ def test_a_second_start_reads_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
     items = [case(tmp_path, name, seed=i) for i, name in enumerate("abc")]
     bad = case(tmp_path, "bad")
     Path(bad["label"]).write_bytes(b"no nifti")
-    load = segmentation()
-    with pytest.raises(ValueError, match=r"(?s)1 bad of 4.*label must be readable.*bad_seg"):
-        check_labels([items, [bad]], NAMES, copy=prepared_copy(tmp_path / "copy", load, 2))
+    gone = case(tmp_path, "gone", seed=9)
+    Path(gone["label"]).unlink()
+    load, val = segmentation(), [bad, gone]
+    with pytest.raises(ValueError, match=r"(?s)2 bad of 5.*label must be readable.*be a file"):
+        check_labels([items, val], NAMES, copy=prepared_copy(tmp_path / "copy", load, 2))
     monkeypatch.setattr(PreparedCopy, "make", None)
     monkeypatch.setattr("med3dinsight_ext.io.files.sha256", None)
     again = prepared_copy(tmp_path / "copy", load, 2)
-    assert check_labels([items, [bad]], NAMES, True, again) == [items, []]
-    with pytest.raises(ValueError, match="1 bad of 4"):
-        check_labels([items, [bad]], NAMES, copy=again)
+    assert check_labels([items, val], NAMES, True, again) == [items, []]
+    with pytest.raises(ValueError, match="2 bad of 5"):
+        check_labels([items, val], NAMES, copy=again)
 
 
 def test_what_changes_a_value_changes_the_entry(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_hashes_are_remembered_and_a_cut_line_is_survived(tmp_path: Path) -> Non
     with (tmp_path / "files.jsonl").open("a") as out:
         out.write('\n["half')
     again = HashMemo(tmp_path / "files.jsonl")
-    assert again.has(file) and again(file) == digest
+    assert again.get(file) == again(file) == digest
 
 
 def test_all_bad_volumes_are_named_at_once_and_good_ones_are_kept(

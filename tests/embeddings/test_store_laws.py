@@ -131,4 +131,4 @@ def test_a_memo_of_hashes_cut_anywhere_never_gives_a_wrong_hash(asked: list[int]
         again = HashMemo(path)
         assert [again(file) for file in files] == right
         kept = HashMemo(path)
-        assert all(kept.has(file) for file in files)
+        assert all(kept.get(file) for file in files)
