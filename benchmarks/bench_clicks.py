@@ -77,7 +77,8 @@ def train(
         return
     files = ["train.json", str(HERE / f"{dataset}.yaml"), *map(str, METHODS[method][0])]
     timing = {
-        "_target_": "timed_training.TimedCosine", "optimizer": "@optimizer", "seconds": seconds,
+        "_target_": "timed_training.TimedCosine", "optimizer": "@optimizer",
+        "rate": "@learning_rate", "seconds": seconds,
     }  # fmt: skip
     begin = perf_counter()
     workflow = bundle_run(

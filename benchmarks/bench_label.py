@@ -11,9 +11,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import re
 import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,9 +42,9 @@ from med3dinsight_ext.monailabel.label_bundle import label_bundle  # noqa: E402
 from med3dinsight_ext.monailabel.server import class_names  # noqa: E402
 
 CONFIGS = bundles_dir() / "seg-finetune" / "configs"
-SHAPES = {"small": (128, 128, 128), "large": (256, 256, 128)}
+SIZE = 128
+PATCH = 96  # of the windows, around clicks too
 THREADS = 2
-PATCH = 96
 STARTS = 3
 CLICKS = 10  # of each start
 CASES, CORRECTED, EPOCHS = 35, 5, 100
@@ -94,49 +94,60 @@ def untrained(folder: Path, overlays: Sequence[Path], click: bool = False) -> Pa
     return folder
 
 
-def write_volume(path: Path, shape: tuple[int, ...]) -> None:
-    """Write a head-sized ellipsoid of blobs with noise, as whole numbers like those of scanners."""
+def write_volume(path: Path) -> None:
+    """Write a head-sized ball of blobs with noise, as whole numbers like those of scanners."""
     random = np.random.default_rng(0)
-    blobs = ndimage.gaussian_filter(random.standard_normal(shape), 4)
-    centred = [(index - n / 2) / n for index, n in zip(np.indices(shape), shape, strict=True)]
-    values = (np.linalg.norm(centred, axis=0) < 0.4) * (600 + 200 * blobs / blobs.std())
-    values += 20 * random.standard_normal(shape)
+    blobs = ndimage.gaussian_filter(random.standard_normal((SIZE,) * 3), 4)
+    away = np.linalg.norm(np.indices((SIZE,) * 3) - SIZE / 2, axis=0)
+    values = (away < 0.4 * SIZE) * (600 + 200 * blobs / blobs.std())
+    values += 20 * random.standard_normal(values.shape)
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(values.clip(0).astype(np.int16), np.eye(4)), path)
 
 
-def clicked(server: label_running.Server, click: Path, volume: str) -> dict[str, Any]:
-    """Seconds of an image's first click and of CLICKS more, and of the steps in the server."""
-    names = [name.lower() for name in class_names(click)]
-    random = np.random.default_rng(0)
-    points = [[int(random.integers(20, n - 20)) for n in SHAPES[volume]] for _ in range(CLICKS + 1)]
-    given: dict[str, list[Any]] = {name: [] for name in names}
-    seconds, latencies = [], []
-    for n, point in enumerate(points):  # each request has all clicks so far
-        given[names[n % len(names)]].append(point)
-        begin = perf_counter()
-        answer = ask(server, click.name, volume, "all", given)
-        seconds.append(perf_counter() - begin)
-        latencies += [json.loads(text) for text in re.findall(rb'"latencies": ({.*?}})', answer)]
-    return {"first_click": seconds[0], "click": seconds[1:], "parts": parts(latencies[1:])}
+def forward(bundle: str) -> None:
+    """Print the seconds of a bare network on one volume, as JSON."""
+    parser = ConfigParser(ConfigParser.load_config_file(f"{bundle}/configs/inference.json"))
+    network = parser.get_parsed_content("network_def").eval()
+    volume = torch.rand(1, 1, *[SIZE] * 3)  # whole; the channels of clicks are zero
+    with torch.no_grad():
+        network(volume)
+        print(json.dumps([timed(lambda: network(volume), False) for _ in range(CLICKS)]))
+
+
+def floor(bundle: Path) -> list[float]:
+    """Seconds of ``forward`` in a new process with a server's threads."""
+    environment = {**label_running.environment(), "OMP_NUM_THREADS": str(THREADS)}
+    words = [sys.executable, __file__, "forward", str(bundle)]
+    done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def one_start(folder: Path, bundles: list[Path], studies: Path) -> dict[str, Any]:
-    """Seconds of a server's start, its first overlay and of clicks on each volume."""
+    """Seconds of a server's start, its first overlay and of CLICKS clicks."""
     plain, click = bundles
     load = os.getloadavg()[0]
     begin = perf_counter()
     server = start(folder, bundles, studies, THREADS)
     try:
-        first = timed(partial(ask, server, plain.name, "small", "image", {}), False)
+        first = timed(partial(ask, server, plain.name, "volume", "image", {}), False)
         command = perf_counter() - begin
-        volumes = {volume: clicked(server, click, volume) for volume in SHAPES}
+        names = [name.lower() for name in class_names(click)]
+        points = np.random.default_rng(0).integers(20, SIZE - 20, (CLICKS + 1, 3)).tolist()
+        given: dict[str, list[Any]] = {name: [] for name in names}
+        seconds, latencies = [], []
+        for n, point in enumerate(points):  # each request has all clicks so far
+            given[names[n % len(names)]].append(point)
+            answer = partial(ask, server, click.name, "volume", "image", given)
+            seconds.append(timed(answer, False))
+            latencies.append(ask(server, click.name, "volume", "json", given)["latencies"])
     finally:
         server.stop()
     return {
         "load_average": load, "load_average_after": os.getloadavg()[0],
         "start": server.seconds, "first_answer": first, "command_to_overlay": command,
-        "volumes": volumes,
+        "first_click": seconds[0], "click": seconds[1:], "network_alone": floor(click),
+        "parts": parts(latencies[1:]),
     }  # fmt: skip
 
 
@@ -152,26 +163,19 @@ def parts(latencies: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def answers(root: Path) -> dict[str, Any]:
-    """Seconds with quickstart.yaml's U-Net in windows of PATCH voxels."""
-    for volume, shape in SHAPES.items():
-        write_volume(root / "studies" / f"{volume}.nii.gz", shape)
+    """Seconds on 128 x 128 x 128 voxels with quickstart.yaml's U-Net, in windows."""
+    write_volume(root / "studies" / "volume.nii.gz")
     size = root / "size.json"
     size.write_text(json.dumps({"spacing": [1.0] * 3, "patch_size": [PATCH] * 3}))
     overlays = [CONFIGS / "quickstart.yaml", size]
     bundles = [untrained(root / "small", overlays)]
     bundles.append(untrained(root / "deepedit_small", overlays, click=True))
     rows = [one_start(root / "server", bundles, root / "studies") for _ in range(STARTS)]
-    single = ("start", "first_answer", "command_to_overlay")
-    seconds: dict[str, Any] = {key: spread([row[key] for row in rows]) for key in single}
-    for volume in SHAPES:
-        found = [row["volumes"][volume] for row in rows]
-        seconds[volume] = {
-            "first_click": spread([row["first_click"] for row in found]),
-            "click": spread([x for row in found for x in row["click"]]),
-        }
-    return {
-        "threads": THREADS, "patch": PATCH, "shapes": SHAPES, "seconds": seconds, "starts": rows,
-    }  # fmt: skip
+    single = ("start", "first_answer", "command_to_overlay", "first_click")
+    seconds = {key: spread([row[key] for row in rows]) for key in single}
+    for key in ("click", "network_alone"):
+        seconds[key] = spread([x for row in rows for x in row[key]])
+    return {"threads": THREADS, "size": SIZE, "patch": PATCH, "seconds": seconds, "starts": rows}
 
 
 def dice(
@@ -245,4 +249,7 @@ def main(data: str, out: str = "label_run") -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    if sys.argv[1:2] == ["forward"]:
+        forward(sys.argv[2])
+    else:
+        fire.Fire(main)

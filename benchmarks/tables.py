@@ -339,6 +339,7 @@ def label(result: Result) -> str:
         where=where(result),
         monailabel=result["monailabel"],
         size=answers["size"],
+        patch=answers.get("patch", answers["size"]),
         threads=answers["threads"],
         starts=len(starts),
         lowest=min(loads),

@@ -20,15 +20,18 @@ META = "clicks"  # key of an image's metadata: (n, 4) class, x, y, z in voxels o
 def draw_click(
     channel: Tensor, centre: Sequence[float], radius: float, shape: str = "disc"
 ) -> None:
-    """Draw a ball of ones into a guidance channel, with a linear edge of one voxel.
+    """Draw a click into a guidance channel; the maximum counts where clicks overlap.
 
     Args:
         channel: (x, y, z), is changed.
         centre: voxel indices, not necessarily whole.
-        radius: in voxels, at least 1.
+        radius: in voxels, at least 1; of a gaussian, its standard deviation.
+        shape: "disc", a ball of ones with a linear edge of one voxel, or "gaussian" of height 1.
     """
     if not radius >= 1:
         raise ValueError(f"click_radius must be at least 1 voxel, got {radius}")
+    if shape not in ("disc", "gaussian"):
+        raise ValueError(f"click_shape must be disc or gaussian, got {shape!r}")
     reach = 3 * radius if shape == "gaussian" else radius + 1
     starts = [max(0, math.ceil(c - reach)) for c in centre]
     stops = [min(n, math.floor(c + reach) + 1) for n, c in zip(channel.shape, centre, strict=True)]

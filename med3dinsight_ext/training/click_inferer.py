@@ -60,6 +60,7 @@ class ClickInferer(Inferer):
         radius: of a click in the guidance channels, in voxels.
         refine_radius: in voxels.
         earlier_answer: whether the network takes the earlier answer as channels.
+        shape: of a click, as in ``draw_click``.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class ClickInferer(Inferer):
         Args:
             inputs: (1, 1, x, y, z), with the clicks of ``AddClicksd`` in its metadata.
             network: takes the channels of ``click_input``.
+            *args: passed to ``inferer`` for the whole volume.
+            **kwargs: likewise.
 
         ``history``, an attribute, may hold earlier answers for this volume.
         """

@@ -96,6 +96,7 @@ class SimulatedClicks:
         automatic_share: share of the items without clicks.
         radius: of a click, in voxels.
         earlier_answer: whether the network takes the earlier answer as channels.
+        shape: of a click, as in ``draw_click``.
     """
 
     def __init__(

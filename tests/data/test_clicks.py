@@ -190,6 +190,11 @@ def test_a_click_is_a_ball_of_ones_with_an_edge_of_one_voxel() -> None:
     assert torch.allclose(channel, expected)
     with pytest.raises(ValueError, match="click_radius must be at least 1 voxel, got 0"):
         draw_click(channel, (4, 3, 3), 0)
+    with pytest.raises(ValueError, match="click_shape must be disc or gaussian, got 'ball'"):
+        draw_click(channel, (4, 3, 3), 2, "ball")
+    gaussian = torch.zeros(9, 8, 7)
+    draw_click(gaussian, (4, 3, 3), 1.5, "gaussian")
+    assert gaussian[4, 3, 3] == 1 and gaussian[6, 3, 3] == pytest.approx(np.exp(-4 / 4.5))
 
 
 @pytest.mark.parametrize("name", suits("seg-finetune"))
