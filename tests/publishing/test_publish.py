@@ -196,7 +196,7 @@ def test_vendored_code_is_python_3_10(published: Path) -> None:
     ("name", "channels", "shape", "names"),
     [
         ("ball_segmentation", 1, [32, 16, 24], ["background", "Ball"]),
-        ("ball_deepedit", 3, [32, 16, 24], ["background", "Ball"]),
+        ("ball_deepedit", 5, [32, 16, 24], ["background", "Ball"]),
         ("ball_classification", 1, [], ["even", "odd", "none"]),
         ("ball_pretraining", 1, [32, 16, 24], ["reconstruction"]),
     ],

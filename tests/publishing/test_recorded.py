@@ -299,4 +299,4 @@ def test_a_training_on_several_processes_is_published_for_one(
     train = json.loads((published(tmp_path, tmp_path / "out") / "configs/train.json").read_text())
     plain = merged("seg-finetune", "train.json")
     assert {key: train[key] for key in launched} == {key: plain[key] for key in launched}
-    assert train["train"]["sampler"] is None
+    assert train["train"]["sampler"] == plain["train"]["sampler"]
