@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,9 +87,7 @@ class PreparedCopy:
 
     def entry(self, item: Mapping[str, Any]) -> str:
         """Name of the item's entry, whether it exists or not; reads files that are new."""
-        files = [item.get(key) for key in self.keys]
-        known = [self._hashes(f) if isinstance(f, str) and os.path.isfile(f) else f for f in files]
-        return self._name(item, known)
+        return self._name(item, [_content(item.get(key), self._hashes) for key in self.keys])
 
     def _name(self, item: Mapping[str, Any], hashes: list[Any]) -> str:
         text = json.dumps([self._settings, item.get("modality"), hashes])
@@ -102,17 +100,9 @@ class PreparedCopy:
 
     def _record(self, item: Mapping[str, Any]) -> Record | None:
         """What is known of an item without reading it."""
-        hashes: list[Any] = []
-        for key in self.keys:
-            file: Any = item.get(key)
-            try:
-                known = self._hashes.get(file)
-            except (TypeError, ValueError):  # no file; its verdict says so
-                known = file
-            else:
-                if known is None:
-                    return None
-            hashes.append(known)
+        hashes = [_content(item.get(key), self._hashes.get) for key in self.keys]
+        if any(known is None for known, _ in hashes):
+            return None
         record = self._records.get(self._name(item, hashes))
         if record and not record["fault"]:
             paths = (self.path(record["entry"], key) for key in self.keys)
@@ -146,7 +136,8 @@ class PreparedCopy:
         for item in items:
             record: Record = records[id(item)] or {}
             found.append(ValueError(record["fault"]) if record["fault"] else record)
-            item["prepared"] = record["entry"]
+            if not record["fault"]:
+                item["prepared"] = record["entry"]
         return good_ones(items, found, "volumes", skip_bad)
 
     def sound(self, items: Sequence[dict], skip_bad: bool = False) -> list[dict]:
@@ -213,6 +204,15 @@ class PreparedCopy:
                 "or this overlay"
             )
         return ChunkFile(self.path(item["prepared"], key))
+
+
+def _content(file: Any, hash_of: Callable[[str], str | None]) -> list[Any]:
+    """Hash of a file's content, None if ``hash_of`` has none, and the member of an archive."""
+    path, _, member = str(file).partition("::")
+    try:
+        return [hash_of(path), member]
+    except ValueError:  # no file: its verdict says so
+        return ["", str(file)]
 
 
 class _Makers(Dataset):
@@ -336,8 +336,10 @@ def _described(value: Any) -> Any:
         return [str(x) for x in np.asarray(value).flatten().tolist()]
     if isinstance(value, Mapping):
         return {str(key): _described(value[key]) for key in sorted(value, key=str)}
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple)):
         return [_described(x) for x in value]
+    if isinstance(value, (set, frozenset)):  # whose order differs between processes
+        return sorted(map(str, value))
     if hasattr(value, "__qualname__"):  # a function or class
         return f"{value.__module__}.{value.__qualname__}"
     if not hasattr(value, "__dict__"):

@@ -139,6 +139,26 @@ def test_what_changes_a_value_changes_the_entry(tmp_path: Path) -> None:
         names[0] = changed
 
 
+def test_an_archive_is_keyed_by_content_and_member(tmp_path: Path) -> None:
+    archive = tmp_path / "a.npz"
+    items = [{"image": f"{archive}::train_images::{i}", "modality": "MR"} for i in range(2)]
+    names: set[str] = set()
+    for seed in (0, 1):
+        random = np.random.default_rng(seed)
+        np.savez(archive, train_images=random.random((2, 9, 9, 9)), seed=[seed] * (1 + seed))
+        copy = PreparedCopy(tmp_path / "copy", images())
+        assert len(copy.check(items)) == 2
+        names |= {item["prepared"] for item in items}
+        assert PreparedCopy(tmp_path / "copy", images())._record(items[1]) is not None
+    assert len(names) == 4
+
+
+def test_the_order_of_a_set_changes_no_entry() -> None:
+    transform = images()[1]
+    transform.names = {"a", "b", "c"}
+    assert prepared._described([transform])[0][1]["names"] == ["a", "b", "c"]
+
+
 def test_a_replaced_volume_is_prepared_anew(tmp_path: Path) -> None:
     item = case(tmp_path, "a")
     load = [*images(), SpatialPadd("image", PATCH)]
