@@ -30,11 +30,11 @@ FINE_TUNED = {
     "scratch": "from scratch, 0.003",
     "recon": "masked reconstruction",
     "both": "dense teaching and reconstruction",
-    "both_1e-3": "the same, fine-tuned at 0.001",
+    "both_1e-3": "dense teaching and reconstruction, 0.001",
     "random": "the same by a teacher with random weights",
     "dense": "dense teaching alone",
-    "dense_1e-3": "the same, fine-tuned at 0.001",
-    "recon_1e-3": "masked reconstruction, fine-tuned at 0.001",
+    "dense_1e-3": "dense teaching alone, 0.001",
+    "recon_1e-3": "masked reconstruction, 0.001",
     "self": "from scratch, with soft labels of the network from scratch",
 }
 READ_OUT = {

@@ -137,6 +137,19 @@ def test_embedding_fills_the_store_and_nothing_else(tmp_path: Path, volumes: Pat
     assert {p.name for p in tmp_path.iterdir()} == {"store"}
 
 
+def test_pre_training_takes_labels_on_some_of_its_volumes(tmp_path: Path, volumes: Path) -> None:
+    paths = sorted(map(str, volumes.glob("*.nii.gz")))
+    items = [{"image": path} for path in paths]
+    for item in items[1:]:
+        item["label"] = item["image"]
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps(items))
+    changes = {"datalist": str(listed), "val_fraction": 0.0, "batch_size": 3}
+    given = settings("pretrain", tmp_path / "run", volumes, **changes)
+    run("pretrain", ["train.json"], **given)
+    assert (tmp_path / "run/models/model.pt").exists()
+
+
 def test_properties_that_tools_look_up_are_there(
     trained: tuple[str, dict[str, Any]], volumes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
