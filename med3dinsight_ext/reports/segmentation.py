@@ -98,12 +98,13 @@ class SegmentationReport:
             shown = self.label_names.index(worst, 1) if worst else 0
             slices = three_slices(prediction, label, shown)
             self.cases.append(Case(image, scores, counts, slices))
-            if len(self.viewers) < VIEWED and Path(image).is_file():
+            first = idist.get_rank() == 0 and len(self.viewers) < VIEWED
+            if first and Path(image).is_file():
                 self.view(image, prediction, label)
 
     def view(self, image: str, prediction: MetaTensor, label: MetaTensor) -> None:
         """Write the viewer of a case."""
-        page = f"viewer/case-{idist.get_rank()}-{len(self.viewers):02d}.html"
+        page = f"viewer/case-{len(self.viewers) + 1:02d}.html"
         maps = {"Prediction": prediction, "Label": label}
         target = self.output_dir / page
         if write_viewer(target, image, maps, self.label_names[1:], "../report.html"):

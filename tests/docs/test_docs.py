@@ -18,6 +18,7 @@ PAGES = sorted([
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 ASSIGNED = re.compile(r'(?:^|(?<=; ))([A-Z]+)=(?:"([^"\n]*)"|([^\s;]+))', re.MULTILINE)
 CONFIG_FILE = re.compile(r'--config_file (?:"\[([^]]+)\]"|([^\s"]+))')
+NO_RUN = {"gpu"}  # bench_gpu.py has not run on a GPU yet
 
 
 def test_benchmark_tables_are_generated_from_the_results() -> None:
@@ -28,8 +29,8 @@ def test_benchmark_tables_are_generated_from_the_results() -> None:
     spec.loader.exec_module(tables)
     page = path.with_name("README.md").read_text()
     results = {file.stem for file in path.with_name("results").glob("*.json")}
-    assert page == tables.readme() and page.count("\n## ") == len(tables.SECTIONS)
-    assert set(tables.SECTIONS) == results
+    assert page == tables.readme() and page.count("\n## ") == len(tables.SECTIONS.keys() - NO_RUN)
+    assert set(tables.SECTIONS) - NO_RUN == results
 
 
 def variables(text: str) -> dict[str, str]:

@@ -246,7 +246,8 @@ def test_page_shows_scores_and_examples(written: tuple[Path, dict]) -> None:
 def test_pictures_are_written(written: tuple[Path, dict]) -> None:
     for name in ("boxes.png", "overlays.png"):
         assert imread(written[0] / name).std() > 0.05
-    assert len(list(written[0].iterdir())) == 5
+    files = {path.name for path in written[0].iterdir()} - {"viewer"}  # needs nilearn
+    assert files == {"boxes.png", "overlays.png", "cases.csv", "metrics.json", "report.html"}
 
 
 def test_swapped_organs_are_seen_at_a_glance(tmp_path: Path) -> None:

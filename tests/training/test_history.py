@@ -12,6 +12,14 @@ from med3dinsight_ext.training import history
 from med3dinsight_ext.training.history import History, Progress, read_history
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the handlers that a bundle's logging.conf left in this process."""
+    kept = [h for h in logging.root.handlers if type(h) is not logging.StreamHandler]
+    monkeypatch.setattr(logging.root, "handlers", kept)
+    monkeypatch.setattr(logging.getLogger("med3dinsight_ext"), "handlers", [])
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
