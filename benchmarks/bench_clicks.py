@@ -3,7 +3,6 @@
 python benchmarks/bench_clicks.py arm hippocampus DATA OUT --method click --seconds 170
 python benchmarks/bench_clicks.py arm headneck DATA OUT --method deepedit --labelled 5
 python benchmarks/bench_clicks.py score headneck DATA OUT --method click --subset test
-python benchmarks/bench_clicks.py collect OUT
 python benchmarks/bench_clicks.py seconds
 
 An arm is one process; it trains on the GPU if there is one, scores on the validation cases, and
@@ -80,11 +79,14 @@ def train(
         "_target_": "timed_training.TimedCosine", "optimizer": "@optimizer",
         "rate": "@learning_rate", "seconds": seconds,
     }  # fmt: skip
+    overlay = folder.resolve() / "timing.json"
+    overlay.write_text(json.dumps({"train_handlers::timing": timing}))
+    files.append(str(overlay))
     begin = perf_counter()
     workflow = bundle_run(
         "seg-finetune", files, bundle_root=str(folder), **source(data),
-        **{"max_cases": labelled, "val_items": [], "max_epochs": 100_000, "ema_decay": 0.99,
-           "train_handlers::timing": timing} | TRAINING[dataset] | settings,
+        **{"max_cases": labelled, "val_items": [], "max_epochs": 100_000, "ema_decay": 0.99}
+        | TRAINING[dataset] | settings,
     )  # fmt: skip
     state = workflow.trainer.state
     figures = {
