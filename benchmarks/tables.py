@@ -326,6 +326,25 @@ def clicks(result: Result) -> str:
     )
 
 
+def clicks_corrective(result: Result) -> str:
+    """Section of one arm of bench_clicks.py."""
+    one, training = result["one"], result["training"]
+    low, high = (100 * one["gain"][key] for key in ("low", "high"))
+    return fill(
+        "clicks_corrective",
+        where=where(result),
+        trained=training["cases"],
+        iterations=training["iterations"],
+        cases=result["cases"],
+        gain=100 * one["gain"]["mean"],
+        low=low,
+        high=high,
+        goal=reached(one["gain"]["mean"] >= 0.03),
+        answer=one["seconds"]["median"],
+        rows=table([n, f"{step['mean']:.3f}"] for n, step in enumerate(one["dice"])),
+    )
+
+
 def label(result: Result) -> str:
     """Section of bench_label.py."""
     answers, trained = result["answers"], result["round"]
@@ -601,6 +620,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "headneck": headneck,
     "clicks": clicks,
     "clicks_14": clicks,
+    "clicks_corrective": clicks_corrective,
     "label": label,
     "adrenal": adrenal,
     "frozen": frozen,
