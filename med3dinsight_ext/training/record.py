@@ -149,7 +149,7 @@ class RunRecord:
             self.content["best_epoch"], self.content["best_metric"] = epoch, value
             self.content["weights_sha256"] = _hashes(self.files)
         self.content["epochs"] = epoch
-        self.content["seconds"] = round(self._before + perf_counter() - self._begin, 1)
+        self.content["seconds"] = round(self._before + perf_counter() - self._begin, 3)
         if self._own:
             self.write()
 
