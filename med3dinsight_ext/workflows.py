@@ -10,7 +10,7 @@ from typing import Any
 
 from med3dinsight_ext.data.layouts import read_dataset
 from med3dinsight_ext.io.bundles import kind_of
-from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.files import volume_stem, write_atomic
 from med3dinsight_ext.planning.plan import read_plan
 from med3dinsight_ext.planning.run_folder import (
     DATALIST,
@@ -163,7 +163,7 @@ def predict(
     images = [str(i["image"]) for file in files for i in _images(Path(str(file)))]
     if not images:
         raise ValueError(f"files must be given, got none; like {PROGRAM} predict {model} a.nii.gz")
-    stems = [Path(image).name.removesuffix(".gz").removesuffix(".nii") for image in images]
+    stems = [volume_stem(image) for image in images]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise ValueError(f"files must have different names, got {twice} twice; predict them apart")

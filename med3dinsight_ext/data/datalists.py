@@ -14,6 +14,7 @@ from torch import Tensor
 
 from med3dinsight_ext.data.slicing import MODALITIES
 from med3dinsight_ext.io.claims import npz_array
+from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import parse_json, read_rows, readable
 
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
@@ -112,7 +113,7 @@ def split_lists(split: str | Path) -> dict[str, list[str]]:
 def item_ids(item: dict, root: Path) -> set[str]:
     """What a split file may call an item: its patient, file name or a folder on its path."""
     path = Path(os.path.relpath(item["image"], os.path.abspath(root)))
-    return {str(item.get("patient")), _stem(path), *path.parts[:-1]}
+    return {str(item.get("patient")), volume_stem(path), *path.parts[:-1]}
 
 
 def _sections(source: Path) -> dict[str, list]:
@@ -162,13 +163,9 @@ def _read_json(path: Path) -> dict | list:
 
 
 def _is_image(path: Path) -> bool:
-    folders, stem = path.parts[:-1], _stem(path)
+    folders, stem = path.parts[:-1], volume_stem(path)
     is_label = stem.endswith(LABEL_ENDINGS) or any(f.startswith("labels") for f in folders)
     return not is_label and path.name.endswith((".nii", ".nii.gz")) and path.name[0] != "."
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _as_dict(row: dict | str) -> dict:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from med3dinsight_ext.data.cohort import decathlon_names
 from med3dinsight_ext.data.datalists import LABEL_ENDINGS, datalist, modality_name, split_items
+from med3dinsight_ext.data.labels import label_values
 from med3dinsight_ext.data.volumes import check_each
 from med3dinsight_ext.io.claims import open_volume
+from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import read_json
 
 CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net's number of a channel
@@ -157,7 +157,7 @@ def _labels(source: Path, labels: Path | None) -> dict[Key, str]:
     for path in sorted(p for p in root.rglob("*.nii*") if p.name.endswith(NIFTI)):
         folders = path.relative_to(source).parts[:-1] if path.is_relative_to(source) else ()
         in_folder = labels or any(folder.startswith("labels") for folder in folders)
-        if path.name[0] != "." and (in_folder or _stem(path).endswith(LABEL_ENDINGS)):
+        if path.name[0] != "." and (in_folder or volume_stem(path).endswith(LABEL_ENDINGS)):
             found[_key(path, root)] = str(path.absolute())
     return found
 
@@ -166,13 +166,9 @@ def _key(path: Path, root: Path) -> Key:
     """Folders and name without what differs between an image and its label."""
     parts = path.relative_to(root.absolute() if path.is_absolute() else root).parts[:-1]
     folders = tuple(part for part in parts if not part.startswith(("images", "labels")))
-    stem = CHANNEL.sub("", _stem(path))
+    stem = CHANNEL.sub("", volume_stem(path))
     ending = next((end for end in LABEL_ENDINGS if stem.endswith(end)), "")
     return folders, stem.removesuffix(ending)
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def check_channels(items: Sequence[dict[str, Any]]) -> None:
@@ -191,7 +187,7 @@ def check_channels(items: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def label_values(items: Sequence[dict[str, Any]]) -> set[int]:
+def class_numbers(items: Sequence[dict[str, Any]]) -> set[int]:
     """Values in all label maps of items.
 
     Raises:
@@ -200,7 +196,7 @@ def label_values(items: Sequence[dict[str, Any]]) -> set[int]:
 
     def values(item: dict[str, Any]) -> set[float]:
         try:
-            return set(np.unique(np.asanyarray(open_volume(item["label"]).dataobj)).tolist())
+            return set(label_values(open_volume(item["label"]).dataobj))
         except ValueError:
             raise
         except Exception as error:  # nibabel, gzip, zlib and numpy each have their own

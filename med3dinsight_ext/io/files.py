@@ -15,6 +15,11 @@ from uuid import uuid4
 logger = logging.getLogger(__name__)
 
 
+def volume_stem(path: str | Path) -> str:
+    """Name of a file without its folder and without .nii or .nii.gz."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
 def sha256(path: Path) -> str:
     """Hash of a file's bytes, read in pieces."""
     digest = hashlib.sha256()

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from med3dinsight_ext.data.laterality import mirror
-from med3dinsight_ext.data.layouts import Dataset, check_channels, label_values
+from med3dinsight_ext.data.layouts import Dataset, check_channels, class_numbers
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.planning.dry_step import build, free_memory, step_cost
@@ -141,7 +141,7 @@ def _put_classes(put: Any, dataset: Dataset) -> None:
     names = dataset.names
     reason = "from dataset.json"
     if names is None:
-        count = len(label_values(labelled))
+        count = len(class_numbers(labelled))
         names = ["background", *(f"class_{i}" for i in range(1, count))]
         reason = "values of the labels; edit the names, left and right in them matter"
     put("label_names", names, reason)

@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from monai.data import MetaTensor, NibabelReader
 from monai.transforms import LoadImage
 
+from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.reports.figures import STYLE, class_colors
 from med3dinsight_ext.reports.formatting import short
 from med3dinsight_ext.reports.pages import write_page
@@ -42,7 +43,7 @@ def write_predictions(
         rows[Path(image).name] = [f"{n * ml:.1f}" for n in counts.tolist()]
         if len(figures) < SHOWN:
             figures.append(picture(image, label, label_names[1:]))
-            viewer = f"viewer/{Path(path).name.split('.')[0]}.html"
+            viewer = f"viewer/{volume_stem(path)}.html"
             maps = {"Prediction": label}
             if write_viewer(page.parent / viewer, image, maps, label_names[1:], f"../{page.name}"):
                 viewers[Path(image).name] = viewer

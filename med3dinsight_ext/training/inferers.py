@@ -20,7 +20,7 @@ from torch import Tensor
 
 from med3dinsight_ext.data import slicing
 from med3dinsight_ext.embeddings.targets import map_positions
-from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.files import volume_stem, write_atomic
 from med3dinsight_ext.models.student import StudentOutput
 from med3dinsight_ext.teachers.teacher import Teacher
 
@@ -211,7 +211,7 @@ class TokenWriter:
         path = Path(name).resolve()
         below = self.root is not None and path.is_relative_to(self.root)
         folder = path.parent.relative_to(self.root) if below and self.root else Path()
-        stem = self.output_dir / folder / path.name.removesuffix(".gz").removesuffix(".nii")
+        stem = self.output_dir / folder / volume_stem(path)
         if self._written.setdefault(stem, name) != name:
             raise ValueError(
                 f"images must have names of their own, got {self._written[stem]} and {name}, both "

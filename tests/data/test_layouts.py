@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from med3dinsight_ext.data.layouts import check_channels, label_values, read_dataset
+from med3dinsight_ext.data.layouts import check_channels, class_numbers, read_dataset
 
 
 def put(root: Path, *names: str, shape: tuple[int, ...] = (6, 7, 8), value: int = 0) -> None:
@@ -136,12 +136,12 @@ def test_two_channels_of_a_labelled_case_are_an_error(tmp_path: Path) -> None:
         check_channels(read_dataset(tmp_path).labelled())
 
 
-def test_label_values_must_count_up(tmp_path: Path) -> None:
+def test_class_numbers_must_count_up(tmp_path: Path) -> None:
     put(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", value=1)
-    assert label_values(read_dataset(tmp_path).items) == {0, 1}
+    assert class_numbers(read_dataset(tmp_path).items) == {0, 1}
     put(tmp_path, "labels/a.nii.gz", value=5)
     with pytest.raises(ValueError, match=r"0, 1, 2, … without a gap, got 0, 5 in 1 label maps"):
-        label_values(read_dataset(tmp_path).items)
+        class_numbers(read_dataset(tmp_path).items)
     (tmp_path / "labels/a.nii.gz").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"label must be readable, got .*labels/a.nii.gz; repair"):
-        label_values(read_dataset(tmp_path).items)
+        class_numbers(read_dataset(tmp_path).items)

@@ -104,6 +104,19 @@ def test_predictions_link_to_their_viewers(tmp_path: Path) -> None:
     assert "../predictions.html" in Page(tmp_path / "out/viewer/a_seg.html").links
 
 
+@needs_niivue
+def test_names_with_dots_have_viewers_of_their_own(tmp_path: Path) -> None:
+    image, _ = case(tmp_path)
+    files = {}
+    for name in ("1.2", "1.3"):
+        files[str(tmp_path / f"{name}.nii.gz")] = tmp_path / f"{name}_seg.nii.gz"
+        shutil.copy(image, tmp_path / f"{name}.nii.gz")
+        shutil.copy(tmp_path / "a_seg.nii.gz", tmp_path / f"{name}_seg.nii.gz")
+    write_predictions(tmp_path / "predictions.html", files, ["background", *CLASSES])
+    found = {path.name for path in (tmp_path / "viewer").iterdir()}
+    assert found == {"1.2_seg.html", "1.3_seg.html"}
+
+
 def test_without_niivue_there_is_no_viewer_and_no_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
