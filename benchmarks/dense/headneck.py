@@ -387,6 +387,7 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
             f"shuffled_p0_d{draw}", "finetune", ["shuffled_p0"], init="shuffled_p0",
             labelled=f"draw{draw}", steps=600,
         )  # fmt: skip
+    add("scratch_all_600", "finetune", labelled="all", steps=600)  # what more labels give
     for arm in ("scratch", "recon", "both"):
         for seed in range(2):
             init = "" if arm == "scratch" else f"{arm}_p{seed}"
