@@ -61,38 +61,53 @@ Answer = Callable[[dict], np.ndarray]
 def source(data: str) -> dict[str, Any]:
     root = Path(data)
     return {
-        "dataset_dir": data, "datalist": str(root / "dataset.json"),
+        "dataset_dir": data,
+        "datalist": str(root / "dataset.json"),
         "split": str(root / "split.json"),
-    }  # fmt: skip
+    }
 
 
 def train(
-    dataset: str, data: str, folder: Path, method: str, labelled: int | None, seconds: float,
+    dataset: str,
+    data: str,
+    folder: Path,
+    method: str,
+    labelled: int | None,
+    seconds: float,
     settings: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Train for some seconds without validation, unless done."""
     record = folder / "training.json"
     if record.exists():
         return
     files = ["train.json", str(HERE / f"{dataset}.yaml"), *map(str, METHODS[method][0])]
     timing = {
-        "_target_": "timed_training.TimedCosine", "optimizer": "@optimizer",
-        "rate": "@learning_rate", "seconds": seconds,
-    }  # fmt: skip
+        "_target_": "timed_training.TimedCosine",
+        "optimizer": "@optimizer",
+        "rate": "@learning_rate",
+        "seconds": seconds,
+    }
     overlay = folder.resolve() / "timing.json"
     overlay.write_text(json.dumps({"train_handlers::timing": timing}))
     files.append(str(overlay))
     begin = perf_counter()
     workflow = bundle_run(
-        "seg-finetune", files, bundle_root=str(folder), **source(data),
+        "seg-finetune",
+        files,
+        bundle_root=str(folder),
+        **source(data),
         **{"max_cases": labelled, "val_items": [], "max_epochs": 100_000, "ema_decay": 0.99}
-        | TRAINING[dataset] | settings,
-    )  # fmt: skip
+        | TRAINING[dataset]
+        | settings,
+    )
     state = workflow.trainer.state
     figures = {
-        "seconds": perf_counter() - begin, "epochs": state.epoch, "iterations": state.iteration,
-        "cases": len(workflow.train_dataset_data), "settings": settings,
-    }  # fmt: skip
+        "seconds": perf_counter() - begin,
+        "epochs": state.epoch,
+        "iterations": state.iteration,
+        "cases": len(workflow.train_dataset_data),
+        "settings": settings,
+    }
     record.write_text(json.dumps(figures))
 
 
@@ -170,10 +185,17 @@ def name_of(dataset: str, method: str, labelled: int | None, tag: str) -> str:
 
 
 def score(
-    dataset: str, data: str, out: str, method: str = "click", labelled: int | None = None,
-    tag: str = "", subset: str = "validation", part: str = "", cases: int | None = None,
+    dataset: str,
+    data: str,
+    out: str,
+    method: str = "click",
+    labelled: int | None = None,
+    tag: str = "",
+    subset: str = "validation",
+    part: str = "",
+    cases: int | None = None,
     **settings: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Score a trained arm with simulated clicks and write OUT/<arm>/<subset>[_<part>].json.
 
     Args:
@@ -232,21 +254,32 @@ def statistics(cases: list[dict[str, list]]) -> dict[str, Any]:
         "dice": [interval([row[n] for row in dice]) for n in range(len(dice[0]))],
         "gain": interval([row[last] - row[0] for row in dice]),
         "clicks": [float(np.mean([case["clicks"][n] for case in cases])) for n in range(last + 1)],
-        "noc": {"goal": GOAL, "at_most": CLICKS, **interval([float(n) for n in needed]),
-                "failed": sum(max(row) < GOAL for row in dice)},
+        "noc": {
+            "goal": GOAL,
+            "at_most": CLICKS,
+            **interval([float(n) for n in needed]),
+            "failed": sum(max(row) < GOAL for row in dice),
+        },
         "scores": [
             summary([case["scores"][n] for case in cases]) for n in range(len(cases[0]["scores"]))
         ],
         "seconds": spread(seconds) if seconds else None,
         "dice_of_cases": [[round(x, 5) for x in row] for row in dice],
-    }  # fmt: skip
+    }
 
 
 def arm(
-    dataset: str, data: str, out: str, method: str = "click", labelled: int | None = None,
-    seconds: float = 170, tag: str = "", validate: bool = True, cases: int | None = None,
+    dataset: str,
+    data: str,
+    out: str,
+    method: str = "click",
+    labelled: int | None = None,
+    seconds: float = 170,
+    tag: str = "",
+    validate: bool = True,
+    cases: int | None = None,
     **settings: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Train one arm, and score it on the validation cases.
 
     Args:
