@@ -55,38 +55,53 @@ METHODS: dict[str, tuple[list[Any], list[Any]]] = {
 def source(data: str) -> dict[str, Any]:
     root = Path(data)
     return {
-        "dataset_dir": data, "datalist": str(root / "dataset.json"),
+        "dataset_dir": data,
+        "datalist": str(root / "dataset.json"),
         "split": str(root / "split.json"),
-    }  # fmt: skip
+    }
 
 
 def train(
-    dataset: str, data: str, folder: Path, method: str, labelled: int | None, seconds: float,
+    dataset: str,
+    data: str,
+    folder: Path,
+    method: str,
+    labelled: int | None,
+    seconds: float,
     settings: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Train for some seconds without validation, unless done."""
     record = folder / "training.json"
     if record.exists():
         return
     files = ["train.json", str(HERE / f"{dataset}.yaml"), *map(str, METHODS[method][0])]
     timing = {
-        "_target_": "timed_training.TimedCosine", "optimizer": "@optimizer",
-        "rate": "@learning_rate", "seconds": seconds,
-    }  # fmt: skip
+        "_target_": "timed_training.TimedCosine",
+        "optimizer": "@optimizer",
+        "rate": "@learning_rate",
+        "seconds": seconds,
+    }
     overlay = folder.resolve() / "timing.json"
     overlay.write_text(json.dumps({"train_handlers::timing": timing}))
     files.append(str(overlay))
     begin = perf_counter()
     workflow = bundle_run(
-        "seg-finetune", files, bundle_root=str(folder), **source(data),
+        "seg-finetune",
+        files,
+        bundle_root=str(folder),
+        **source(data),
         **{"max_cases": labelled, "val_items": [], "max_epochs": 100_000, "ema_decay": 0.99}
-        | TRAINING[dataset] | settings,
-    )  # fmt: skip
+        | TRAINING[dataset]
+        | settings,
+    )
     state = workflow.trainer.state
     figures = {
-        "seconds": perf_counter() - begin, "epochs": state.epoch, "iterations": state.iteration,
-        "cases": len(workflow.train_dataset_data), "settings": settings,
-    }  # fmt: skip
+        "seconds": perf_counter() - begin,
+        "epochs": state.epoch,
+        "iterations": state.iteration,
+        "cases": len(workflow.train_dataset_data),
+        "settings": settings,
+    }
     record.write_text(json.dumps(figures))
 
 
@@ -117,10 +132,17 @@ def name_of(dataset: str, method: str, labelled: int | None, tag: str) -> str:
 
 
 def score(
-    dataset: str, data: str, out: str, method: str = "click", labelled: int | None = None,
-    tag: str = "", subset: str = "validation", part: str = "", cases: int | None = None,
+    dataset: str,
+    data: str,
+    out: str,
+    method: str = "click",
+    labelled: int | None = None,
+    tag: str = "",
+    subset: str = "validation",
+    part: str = "",
+    cases: int | None = None,
     **settings: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Score a trained arm with simulated clicks and write OUT/<arm>/<subset>[_<part>].json.
 
     Args:
@@ -164,10 +186,17 @@ def score(
 
 
 def arm(
-    dataset: str, data: str, out: str, method: str = "click", labelled: int | None = None,
-    seconds: float = 170, tag: str = "", validate: bool = True, cases: int | None = None,
+    dataset: str,
+    data: str,
+    out: str,
+    method: str = "click",
+    labelled: int | None = None,
+    seconds: float = 170,
+    tag: str = "",
+    validate: bool = True,
+    cases: int | None = None,
     **settings: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Train one arm, and score it on the validation cases.
 
     Args:
@@ -208,9 +237,10 @@ def collect(dataset: str, out: str) -> None:
             timing = json.loads((path.parent / "timing.json").read_text())
             budget = {"budget": timing["train_handlers::timing"]["seconds"]}
             arms.setdefault(name, {"training": found["training"] | budget})[path.stem] = {
-                key: found[key] for key in ("commit", "cases", "settings", "one", "each")
+                key: found[key]
+                for key in ("commit", "cases", "settings", "one", "each")
                 if key in found
-            }  # fmt: skip
+            }
     if not arms:
         raise ValueError(f"out must have arms of {dataset}, got none in {out}; score them first")
     write(f"clicks_{dataset}", {"dataset": dataset, "arms": arms})

@@ -47,9 +47,11 @@ def effect(before: np.ndarray, after: np.ndarray, label: np.ndarray, click: Any)
     number, place = click
     right, was_right = after == label, before == label
     return [
-        int(number), int(after[tuple(place)] == number),
-        int((right & ~was_right).sum()), int((~right & was_right).sum()),
-    ]  # fmt: skip
+        int(number),
+        int(after[tuple(place)] == number),
+        int((right & ~was_right).sum()),
+        int((~right & was_right).sum()),
+    ]
 
 
 def correct(
@@ -98,8 +100,13 @@ def effects(rows: list[list[float]], names: list[str]) -> dict[str, dict[str, fl
     ]:
         if chosen:
             _, followed, corrected, spoilt, gain = np.mean(chosen, 0).tolist()
-            found[name] = {"clicks": len(chosen), "followed": followed, "corrected": corrected,
-                           "spoilt": spoilt, "gain": gain}  # fmt: skip
+            found[name] = {
+                "clicks": len(chosen),
+                "followed": followed,
+                "corrected": corrected,
+                "spoilt": spoilt,
+                "gain": gain,
+            }
     return found
 
 
@@ -113,12 +120,16 @@ def statistics(cases: list[dict[str, list]], names: list[str]) -> dict[str, Any]
         "dice": [interval([row[n] for row in dice]) for n in range(len(dice[0]))],
         "gain": interval([row[last] - row[0] for row in dice]),
         "clicks": [float(np.mean([case["clicks"][n] for case in cases])) for n in range(last + 1)],
-        "noc": {"goal": GOAL, "at_most": CLICKS, **interval([float(n) for n in needed]),
-                "failed": sum(max(row) < GOAL for row in dice)},
+        "noc": {
+            "goal": GOAL,
+            "at_most": CLICKS,
+            **interval([float(n) for n in needed]),
+            "failed": sum(max(row) < GOAL for row in dice),
+        },
         "scores": [
             summary([case["scores"][n] for case in cases]) for n in range(len(cases[0]["scores"]))
         ],
         "seconds": spread(seconds) if seconds else None,
         "effects": effects([row for case in cases for row in case["effects"]], names),
         "dice_of_cases": [[round(x, 5) for x in row] for row in dice],
-    }  # fmt: skip
+    }

@@ -58,8 +58,12 @@ def test_a_step_for_each_class_clicks_on_its_own_errors() -> None:
 
 
 def test_clicks_are_counted_to_the_goal() -> None:
-    case: dict[str, Any] = {"scores": [], "seconds": [0.5] * 10, "clicks": list(range(11)),
-                            "effects": []}  # fmt: skip
+    case: dict[str, Any] = {
+        "scores": [],
+        "seconds": [0.5] * 10,
+        "clicks": list(range(11)),
+        "effects": [],
+    }
     rising = case | {"dice": [0.8 + 0.02 * n for n in range(11)]}
     never = case | {"dice": [0.5] * 11}
     found = click_scores.statistics([rising, never], ["background", "a"])

@@ -24,9 +24,20 @@ def answer(second: float, clicks: int, image: str = "a", **more: Any) -> dict[st
 
 def test_the_effort_of_a_case_is_from_the_first_request_to_the_saved_label() -> None:
     rows = effort([answer(1, 0), answer(11, 1), answer(21, 3), event(31, saved="final")])
-    assert rows == [{"image": "a", "annotator": None, "begin": rows[0]["begin"], "answers": 3,
-                     "clicks": 3, "seconds": 30.5, "waited": 1.5, "saved": True, "model": "m",
-                     "weights": "w"}]  # fmt: skip
+    assert rows == [
+        {
+            "image": "a",
+            "annotator": None,
+            "begin": rows[0]["begin"],
+            "answers": 3,
+            "clicks": 3,
+            "seconds": 30.5,
+            "waited": 1.5,
+            "saved": True,
+            "model": "m",
+            "weights": "w",
+        }
+    ]
 
 
 def test_a_pause_is_no_work() -> None:
@@ -36,10 +47,13 @@ def test_a_pause_is_no_work() -> None:
 
 def test_cases_of_two_annotators_and_of_a_second_visit_stand_apart() -> None:
     lines = [
-        answer(0, 1, annotator="x"), answer(1, 2, annotator="y"), answer(2, 5, "b", annotator="x"),
-        event(3, saved="final", annotator="x"), answer(4, 7, annotator="x"),
+        answer(0, 1, annotator="x"),
+        answer(1, 2, annotator="y"),
+        answer(2, 5, "b", annotator="x"),
+        event(3, saved="final", annotator="x"),
+        answer(4, 7, annotator="x"),
         event(5, "c", saved="final"),
-    ]  # fmt: skip
+    ]
     found = [(row["image"], row["annotator"], row["clicks"]) for row in effort(lines)]
     assert found == [("a", "x", 1), ("a", "y", 2), ("b", "x", 5), ("a", "x", 7)]
 

@@ -79,8 +79,10 @@ def test_a_round_is_offered_beside_the_weights_before_it_and_one_request_goes_ba
     assert score > start and found["earlier"]["saved"]
     stats = server.ask("GET", "/info/").body["train_stats"][PLAIN]
     assert stats == {"best_metric": score}
-    new, old = (np.asarray(overlay(server, "v3", name).dataobj).sum()
-                for name in (PLAIN, f"{PLAIN}_earlier"))  # fmt: skip
+    new, old = (
+        np.asarray(overlay(server, "v3", name).dataobj).sum()
+        for name in (PLAIN, f"{PLAIN}_earlier")
+    )
     assert new != old
     assert server.ask("POST", f"/rounds/{PLAIN}/back").status == 200
     assert same(before, weights(bundle))
@@ -145,8 +147,15 @@ def test_every_answer_is_logged_and_the_effort_of_a_case_is_shown(served: Served
     assert server.ask("PUT", "/datastore/label?image=v3&tag=final", **own).status == 200
     row = server.ask("GET", "/rounds/effort").body[-1]
     model = server.ask("GET", "/info/").body["models"][CLICK]
-    expected = {"image": "v3", "annotator": "ann", "answers": 4, "clicks": 3, "saved": True,
-                "model": CLICK, "weights": model["weights"]["saved"]}  # fmt: skip
+    expected = {
+        "image": "v3",
+        "annotator": "ann",
+        "answers": 4,
+        "clicks": 3,
+        "saved": True,
+        "model": CLICK,
+        "weights": model["weights"]["saved"],
+    }
     assert {key: row[key] for key in expected} == expected
     assert 0 < row["waited"] < row["seconds"] < 60
     page = server.ask("GET", "/rounds/").body.decode()
@@ -246,6 +255,9 @@ def test_inference_goes_before_a_training(served: Served) -> None:
     begin = time.monotonic()
     overlay(server, "v0")
     assert time.monotonic() - begin < 10
-    nice = {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16]
-            for pid in server.left if pid != server.process.pid}  # fmt: skip
+    nice = {
+        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16]
+        for pid in server.left
+        if pid != server.process.pid
+    }
     assert "10" in nice

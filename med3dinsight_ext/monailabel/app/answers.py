@@ -84,8 +84,15 @@ def effort(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         elif "saved" in event:  # a label that was drawn elsewhere
             continue
         else:
-            row = {"image": case[0], "annotator": case[1], "begin": str(event["time"]),
-                   "answers": 0, "seconds": waited, "waited": 0.0, "saved": False}  # fmt: skip
+            row = {
+                "image": case[0],
+                "annotator": case[1],
+                "begin": str(event["time"]),
+                "answers": 0,
+                "seconds": waited,
+                "waited": 0.0,
+                "saved": False,
+            }
             rows.append(row)
         begun[case] = row, time
         if "saved" in event:

@@ -132,10 +132,13 @@ class LabelApp(MONAILabelApp):
                 raise HTTPException(400, str(cause)) from error
             raise
         store.log.add(
-            image=os.path.basename(str(image)), model=request["model"],
-            weights=task.versions.weights["saved"], clicks=clicks_of(request, task.labels),
-            seconds=round(time.perf_counter() - begin, 3), annotator=request.get("client_id"),
-        )  # fmt: skip
+            image=os.path.basename(str(image)),
+            model=request["model"],
+            weights=task.versions.weights["saved"],
+            clicks=clicks_of(request, task.labels),
+            seconds=round(time.perf_counter() - begin, 3),
+            annotator=request.get("client_id"),
+        )
         return found
 
     def bundle_path(self, model: str) -> str:

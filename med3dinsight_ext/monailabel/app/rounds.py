@@ -18,6 +18,7 @@ from monailabel.tasks.train.bundle import BundleTrainTask
 from monailabel.utils.async_tasks.utils import tasks
 
 from med3dinsight_ext.data.labels import read_label
+from med3dinsight_ext.io.memory import total_memory
 from med3dinsight_ext.monailabel.app.datastores import on_grid
 from med3dinsight_ext.monailabel.app.requests import check_values
 from med3dinsight_ext.monailabel.app.versions import ROUND, adopt_round, weights_of
@@ -74,7 +75,7 @@ class Training(BundleTrainTask):
         return Path(self.bundle_path) / "models"
 
     def config(self) -> dict[str, Any]:
-        half = max(1, round(psutil.virtual_memory().total / GIB / 2))
+        half = max(1, round(total_memory() / GIB / 2))
         return super().config() | {"model_filename": ["model.pt"], "memory_gb": half}
 
     def stats(self) -> dict[str, Any]:

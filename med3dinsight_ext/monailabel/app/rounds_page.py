@@ -80,12 +80,16 @@ def router(app: MONAILabelApp, trainers: dict[str, Training], log: AnswerLog) ->
         with rc_context(STYLE):
             figure = effort_figure(done) if len(done) > 1 else None
             return environment.get_template("rounds.html").render(
-                title="Rounds of training", facts=facts, models=rounds(trainers), task=task,
+                title="Rounds of training",
+                facts=facts,
+                models=rounds(trainers),
+                task=task,
                 running=bool(task and task["status"] in ("SUBMITTED", "RUNNING")),
                 last=str(task["details"][-1]) if task and task.get("details") else "",
                 progress={name: trainer.stats() for name, trainer in trainers.items()},
-                rows=rows[::-1][:SHOWN], figure=figure,
-            )  # fmt: skip
+                rows=rows[::-1][:SHOWN],
+                figure=figure,
+            )
 
     @found.get("/effort", dependencies=may_look)
     def all_effort() -> list[dict[str, Any]]:
