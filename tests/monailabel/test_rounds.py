@@ -260,4 +260,4 @@ def test_inference_goes_before_a_training(served: Served) -> None:
         for pid in server.left
         if pid != server.process.pid
     }
-    assert "10" in nice
+    assert "5" in nice
