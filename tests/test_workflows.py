@@ -103,9 +103,11 @@ def test_the_printed_line_is_the_one_that_runs(
     words = shlex.split(line)
     given = dict(zip(words[::2], words[1::2], strict=True))
     assert yaml.safe_load(given.pop("--config_file")) == [
-        str(Path(p).resolve().relative_to(Path.cwd())) if Path(p).is_relative_to(Path.cwd())
-        else os.path.relpath(p) for p in files
-    ]  # fmt: skip
+        str(Path(p).resolve().relative_to(Path.cwd()))
+        if Path(p).is_relative_to(Path.cwd())
+        else os.path.relpath(p)
+        for p in files
+    ]
     for key, value in given.items():
         assert str(overrides[key[2:]]) == value
     assert given["--steps"] == "7" and given["--patch_size"] == "[16, 16, 16]"
