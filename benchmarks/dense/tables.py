@@ -101,7 +101,7 @@ def finetuning(rows: Rows) -> str:
     """One line an arm: Dice of each draw, and the gain over the arm from scratch."""
     arms: dict[str, Rows] = defaultdict(list)
     for row in rows:
-        if row["kind"] == "finetune":
+        if row["kind"] == "finetune" and row["steps"] == 600 and row["labelled"] != "all":
             arms[arm_of(row)].append(row)
     scratch = by_draw(arms["scratch"])
     five: list[list[str]] = []
@@ -116,6 +116,20 @@ def finetuning(rows: Rows) -> str:
     head = "draw 0 | draw 1 | draw 2 | points above scratch, 0.003"
     parts = [table(f"{n} patients | {head}", lines) for n, lines in (("five", five), ("two", two))]
     return "\n\n".join(parts)
+
+
+def room(rows: Rows) -> str:
+    """What more labels and more steps give from scratch: the room that teaching could use."""
+    scratch = [r for r in rows if r["kind"] == "finetune" and arm_of(r) == "scratch"]
+    lines = []
+    for count, names in (("2", TWO), ("5", DRAWS), ("84", ("all",))):
+        line = [count]
+        for steps in (600, 1200):
+            part = by_draw([r for r in scratch if r["steps"] == steps and r["labelled"] in names])
+            means = [fmean(r["dice"] for r in draw) for draw in part.values()]
+            line.append(f"{fmean(means):.3f} ({len(means)})" if means else "–")
+        lines.append(line)
+    return table("labelled patients | 600 steps (draws) | 1,200 steps (draws)", lines)
 
 
 def readouts(rows: Rows) -> str:
@@ -174,6 +188,7 @@ def readme() -> str:
     devices = sorted({f"{row['device']} (commit {row['commit']})" for row in rows})
     return Template((HERE / "page.md").read_text("utf-8")).substitute(
         finetuning=finetuning(rows),
+        room=room(rows),
         readouts=readouts(rows),
         pretraining=pretraining(rows),
         speed=speed(cost),
