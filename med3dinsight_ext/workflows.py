@@ -11,6 +11,7 @@ from typing import Any
 from med3dinsight_ext.data.layouts import read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 from med3dinsight_ext.planning.plan import read_plan
 from med3dinsight_ext.planning.run_folder import (
     DATALIST,
@@ -42,7 +43,7 @@ def plan(
     """Look at a dataset and write settings for it and this machine as a config overlay.
 
     Args:
-        data: folder of NIfTI files (imagesTr and labelsTr, images alone, labels beside images), or
+        data: folder of volumes (imagesTr and labelsTr, images alone, labels beside images), or
             a list: Decathlon JSON, JSONL, CSV or npz.
         labels: folder of labels that are named like the images, or a list with image and label.
         out: YAML file to write; default: runs/<name of data>/plan.yaml.
@@ -165,7 +166,7 @@ def predict(
 
     Args:
         model: folder of a training, or of a published bundle.
-        files: NIfTI files, or folders of them.
+        files: volumes (NIfTI, NRRD, MetaImage, folders of a DICOM series), or folders of them.
         out: folder to write; default: predictions in ``model``.
         quiet: print warnings and errors alone.
         verbose: print the messages of ignite and MONAI too.
@@ -274,7 +275,7 @@ def _name(data: str) -> str:
 
 def _images(path: Path) -> Sequence[dict[str, Any]]:
     """Items of a file or folder."""
-    if path.is_file() and path.name.endswith((".nii", ".nii.gz")):
+    if path.is_file() and path.name.endswith(VOLUME_ENDINGS):
         return [{"image": str(path.absolute())}]
     if not path.exists():
         raise ValueError(f"files must exist, got {path}; correct the path")
