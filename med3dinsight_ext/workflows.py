@@ -11,6 +11,7 @@ from typing import Any
 from med3dinsight_ext.data.layouts import check_trainable, read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 from med3dinsight_ext.planning.plan import read_plan
 from med3dinsight_ext.planning.run_folder import (
     DATALIST,
@@ -33,13 +34,17 @@ PAGE = "predictions.html"
 
 
 def plan(
-    data: str, labels: str | None = None, out: str | None = None, base: str | None = None,
-    nnunet: str | None = None, quiet: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    data: str,
+    labels: str | None = None,
+    out: str | None = None,
+    base: str | None = None,
+    nnunet: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Look at a dataset and write settings for it and this machine as a config overlay.
 
     Args:
-        data: folder of NIfTI files (imagesTr and labelsTr, images alone, labels beside images), or
+        data: folder of volumes (imagesTr and labelsTr, images alone, labels beside images), or
             a list: Decathlon JSON, JSONL, CSV or npz.
         labels: folder of labels that are named like the images, or a list with image and label.
         out: YAML file to write; default: runs/<name of data>/plan.yaml.
@@ -67,9 +72,14 @@ def plan(
 
 
 def pretrain(
-    data: str, out: str | None = None, plan: str | None = None, labels: str | None = None,
-    quiet: bool = False, verbose: bool = False, **overrides: Any,
-) -> Path:  # fmt: skip
+    data: str,
+    out: str | None = None,
+    plan: str | None = None,
+    labels: str | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+    **overrides: Any,
+) -> Path:
     """Pre-train a network on a folder of volumes, without their labels.
 
     The same call resumes a training that was interrupted.
@@ -100,9 +110,15 @@ def pretrain(
 
 
 def finetune(
-    data: str, labels: str | None = None, pretrained: str | None = None, out: str | None = None,
-    plan: str | None = None, quiet: bool = False, verbose: bool = False, **overrides: Any,
-) -> Path:  # fmt: skip
+    data: str,
+    labels: str | None = None,
+    pretrained: str | None = None,
+    out: str | None = None,
+    plan: str | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+    **overrides: Any,
+) -> Path:
     """Fine-tune a network on labelled volumes: segmentation, or classification with a list.
 
     The same call resumes a training that was interrupted.
@@ -145,14 +161,18 @@ def finetune(
 
 
 def predict(
-    model: str, *files: str, out: str | None = None, quiet: bool = False, verbose: bool = False,
+    model: str,
+    *files: str,
+    out: str | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
     **overrides: Any,
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Apply a trained network to volumes; segmentations are on the grids of their images.
 
     Args:
         model: folder of a training, or of a published bundle.
-        files: NIfTI files, or folders of them.
+        files: volumes (NIfTI, NRRD, MetaImage, folders of a DICOM series), or folders of them.
         out: folder to write; default: predictions in ``model``.
         quiet: print warnings and errors alone.
         verbose: print the messages of ignite and MONAI too.
@@ -196,9 +216,14 @@ def predict(
 
 
 def evaluate(
-    model: str, data: str, labels: str | None = None, out: str | None = None,
-    quiet: bool = False, verbose: bool = False, **overrides: Any,
-) -> Path:  # fmt: skip
+    model: str,
+    data: str,
+    labels: str | None = None,
+    out: str | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+    **overrides: Any,
+) -> Path:
     """Score a trained network on labelled volumes, with a page of figures.
 
     With a split.json in ``data`` the cases of its list "test"; else the cases that the training
@@ -256,7 +281,7 @@ def _name(data: str) -> str:
 
 def _images(path: Path) -> Sequence[dict[str, Any]]:
     """Items of a file or folder."""
-    if path.is_file() and path.name.endswith((".nii", ".nii.gz")):
+    if path.is_file() and path.name.endswith(VOLUME_ENDINGS):
         return [{"image": str(path.absolute())}]
     if not path.exists():
         raise ValueError(f"files must exist, got {path}; correct the path")

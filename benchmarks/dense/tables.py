@@ -101,7 +101,7 @@ def finetuning(rows: Rows) -> str:
     """One line an arm: Dice of each draw, and the gain over the arm from scratch."""
     arms: dict[str, Rows] = defaultdict(list)
     for row in rows:
-        if row["kind"] == "finetune":
+        if row["kind"] == "finetune" and row["steps"] == 600 and row["labelled"] != "all":
             arms[arm_of(row)].append(row)
     scratch = by_draw(arms["scratch"])
     five: list[list[str]] = []
@@ -118,10 +118,25 @@ def finetuning(rows: Rows) -> str:
     return "\n\n".join(parts)
 
 
+def room(rows: Rows) -> str:
+    """What more labels and more steps give from scratch: the room that teaching could use."""
+    scratch = [r for r in rows if r["kind"] == "finetune" and arm_of(r) == "scratch"]
+    lines = []
+    for count, names in (("2", TWO), ("5", DRAWS), ("84", ("all",))):
+        line = [count]
+        for steps in (600, 1200):
+            part = by_draw([r for r in scratch if r["steps"] == steps and r["labelled"] in names])
+            means = [fmean(r["dice"] for r in draw) for draw in part.values()]
+            line.append(f"{fmean(means):.3f} ({len(means)})" if means else "–")
+        lines.append(line)
+    return table("labelled patients | 600 steps (draws) | 1,200 steps (draws)", lines)
+
+
 def readouts(rows: Rows) -> str:
     """One line a source of frozen features."""
-    found = {key: [r for r in rows if r["kind"] == "readout" and r["init"] == key]
-             for key in READ_OUT}  # fmt: skip
+    found = {
+        key: [r for r in rows if r["kind"] == "readout" and r["init"] == key] for key in READ_OUT
+    }
     lines = []
     for key, name in READ_OUT.items():
         if part := found[key]:
@@ -138,10 +153,16 @@ def pretraining(rows: Rows) -> str:
     for row in rows:
         if row["kind"] == "pretrain":
             last = row["last"]
-            lines.append([
-                f"`{row['name']}`", str(row["steps"]), f"{row['wall_s']:.0f} s",
-                f"{last['dense']:.3f}", f"{last['reconstruction']:.4f}", row["device"],
-            ])  # fmt: skip
+            lines.append(
+                [
+                    f"`{row['name']}`",
+                    str(row["steps"]),
+                    f"{row['wall_s']:.0f} s",
+                    f"{last['dense']:.3f}",
+                    f"{last['reconstruction']:.4f}",
+                    row["device"],
+                ]
+            )
     return table("run | steps | time | smooth L1 of the codes | reconstruction | device", lines)
 
 
@@ -166,9 +187,13 @@ def readme() -> str:
     cost = json.loads((results / "speed.json").read_text("utf-8"))
     devices = sorted({f"{row['device']} (commit {row['commit']})" for row in rows})
     return Template((HERE / "page.md").read_text("utf-8")).substitute(
-        finetuning=finetuning(rows), readouts=readouts(rows), pretraining=pretraining(rows),
-        speed=speed(cost), devices="; ".join(devices),
-    )  # fmt: skip
+        finetuning=finetuning(rows),
+        room=room(rows),
+        readouts=readouts(rows),
+        pretraining=pretraining(rows),
+        speed=speed(cost),
+        devices="; ".join(devices),
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from med3dinsight_ext.data.slicing import MODALITIES
 from med3dinsight_ext.io.claims import npz_array
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import parse_json, read_rows, readable
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes
 
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 VAL_FRACTION, FEW = 0.2, 10  # held out by default, of at least so many cases
@@ -52,8 +53,9 @@ def datalist(
 
     Args:
         source: a Decathlon ``dataset.json``; a JSON list, JSONL or CSV of items with ``image``; a
-            folder, searched for .nii and .nii.gz that are not labels (in a folder ``labels*``, or
-            named ``*_gtv``, ``*_seg``, ``*_label`` or ``*_mask``); a MedMNIST-style .npz.
+            folder, searched for NIfTI, .nrrd, .mha and .mhd files and folders of a DICOM series
+            that are not labels (in a folder ``labels*``, or named ``*_gtv``, ``*_seg``,
+            ``*_label`` or ``*_mask``); a MedMNIST-style .npz.
         root: folder of relative paths; by default the source's folder.
         split: JSON file ``{"development": [ids], "test": [ids]}``. An id is an item's ``patient``,
             its file name without extension, or a folder on its path below ``root``; it becomes the
@@ -81,7 +83,7 @@ def datalist(
         items = [_item(row, source, root, given) for row in sections[section]]
         count = Counter(os.path.realpath(item["image"]) for item in items)
     for rule, bad in (
-        ("exist", [path for path in count if not os.path.isfile(path.split("::")[0])]),
+        ("exist", [path for path in count if not os.path.exists(path.split("::")[0])]),
         ("be listed once", [path for path, times in count.items() if times > 1]),
     ):
         if bad:
@@ -119,9 +121,8 @@ def item_ids(item: dict, root: Path) -> set[str]:
 def _sections(source: Path) -> dict[str, list]:
     """Rows of a source as written, in named sections; the first one is the default."""
     if source.is_dir():
-        paths = [path.relative_to(source) for path in sorted(source.rglob("*.nii*"))]
-        found = [path for path in paths if _is_image(path) and (source / path).is_file()]
-        return {"all": [str(path) for path in found]}
+        paths = [path.relative_to(source) for path in find_volumes(source)]
+        return {"all": [str(path) for path in paths if _is_image(path)]}
     if not source.is_file():
         raise ValueError(f"source must exist, got {source}; name a folder or a file")
     if source.suffix in (".jsonl", ".csv"):
@@ -165,7 +166,7 @@ def _read_json(path: Path) -> dict | list:
 def _is_image(path: Path) -> bool:
     folders, stem = path.parts[:-1], volume_stem(path)
     is_label = stem.endswith(LABEL_ENDINGS) or any(f.startswith("labels") for f in folders)
-    return not is_label and path.name.endswith((".nii", ".nii.gz")) and path.name[0] != "."
+    return not is_label
 
 
 def _as_dict(row: dict | str) -> dict:
@@ -181,7 +182,7 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
             "name it in a field or column 'image'"
         )
     for key in item.keys() & {"image", "label"}:
-        if key == "image" or str(item[key]).endswith((".nii", ".nii.gz")):
+        if key == "image" or str(item[key]).endswith(VOLUME_ENDINGS):
             item[key] = os.path.abspath(root / item[key])
     item["modality"] = modality_name(item.get("modality")) if modality == "auto" else modality
     return item

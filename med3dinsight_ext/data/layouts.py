@@ -13,13 +13,13 @@ from med3dinsight_ext.data.cohort import decathlon_names
 from med3dinsight_ext.data.datalists import LABEL_ENDINGS, datalist, modality_name, split_items
 from med3dinsight_ext.data.labels import label_values
 from med3dinsight_ext.data.volumes import check_each
-from med3dinsight_ext.io.claims import open_volume
 from med3dinsight_ext.io.files import volume_stem
+from med3dinsight_ext.io.images import open_volume
 from med3dinsight_ext.io.reading import read_json, readable
+from med3dinsight_ext.io.volume_files import DICOM_ENDINGS, VOLUME_ENDINGS, find_volumes
 
 CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net's number of a channel
 FEW_IMAGES = 10  # in a folder, on average, that is taken to be one patient
-NIFTI = (".nii", ".nii.gz")
 Key = tuple[tuple[str, ...], str]
 
 
@@ -52,7 +52,7 @@ class Dataset(NamedTuple):
 
     def segments(self) -> bool:
         """Whether labels are label maps, not classes."""
-        return all(str(item["label"]).endswith(NIFTI) for item in self.labelled())
+        return all(str(item["label"]).endswith(VOLUME_ENDINGS) for item in self.labelled())
 
 
 def read_dataset(source: str | Path, labels: str | Path | None = None) -> Dataset:
@@ -70,10 +70,10 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
         ValueError: nothing to use is there, or the labels belong to other images.
     """
     source = Path(source)
-    if source.is_file() and source.name.endswith(NIFTI):
+    if source.is_file() and source.name.endswith(VOLUME_ENDINGS):
         raise ValueError(f"data must be a folder or a list, got the file {source}; name its folder")
     if not source.exists():
-        raise ValueError(f"data must exist, got {source}; name a folder of NIfTI files or a list")
+        raise ValueError(f"data must exist, got {source}; name a folder of volumes or a list")
     listed = next((Path(p) for p in (labels, source) if p and Path(p).is_file()), None)
     root = source if source.is_dir() else source.parent
     described = listed if listed and listed.suffix == ".json" else root / "dataset.json"
@@ -96,23 +96,22 @@ def _folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[d
     images = source / "imagesTr" if (source / "imagesTr").is_dir() else source
     if images != source and (source / "imagesTs").is_dir():
         notes.append("imagesTs is left out: images for tests")
-    other = Counter(
-        "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix.lower()
-        for path in images.rglob("*") if path.is_file() and not path.name.endswith(NIFTI)
-    )  # fmt: skip
-    kinds = ", ".join(f"{n} {kind or 'without extension'}" for kind, n in other.most_common(4))
-    if not any(path.is_file() for path in images.rglob("*.nii*")):
+    volumes = find_volumes(images)
+    if not volumes:
+        other = Counter(path.suffix.lower() for path in images.rglob("*") if path.is_file())
+        kinds = ", ".join(f"{n} {kind or 'without extension'}" for kind, n in other.most_common(4))
         raise ValueError(
-            f"data must hold .nii or .nii.gz files, got {kinds or 'no files'} in {images}; convert "
-            "DICOM with dcm2niix; pictures (2D) are not volumes"
+            f"data must hold {', '.join(VOLUME_ENDINGS)} files or DICOM series, got "
+            f"{kinds or 'no files'} in {images}; pictures (2D) are not volumes"
         )
-    scans = {kind: n for kind, n in other.items() if kind in ("", ".dcm", ".ima", ".nrrd", ".mha")}
-    if scans:
-        notes.append(f"only NIfTI files are read: {kinds} left out")
+    folders = {path.parent for path in volumes if path.is_file()}
+    beside = [f for d in folders for f in d.iterdir() if f.name.lower().endswith(DICOM_ENDINGS)]
+    if beside:
+        notes.append(f"{len(beside)} DICOM files beside other volumes are left out")
     items = datalist(images)
     keys = {item["image"]: _key(Path(item["image"]), images) for item in items}
-    folders = {folder for folder, _ in keys.values() if folder}
-    by_folder = len(folders) > 1 and len(items) <= FEW_IMAGES * len(folders)
+    groups = {folder for folder, _ in keys.values() if folder}
+    by_folder = len(groups) > 1 and len(items) <= FEW_IMAGES * len(groups)
     for item in items:
         folder, stem = keys[item["image"]]
         if folder and by_folder:
@@ -130,7 +129,7 @@ def _folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[d
             f"named like one of {len(items)} images ({shown[1]} …); name them alike"
         )
     if labels and not known:
-        raise ValueError(f"labels must hold .nii or .nii.gz files, got none in {labels}")
+        raise ValueError(f"labels must hold label maps, got no volumes in {labels}")
     if lost := len(known) - len(paired):
         notes.append(f"{lost} of {len(known)} labels have no image")
     for item in items:
@@ -163,10 +162,10 @@ def _labels(source: Path, labels: Path | None) -> dict[Key, str]:
         raise ValueError(f"labels must be a folder or a list, got {labels}; correct the path")
     root = labels or (source / "labelsTr" if (source / "labelsTr").is_dir() else source)
     found = {}
-    for path in sorted(p for p in root.rglob("*.nii*") if p.name.endswith(NIFTI)):
+    for path in (path for path in find_volumes(root) if path.is_file()):
         folders = path.relative_to(source).parts[:-1] if path.is_relative_to(source) else ()
         in_folder = labels or any(folder.startswith("labels") for folder in folders)
-        if path.name[0] != "." and (in_folder or volume_stem(path).endswith(LABEL_ENDINGS)):
+        if in_folder or volume_stem(path).endswith(LABEL_ENDINGS):
             found[_key(path, root)] = str(path.absolute())
     return found
 
@@ -188,7 +187,7 @@ def check_trainable(dataset: Dataset) -> None:
             nnU-Net's ``ignore``, which would be learned.
     """
     items = dataset.labelled()
-    count = Counter(item["label"] for item in items if str(item["label"]).endswith(NIFTI))
+    count = Counter(item["label"] for item in items if str(item["label"]).endswith(VOLUME_ENDINGS))
     if shared := [label for label, n in count.items() if n > 1]:
         names = sorted(Path(i["image"]).name for i in items if i["label"] == shared[0])
         raise ValueError(

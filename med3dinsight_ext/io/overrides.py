@@ -31,8 +31,8 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: names the key, and the nearest one or what it takes; or a file that the bundles
-            share and ``config_file`` lacks; or MONAI's own settings of ``tracking``. Not an error type, so that MONAI does not wrap it in
-            "Failed to evaluate".
+            share and ``config_file`` lacks; or MONAI's own settings of ``tracking``. Not an error
+            type, so that MONAI does not wrap it in "Failed to evaluate".
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     given: dict[str, Any] = {}

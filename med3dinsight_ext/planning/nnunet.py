@@ -15,7 +15,7 @@ from typing import Any
 
 import nibabel as nib
 
-from med3dinsight_ext.io.claims import open_volume
+from med3dinsight_ext.io.images import open_volume
 from med3dinsight_ext.io.reading import read_json, readable
 
 AXES = "nnunet_axes"  # key of the overlay

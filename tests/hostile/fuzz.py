@@ -83,9 +83,12 @@ def fuzz(
             seconds = time.monotonic() - begin
     total = sum(counts.values())
     return {
-        "inputs": total, "seconds": round(seconds, 1), "per_second": round(total / seconds, 1),
-        "outcomes": dict(sorted(counts.items())), "faults": list(faults.values()),
-    }  # fmt: skip
+        "inputs": total,
+        "seconds": round(seconds, 1),
+        "per_second": round(total / seconds, 1),
+        "outcomes": dict(sorted(counts.items())),
+        "faults": list(faults.values()),
+    }
 
 
 def main() -> int:
