@@ -67,8 +67,11 @@ def test_three_commands_lead_from_a_folder_to_predictions_and_a_page(
     images.insert(0, "1.2.840")
     written = med3dinsight_ext.predict("runs/scans/finetune", *images, device=SMALL["device"])
     assert [path.name for path in written] == [
-        "1.2.840_seg.nii.gz", "v0_seg.nii.gz", "v3_seg.nii.gz", "predictions.html"
-    ]  # fmt: skip
+        "1.2.840_seg.nii.gz",
+        "v0_seg.nii.gz",
+        "v3_seg.nii.gz",
+        "predictions.html",
+    ]
     for image, path in zip(images, written, strict=False):
         ours, theirs = nib.load(path), open_volume(image)
         assert ours.shape == theirs.shape and np.allclose(ours.affine, theirs.affine)
