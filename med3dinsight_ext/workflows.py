@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from med3dinsight_ext.data.layouts import read_dataset
+from med3dinsight_ext.data.layouts import check_trainable, read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
@@ -38,6 +38,7 @@ def plan(
     labels: str | None = None,
     out: str | None = None,
     base: str | None = None,
+    nnunet: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Look at a dataset and write settings for it and this machine as a config overlay.
@@ -48,6 +49,8 @@ def plan(
         labels: folder of labels that are named like the images, or a list with image and label.
         out: YAML file to write; default: runs/<name of data>/plan.yaml.
         base: plan to take settings from: another file, or the folder of a training.
+        nnunet: nnU-Net's plan of this dataset, as nnUNetResEncUNetMPlans.json, to take network,
+            spacing and patch from, so that ``export --to nnunet`` fits it.
         quiet: print nothing.
 
     Returns:
@@ -60,7 +63,9 @@ def plan(
     path = Path(out) if out else OUT / _name(data) / PLAN
     if path.exists():
         raise ValueError(f"out must be a new file, got {path}; edit it, delete it or name another")
-    settings = settle(dataset, path, base, quiet)
+    if base and nnunet:
+        raise ValueError("plan must have base or nnunet, got both; leave one out")
+    settings = settle(dataset, path, base, quiet, nnunet)
     if not quiet:
         print(f"next: {PROGRAM} pretrain {quote(data)} --plan {path}")
     return settings
@@ -140,6 +145,7 @@ def finetune(
             "their folder or list with --labels"
         )
     dataset = dataset._replace(items=labelled)
+    check_trainable(dataset)
     folder = Path(out) if out else OUT / _name(data) / "finetune"
     more: dict[str, Any] = {}
     if pretrained:
