@@ -38,8 +38,13 @@ BATCH, TOKENS, SIDE = 8, 32, 224
 
 def model(folder: Path) -> Path:
     """LLaVA with 12 layers of 512 and CLIP's ViT-B/16 in front."""
-    wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12,
-            "num_attention_heads": 8, "num_key_value_heads": 8}  # fmt: skip
+    wide = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    }
     vision = hf.CLIPVisionConfig(image_size=SIDE, patch_size=16)
     config = hf.LlavaConfig(
         vision_config=vision, text_config=hf.LlamaConfig(**{**WORDS, **wide}), image_token_index=3
@@ -47,10 +52,13 @@ def model(folder: Path) -> Path:
     side = {"height": SIDE, "width": SIDE}
     template = hf.AutoProcessor.from_pretrained(tiny(folder / "tiny")).chat_template
     processor = hf.LlavaProcessor(
-        hf.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=side), tokenizer(),
-        patch_size=16, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        hf.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=side),
+        tokenizer(),
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         chat_template=template,
-    )  # fmt: skip
+    )
     return save(folder / "wide", hf.LlavaForConditionalGeneration(config), processor)
 
 
@@ -75,11 +83,13 @@ def against_generate(batches: int, folder: Path) -> dict:
         floor = timed(bare)
         pairs.append((floor, timed(lambda: list(ours.answers(requests)))))
     return {
-        "batch": BATCH, "new_tokens": TOKENS, "batches": batches,
+        "batch": BATCH,
+        "new_tokens": TOKENS,
+        "batches": batches,
         "generate_slices_per_second": spread([BATCH / floor for floor, _ in pairs]),
         "ours_slices_per_second": spread([BATCH / mine for _, mine in pairs]),
         "ratio": spread([floor / mine for floor, mine in pairs]),
-    }  # fmt: skip
+    }
 
 
 def resume(volumes: int, folder: Path) -> dict:
@@ -121,9 +131,10 @@ def memory(slices: int, folder: Path) -> dict:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             found.append(pages * resource.getpagesize() / 2**20)
     return {
-        "slices": slices, "megabytes_every_720_slices": [round(v, 1) for v in found],
+        "slices": slices,
+        "megabytes_every_720_slices": [round(v, 1) for v in found],
         "growth_of_the_second_half_megabytes": found[-1] - found[len(found) // 2],
-    }  # fmt: skip
+    }
 
 
 def main(batches: int = 8, volumes: int = 100_000, slices: int = 10_000) -> None:

@@ -3,6 +3,7 @@
 python benchmarks/bench_clicks.py arm hippocampus DATA OUT --method click --seconds 170
 python benchmarks/bench_clicks.py arm headneck DATA OUT --method deepedit --labelled 5
 python benchmarks/bench_clicks.py score headneck DATA OUT --method click --subset test
+python benchmarks/bench_clicks.py collect hippocampus OUT
 python benchmarks/bench_clicks.py seconds
 
 An arm is one process; it trains on the GPU if there is one, scores on the validation cases, and
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,20 +32,15 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+from click_scores import CLICKS, ROUNDS, Answer, correct, statistics  # noqa: E402
 from common import machine, spread, timed, write  # noqa: E402
 from med3dinsight_ext.data.datalists import partition  # noqa: E402
 from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
-from med3dinsight_ext.metrics.bootstrap import bootstrap  # noqa: E402
-from med3dinsight_ext.metrics.segmentation import case_scores, summary  # noqa: E402
 from med3dinsight_ext.training.checkpoints import load_weights  # noqa: E402
 from med3dinsight_ext.training.click_inferer import ClickInferer, History  # noqa: E402
-from med3dinsight_ext.training.click_simulation import corrective_clicks  # noqa: E402
 from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
 
 CONFIGS = bundles_dir() / "seg-finetune" / "configs"
-CLICKS = 10  # most of a case, when one a step
-ROUNDS = 5
-GOAL = 0.85  # mean Dice that clicks are counted to
 TRAINING: dict[str, dict[str, Any]] = {
     "hippocampus": {"val_fraction": 0},
     "headneck": {},
@@ -55,44 +50,58 @@ METHODS: dict[str, tuple[list[Any], list[Any]]] = {
     "click": (["click.yaml"], ["click_inference.yaml"]),
     "deepedit": ([HERE / "deepedit.yaml"], [HERE / "deepedit_inference.yaml"]),
 }
-Answer = Callable[[dict], np.ndarray]
 
 
 def source(data: str) -> dict[str, Any]:
     root = Path(data)
     return {
-        "dataset_dir": data, "datalist": str(root / "dataset.json"),
+        "dataset_dir": data,
+        "datalist": str(root / "dataset.json"),
         "split": str(root / "split.json"),
-    }  # fmt: skip
+    }
 
 
 def train(
-    dataset: str, data: str, folder: Path, method: str, labelled: int | None, seconds: float,
+    dataset: str,
+    data: str,
+    folder: Path,
+    method: str,
+    labelled: int | None,
+    seconds: float,
     settings: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Train for some seconds without validation, unless done."""
     record = folder / "training.json"
     if record.exists():
         return
     files = ["train.json", str(HERE / f"{dataset}.yaml"), *map(str, METHODS[method][0])]
     timing = {
-        "_target_": "timed_training.TimedCosine", "optimizer": "@optimizer",
-        "rate": "@learning_rate", "seconds": seconds,
-    }  # fmt: skip
+        "_target_": "timed_training.TimedCosine",
+        "optimizer": "@optimizer",
+        "rate": "@learning_rate",
+        "seconds": seconds,
+    }
     overlay = folder.resolve() / "timing.json"
     overlay.write_text(json.dumps({"train_handlers::timing": timing}))
     files.append(str(overlay))
     begin = perf_counter()
     workflow = bundle_run(
-        "seg-finetune", files, bundle_root=str(folder), **source(data),
+        "seg-finetune",
+        files,
+        bundle_root=str(folder),
+        **source(data),
         **{"max_cases": labelled, "val_items": [], "max_epochs": 100_000, "ema_decay": 0.99}
-        | TRAINING[dataset] | settings,
-    )  # fmt: skip
+        | TRAINING[dataset]
+        | settings,
+    )
     state = workflow.trainer.state
     figures = {
-        "seconds": perf_counter() - begin, "epochs": state.epoch, "iterations": state.iteration,
-        "cases": len(workflow.train_dataset_data), "settings": settings,
-    }  # fmt: skip
+        "seconds": perf_counter() - begin,
+        "epochs": state.epoch,
+        "iterations": state.iteration,
+        "cases": len(workflow.train_dataset_data),
+        "settings": settings,
+    }
     record.write_text(json.dumps(figures))
 
 
@@ -118,62 +127,22 @@ def segmenter(overlays: list[Any], **overrides: Any) -> tuple[ConfigParser, Answ
     return parser, answer
 
 
-def next_clicks(found: np.ndarray, label: np.ndarray, classes: int, each: bool) -> list:
-    """The next click, or the next click for each class in the errors that it is part of."""
-    if not each:
-        return corrective_clicks(found, label)
-    clicks = []
-    for number in range(1, classes):
-        concerned = (found == number) | (label == number)
-        clicks += corrective_clicks(np.where(concerned, found, label), label)
-    return clicks
-
-
-def mean_dice(found: np.ndarray, label: np.ndarray, classes: int) -> float:
-    """Mean over the classes that the label has."""
-    there = [number for number in range(1, classes) if (label == number).any()]
-    shares = [
-        2 * ((found == n) & (label == n)).sum() / ((found == n).sum() + (label == n).sum())
-        for n in there
-    ]
-    return float(np.mean(shares))
-
-
-def correct(
-    answer: Answer, item: dict, names: list[str], steps: int, each: bool
-) -> dict[str, list]:
-    """Dice of a case after 0 to ``steps`` steps, all scores of the first and of step ``ROUNDS``.
-
-    Seconds are those of the answers with clicks.
-    """
-    file: Any = nib.load(item["label"])
-    label = np.asarray(file.dataobj).astype(int)
-    spacing = [float(mm) for mm in file.header.get_zooms()[:3]]
-    clicks: dict[str, list] = {name: [] for name in names}
-    case: dict[str, list] = {"dice": [], "scores": [], "seconds": [], "clicks": []}
-    for step in range(steps + 1):
-        begin = perf_counter()
-        found = answer({key: item[key] for key in ("image", "modality")} | clicks)
-        case["seconds"] += [perf_counter() - begin] if step else []
-        case["dice"].append(mean_dice(found, label, len(names)))
-        case["clicks"].append(sum(map(len, clicks.values())))
-        if step in (0, ROUNDS):
-            ours, theirs = (torch.from_numpy(x)[None] for x in (found, label))
-            case["scores"].append(case_scores(ours, theirs, spacing, names))
-        for number, place in next_clicks(found, label, len(names), each):
-            clicks[names[number]].append(list(place))
-    return case
-
-
 def name_of(dataset: str, method: str, labelled: int | None, tag: str) -> str:
     return "_".join(str(part) for part in (dataset, method, labelled, tag) if part)
 
 
 def score(
-    dataset: str, data: str, out: str, method: str = "click", labelled: int | None = None,
-    tag: str = "", subset: str = "validation", part: str = "", cases: int | None = None,
+    dataset: str,
+    data: str,
+    out: str,
+    method: str = "click",
+    labelled: int | None = None,
+    tag: str = "",
+    subset: str = "validation",
+    part: str = "",
+    cases: int | None = None,
     **settings: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Score a trained arm with simulated clicks and write OUT/<arm>/<subset>[_<part>].json.
 
     Args:
@@ -211,42 +180,23 @@ def score(
             if isinstance(inferer, ClickInferer):
                 inferer.history = History()
             found.append(correct(answer, item, names, count, each))
-        figures[protocol] = statistics(found)
+        figures[protocol] = statistics(found, names)
         name = f"{subset}_{part}" if part else subset
         (folder / f"{name}.json").write_text(json.dumps(machine() | figures, indent=1) + "\n")
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean with its 95 % interval over cases, by bootstrap."""
-    found = bootstrap(torch.tensor(values), torch.arange(len(values)))
-    return {key: float(value) for key, value in found._asdict().items()}
-
-
-def statistics(cases: list[dict[str, list]]) -> dict[str, Any]:
-    """Dice after each step, the gain, the number of clicks to ``GOAL``, seconds of an answer."""
-    dice = [case["dice"] for case in cases]
-    last = min(ROUNDS, len(dice[0]) - 1)
-    needed = [next((n for n, x in enumerate(row) if x >= GOAL), CLICKS) for row in dice]
-    seconds = [x for case in cases for x in case["seconds"]]
-    return {
-        "dice": [interval([row[n] for row in dice]) for n in range(len(dice[0]))],
-        "gain": interval([row[last] - row[0] for row in dice]),
-        "clicks": [float(np.mean([case["clicks"][n] for case in cases])) for n in range(last + 1)],
-        "noc": {"goal": GOAL, "at_most": CLICKS, **interval([float(n) for n in needed]),
-                "failed": sum(max(row) < GOAL for row in dice)},
-        "scores": [
-            summary([case["scores"][n] for case in cases]) for n in range(len(cases[0]["scores"]))
-        ],
-        "seconds": spread(seconds) if seconds else None,
-        "dice_of_cases": [[round(x, 5) for x in row] for row in dice],
-    }  # fmt: skip
-
-
 def arm(
-    dataset: str, data: str, out: str, method: str = "click", labelled: int | None = None,
-    seconds: float = 170, tag: str = "", validate: bool = True, cases: int | None = None,
+    dataset: str,
+    data: str,
+    out: str,
+    method: str = "click",
+    labelled: int | None = None,
+    seconds: float = 170,
+    tag: str = "",
+    validate: bool = True,
+    cases: int | None = None,
     **settings: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Train one arm, and score it on the validation cases.
 
     Args:
@@ -272,6 +222,30 @@ def arm(
         score(dataset, data, out, method, labelled, tag, cases=cases, **shared)
 
 
+def collect(dataset: str, out: str) -> None:
+    """Write results/clicks_<dataset>.json: all arms in OUT, by name, that have scores.
+
+    Args:
+        dataset: hippocampus or headneck.
+        out: of all arms.
+    """
+    arms: dict[str, Any] = {}
+    for path in sorted(Path(out).glob(f"{dataset}_*/*.json")):
+        found = json.loads(path.read_text())
+        if "one" in found:
+            name = path.parent.name.removeprefix(f"{dataset}_")
+            timing = json.loads((path.parent / "timing.json").read_text())
+            budget = {"budget": timing["train_handlers::timing"]["seconds"]}
+            arms.setdefault(name, {"training": found["training"] | budget})[path.stem] = {
+                key: found[key]
+                for key in ("commit", "cases", "settings", "one", "each")
+                if key in found
+            }
+    if not arms:
+        raise ValueError(f"out must have arms of {dataset}, got none in {out}; score them first")
+    write(f"clicks_{dataset}", {"dataset": dataset, "arms": arms})
+
+
 def seconds() -> None:
     """Seconds of a click on 128 x 128 x 128 voxels: reading, transforms, inference, inversion."""
     times = {}
@@ -290,4 +264,4 @@ def seconds() -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire({"arm": arm, "score": score, "seconds": seconds})
+    fire.Fire({"arm": arm, "score": score, "collect": collect, "seconds": seconds})

@@ -48,18 +48,22 @@ def hippocampus(data: str, out: str = "hippocampus_run") -> None:
     """140 development cases, 60 test cases."""
     root = Path(data)
     source = {
-        "dataset_dir": data, "datalist": str(root / "dataset.json"),
+        "dataset_dir": data,
+        "datalist": str(root / "dataset.json"),
         "split": str(root / "split.json"),
-    }  # fmt: skip
+    }
     measure("hippocampus", "seg-finetune", out, source, source)
 
 
 def adrenal(data: str, out: str = "adrenal_run") -> None:
     """MedMNIST's own split: train (a tenth of it for validation) and test."""
     measure(
-        "adrenal", "cls-finetune", out,
-        {"dataset_dir": data, "subset": "train"}, {"dataset_dir": data, "subset": "test"},
-    )  # fmt: skip
+        "adrenal",
+        "cls-finetune",
+        out,
+        {"dataset_dir": data, "subset": "train"},
+        {"dataset_dir": data, "subset": "test"},
+    )
 
 
 if __name__ == "__main__":

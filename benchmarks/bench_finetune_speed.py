@@ -53,10 +53,14 @@ def loading(root: Path, cases: int = 40, repeats: int = 3) -> dict[str, Any]:
         rows.append(paths)
     (root / "list.json").write_text(json.dumps(rows))
     made = workflow(
-        [*with_shared(CONFIGS / "train.json"), HERE / "hippocampus.yaml"], "train",
-        bundle_root=str(root), dataset_dir=str(root), datalist=str(root / "list.json"),
-        split=None, max_epochs=1,
-    )  # fmt: skip
+        [*with_shared(CONFIGS / "train.json"), HERE / "hippocampus.yaml"],
+        "train",
+        bundle_root=str(root),
+        dataset_dir=str(root),
+        datalist=str(root / "list.json"),
+        split=None,
+        max_epochs=1,
+    )
     trainer = made.parser.get_parsed_content("train::trainer")
     loader = trainer.data_loader
     fixed = [next(iter(loader))] * len(loader)
@@ -72,8 +76,11 @@ def loading(root: Path, cases: int = 40, repeats: int = 3) -> dict[str, Any]:
         bare.append(epoch(fixed))
         real.append(epoch(loader))
     ratios = [b / r for b, r in zip(bare, real, strict=True)]
-    return {"step_seconds": spread(real), "step_seconds_fixed": spread(bare),
-            "throughput_ratio": spread(ratios)}  # fmt: skip
+    return {
+        "step_seconds": spread(real),
+        "step_seconds_fixed": spread(bare),
+        "throughput_ratio": spread(ratios),
+    }
 
 
 def inference(root: Path, repeats: int = 2) -> dict[str, Any]:
@@ -82,9 +89,13 @@ def inference(root: Path, repeats: int = 2) -> dict[str, Any]:
     path = root / "big.nii.gz"
     nib.save(nib.Nifti1Image(image, np.diag([-1.5, -1.5, 1.5, 1.0])), path)
     made = workflow(
-        [CONFIGS / "inference.json"], "infer", bundle_root=str(root), dataset_dir=str(root),
-        datalist=None, overlap=0.25,
-    )  # fmt: skip
+        [CONFIGS / "inference.json"],
+        "infer",
+        bundle_root=str(root),
+        dataset_dir=str(root),
+        datalist=None,
+        overlap=0.25,
+    )
     get = made.parser.get_parsed_content
     network, inferer = get("network").eval(), get("inferer")
     before, after = get("preprocessing").transforms, get("postprocessing").transforms

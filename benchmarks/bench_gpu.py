@@ -77,11 +77,16 @@ def batch_of(volume: Tensor, slices: int = 16) -> dict[str, Tensor]:
     yes, number = torch.ones(b, slices, dtype=torch.bool), torch.arange(b)[:, None]
     unit = [F.normalize(torch.randn(b, slices, SPACES["joint"]), dim=-1) for _ in range(2)]
     batch = {
-        "image": volume.cpu(), "plane": torch.randint(3, (b, slices)),
-        "position": torch.rand(b, slices), "image_target": unit[0], "text_target": unit[1],
-        "has_text": yes, "valid": yes, "modality_index": torch.zeros(b, slices).long(),
+        "image": volume.cpu(),
+        "plane": torch.randint(3, (b, slices)),
+        "position": torch.rand(b, slices),
+        "image_target": unit[0],
+        "text_target": unit[1],
+        "has_text": yes,
+        "valid": yes,
+        "modality_index": torch.zeros(b, slices).long(),
         "patient_index": number.expand(b, slices).contiguous(),
-    }  # fmt: skip
+    }
     return {k: v.pin_memory() for k, v in batch.items()} if DEVICE.type == "cuda" else batch
 
 
@@ -126,11 +131,19 @@ def trainer_steps(network: nn.Module, batch: dict[str, Tensor], size: int, folde
         return loss.latest._asdict()
 
     trainer = SupervisedTrainer(
-        DEVICE, 1, [batch], student, optimizer_of([student, loss]), loss,
-        prepare_batch=PrepareSlices(), non_blocking=True, decollate=False,
-        amp=DEVICE.type == "cuda", amp_kwargs={"dtype": torch.bfloat16},
+        DEVICE,
+        1,
+        [batch],
+        student,
+        optimizer_of([student, loss]),
+        loss,
+        prepare_batch=PrepareSlices(),
+        non_blocking=True,
+        decollate=False,
+        amp=DEVICE.type == "cuda",
+        amp_kwargs={"dtype": torch.bfloat16},
         train_handlers=[StopOnNan(), Progress(latest), History(f"{folder}/h.jsonl", latest)],
-    )  # fmt: skip
+    )
 
     def run(steps: int) -> None:
         trainer.data_loader = [batch] * steps
@@ -230,10 +243,14 @@ def teacher(smoke: bool) -> Any:
 
         def load(self) -> nn.Module:
             config = transformers.CLIPVisionConfig(
-                hidden_size=768, intermediate_size=3072, num_attention_heads=12,
-                num_hidden_layers=1 if smoke else 12, patch_size=16, image_size=224,
+                hidden_size=768,
+                intermediate_size=3072,
+                num_attention_heads=12,
+                num_hidden_layers=1 if smoke else 12,
+                patch_size=16,
+                image_size=224,
                 projection_dim=512,
-            )  # fmt: skip
+            )
             return transformers.CLIPVisionModelWithProjection(config)
 
         def embed(self, pixels: Tensor) -> Tensor:

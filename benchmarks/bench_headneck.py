@@ -31,9 +31,10 @@ def main(data: str, out: str = "headneck_run", arms: str | tuple[str, ...] = tup
     """Train and evaluate each arm, and write results/headneck.json with those that are done."""
     root = Path(data)
     source = {
-        "dataset_dir": data, "datalist": str(root / "dataset.json"),
+        "dataset_dir": data,
+        "datalist": str(root / "dataset.json"),
         "split": str(root / "split.json"),
-    }  # fmt: skip
+    }
     runs = {}
     for arm in [arms] if isinstance(arms, str) else arms:
         folder, settings = str(Path(out) / arm), source | ARMS[arm]

@@ -144,11 +144,16 @@ def one_start(folder: Path, bundles: list[Path], studies: Path) -> dict[str, Any
     finally:
         server.stop()
     return {
-        "load_average": load, "load_average_after": os.getloadavg()[0],
-        "start": server.seconds, "first_answer": first, "command_to_overlay": command,
-        "first_click": seconds[0], "click": seconds[1:], "network_alone": floor(click),
+        "load_average": load,
+        "load_average_after": os.getloadavg()[0],
+        "start": server.seconds,
+        "first_answer": first,
+        "command_to_overlay": command,
+        "first_click": seconds[0],
+        "click": seconds[1:],
+        "network_alone": floor(click),
         "parts": parts(latencies[1:]),
-    }  # fmt: skip
+    }
 
 
 def parts(latencies: list[dict[str, Any]]) -> dict[str, float]:
@@ -220,12 +225,16 @@ def correct_and_train(root: Path, data: Path) -> dict[str, Any]:
     gain = torch.tensor(after) - torch.tensor(before)
     measured = {"before": torch.tensor(before), "after": torch.tensor(after), "gain": gain}
     return {
-        "start_from": "random weights", "load_average": load, "threads": 1,
-        "epochs": EPOCHS, "corrected": len(corrected), "cases": len(rest),
+        "start_from": "random weights",
+        "load_average": load,
+        "threads": 1,
+        "epochs": EPOCHS,
+        "corrected": len(corrected),
+        "cases": len(rest),
         "train_seconds": seconds,
         "dice": {k: bootstrap(v, torch.arange(len(v)))._asdict() for k, v in measured.items()},
         "dice_of_cases": {"before": before, "after": after},
-    }  # fmt: skip
+    }
 
 
 def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

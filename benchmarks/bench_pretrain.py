@@ -135,10 +135,21 @@ def clip_like() -> nn.Module:
     """BiomedCLIP's towers by shape (ViT-B/16 at 224, BERT-base at 256 tokens), random weights."""
     import transformers
 
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-            "num_attention_heads": 12, "max_position_embeddings": 256}  # fmt: skip
-    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-              "num_attention_heads": 12, "patch_size": 16, "image_size": 224}  # fmt: skip
+    text = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 256,
+    }
+    vision = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 16,
+        "image_size": 224,
+    }
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=512)
     return transformers.CLIPModel(config).eval().requires_grad_(False).to(DEVICE)
 

@@ -35,11 +35,15 @@ def main(data: str, out: str = "sarcoma_runs", seeds: int = 3) -> None:
         table = folder / "eval" / "retrieval.json"
         record = folder / "seconds.json"
         settings = {
-            "bundle_root": str(folder), "store_dir": str(Path(out) / "store"),
-            "dataset_dir": str(root), "datalist": str(root / "index.json"),
-            "split": str(root / "split.json"), "captions": str(root / "captions.jsonl"),
-            "seed": seed, "store::seed": 0,  # one store for all
-        }  # fmt: skip
+            "bundle_root": str(folder),
+            "store_dir": str(Path(out) / "store"),
+            "dataset_dir": str(root),
+            "datalist": str(root / "index.json"),
+            "split": str(root / "split.json"),
+            "captions": str(root / "captions.jsonl"),
+            "seed": seed,
+            "store::seed": 0,  # one store for all
+        }
         if not record.exists():
             begin = perf_counter()
             bundle_run("pretrain", ["train.json", OVERLAY], **settings)
@@ -47,16 +51,18 @@ def main(data: str, out: str = "sarcoma_runs", seeds: int = 3) -> None:
             record.write_text(json.dumps({"train_seconds": seconds, "train_commit": commit}))
         if not table.exists():
             bundle_run("pretrain", ["train.json", OVERLAY, "evaluate.json"], **settings)
-        runs.append({"seed": seed} | json.loads(record.read_text())
-                    | json.loads(table.read_text()))  # fmt: skip
+        runs.append({"seed": seed} | json.loads(record.read_text()) | json.loads(table.read_text()))
         if seed == 0:
             images = [str(root / patient / f"{name}.nii.gz") for name in ("CT", "MR_T1")]
             listed = Path(out) / "prompted.json"
             listed.write_text(json.dumps([{"image": image} for image in images]))
             options = {
-                "bundle_root": str(folder), "dataset_dir": str(root), "datalist": str(listed),
-                "prompts": PROMPTS, "output_dir": str(Path(out) / "text"),
-            }  # fmt: skip
+                "bundle_root": str(folder),
+                "dataset_dir": str(root),
+                "datalist": str(listed),
+                "prompts": PROMPTS,
+                "output_dir": str(Path(out) / "text"),
+            }
             bundle_run("pretrain", ["inference.json", OVERLAY], **options)
             FIGURES.mkdir(exist_ok=True)
             for image in ("CT", "MR_T1"):

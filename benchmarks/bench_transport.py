@@ -90,9 +90,16 @@ def oracle(cost: Tensor, mass: float, epsilon: float) -> tuple[np.ndarray, str, 
     for method, limit in (("sinkhorn", 50_000), ("sinkhorn_log", 200_000)):
         with np.errstate(all="ignore"):
             plan, log = ot.partial.entropic_partial_wasserstein(
-                share, share, cost.numpy(), reg=epsilon, m=mass, method=method,
-                numItermax=limit, stopThr=1e-13, log=True,
-            )  # fmt: skip
+                share,
+                share,
+                cost.numpy(),
+                reg=epsilon,
+                m=mass,
+                method=method,
+                numItermax=limit,
+                stopThr=1e-13,
+                log=True,
+            )
         excess = float(n * max(plan.sum(0).max(), plan.sum(1).max()) - 1)
         if excess < GOAL:
             break

@@ -76,21 +76,34 @@ def choose(
     count = {} if cases is None else {"cases": cases}
     more = FAST | settings | count
     jobs: list[Job] = [
-        (f"choose_{tag}", ["arm", *words],
-         {"tag": tag, "seconds": seconds, "val_fraction": 0.2, "refine_radius": 64.0}
-         | guidance | more)
+        (
+            f"choose_{tag}",
+            ["arm", *words],
+            {"tag": tag, "seconds": seconds, "val_fraction": 0.2, "refine_radius": 64.0}
+            | guidance
+            | more,
+        )
         for tag, guidance in GUIDANCE.items()
-    ]  # fmt: skip
+    ]
     together(root, jobs)
     folder = {tag: root / f"hippocampus_click_{tag}" for tag in GUIDANCE}
     found = {tag: mean_dice(path / "validation.json") for tag, path in folder.items()}
     best = max(found, key=lambda tag: found[tag])
-    together(root, [
-        (f"choose_radius_{radius:.0f}", ["score", *words],
-         {"tag": best, "part": f"radius_{radius:.0f}"}
-         | inferred(GUIDANCE[best]) | settings | count | {"refine_radius": radius})
-        for radius in RADII
-    ])  # fmt: skip
+    together(
+        root,
+        [
+            (
+                f"choose_radius_{radius:.0f}",
+                ["score", *words],
+                {"tag": best, "part": f"radius_{radius:.0f}"}
+                | inferred(GUIDANCE[best])
+                | settings
+                | count
+                | {"refine_radius": radius},
+            )
+            for radius in RADII
+        ],
+    )
     radii = {r: mean_dice(folder[best] / f"validation_radius_{r:.0f}.json") for r in RADII}
     choice = GUIDANCE[best] | {"refine_radius": max(radii, key=lambda radius: radii[radius])}
     figures = {"choice": choice, "mean_dice": found, "mean_dice_of_radius": radii}
@@ -127,8 +140,13 @@ def final(
             own = choice if method == "click" else {}
             one = {"method": method, **own, **settings}
             seen = {"method": method, **inferred(own), **settings}
-            trainings.append((name, ["arm", *words], {
-                "seconds": seconds, "validate": False, **some, **FAST, **one}))  # fmt: skip
+            trainings.append(
+                (
+                    name,
+                    ["arm", *words],
+                    {"seconds": seconds, "validate": False, **some, **FAST, **one},
+                )
+            )
             given = count | ({"labelled": 5} if some else {})
             scores.append((f"{name}_test", ["score", *words], {"subset": "test", **given, **seen}))
             if dataset == "headneck":

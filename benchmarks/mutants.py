@@ -20,8 +20,10 @@ SWAPS = [  # operators, and names of functions and methods
     (ast.And, ast.Or),
 ]  # fmt: skip
 OPERATORS: dict[Any, Any] = {a: b for pair in SWAPS for a, b in (pair, pair[::-1])} | {
-    ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult,
-}  # fmt: skip
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+}
 RENAMED = [("min", "max"), ("amin", "amax"), ("argmin", "argmax"), ("any", "all"),
            ("floor", "ceil"), ("sin", "cos"), ("minimum", "maximum")]  # fmt: skip
 NAMES = {a: b for pair in RENAMED for a, b in (pair, pair[::-1])}

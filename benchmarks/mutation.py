@@ -13,6 +13,7 @@ survivor only while the tests are unchanged too.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import gc
 import hashlib
@@ -104,10 +105,12 @@ def exchange(mutant: Mutant, file: str) -> Callable[[], None] | None:
     if mutant.function is None or (code := function_code(mutant.code, *mutant.function)) is None:
         return None
     found = [
-        f for f in gc.get_objects()
-        if type(f) is FunctionType and f.__code__.co_filename == file
+        f
+        for f in gc.get_objects()
+        if type(f) is FunctionType
+        and f.__code__.co_filename == file
         and (f.__code__.co_name, f.__code__.co_firstlineno) == mutant.function
-    ]  # fmt: skip
+    ]
     if not found or any(f.__code__.co_freevars != code.co_freevars for f in found):
         return None
 
@@ -170,9 +173,10 @@ class Run:
     def open(self) -> list[Mutant]:
         """Mutants that were not tried, or survived other tests than today's."""
         done = {
-            key for key, row in self.results.items()
+            key
+            for key, row in self.results.items()
             if row["status"] != "survived" or row["tests"] == self.state
-        }  # fmt: skip
+        }
         drawn = sorted(
             self.mutants, key=lambda mutant: hashlib.sha256(mutant.key.encode()).digest()
         )
@@ -180,14 +184,20 @@ class Run:
         return [mutant for mutant in drawn if mutant.key in chosen - done]
 
     def record(self, mutant: Mutant, status: str) -> None:
-        row = {"module": self.name, "mutant": mutant.key, "status": status,
-               "source": mutant.source, "tests": self.state}  # fmt: skip
+        row = {
+            "module": self.name,
+            "mutant": mutant.key,
+            "status": status,
+            "source": mutant.source,
+            "tests": self.state,
+        }
         with self.log.open("a") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.results[mutant.key] = row
 
-    def attempt(self, mutant: Mutant, times: dict[str, Any], work: Callable[[set[str]], bool],
-                start: float) -> None:  # fmt: skip
+    def attempt(
+        self, mutant: Mutant, times: dict[str, Any], work: Callable[[set[str]], bool], start: float
+    ) -> None:
         """Run the tests that reach a mutant's lines, and record it."""
         if time.time() > self.until:
             return
@@ -256,8 +266,9 @@ def load(traced: Path) -> dict[str, Any]:
 
 
 def digest(paths: list[Path]) -> str:
-    """Hash of files' contents."""
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(paths))).hexdigest()[:12]
+    """Hash of Python files, whatever their layout and comments."""
+    trees = (ast.unparse(ast.parse(p.read_bytes())) for p in sorted(paths))
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:12]
 
 
 def summary(run: Run, equivalents: dict[str, str]) -> dict[str, Any]:

@@ -183,9 +183,7 @@ def frozen(result: Result) -> str:
         rows.append([name, *cells])
         if arm != "trained":
             gains = [row["trained_above"] for row in found]
-            differences.append(
-                [name, *(f"{points(gain)}; {gain['pairs']}" for gain in gains)]
-            )  # fmt: skip
+            differences.append([name, *(f"{points(gain)}; {gain['pairs']}" for gain in gains)])
     trained, choice = result["arms"]["trained"], result["choice"]
     chosen = choice["auroc"]
     few = trained["12"]["auroc"]
@@ -460,9 +458,16 @@ def mutation(result: Result) -> str:
     )
     equal, others = (sum(int(row[column]) for row in rows) for column in (4, 5))
     return fill(
-        "mutation", where=where(result), rows=table(rows), mutants=mutants, tried=tried,
-        killed=killed, equal=equal, others=others, share=100 * killed / max(1, tried - equal),
-    )  # fmt: skip
+        "mutation",
+        where=where(result),
+        rows=table(rows),
+        mutants=mutants,
+        tried=tried,
+        killed=killed,
+        equal=equal,
+        others=others,
+        share=100 * killed / max(1, tried - equal),
+    )
 
 
 def fuzz(result: Result) -> str:

@@ -66,8 +66,10 @@ def reference() -> dict[str, str]:
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         folder = parts[0] if len(parts) > 1 else "commands"
         pages.setdefault(folder, []).append(".".join((PACKAGE.name, *parts)))
-    return {folder: "\n\n".join([f"# {folder}", *intro(folder), *(f"::: {m}" for m in modules)])
-            for folder, modules in pages.items()}  # fmt: skip
+    return {
+        folder: "\n\n".join([f"# {folder}", *intro(folder), *(f"::: {m}" for m in modules)])
+        for folder, modules in pages.items()
+    }
 
 
 def intro(folder: str) -> list[str]:

@@ -74,8 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def usage() -> str:
     """Help on all commands, from the first lines of their docstrings."""
-    lines = [f"{name:<17}{(ast.get_docstring(definition(name)) or '').splitlines()[0]}"
-             for name in COMMANDS]  # fmt: skip
+    lines = [
+        f"{name:<17}{(ast.get_docstring(definition(name)) or '').splitlines()[0]}"
+        for name in COMMANDS
+    ]
     end = f"{PROGRAM} COMMAND --help shows the arguments; {TRACEBACK}=1 shows tracebacks"
     return "\n".join([f"{PROGRAM} COMMAND ...", "", *lines, "", end])
 

@@ -55,10 +55,13 @@ def finetune(root: Path, folder: Path, weights: Path, **overrides: Any) -> dict[
     found = {}
     for arm in ARMS:
         settings = {
-            "bundle_root": str(folder / arm), "dataset_dir": str(root),
-            "datalist": str(root / "dataset.json"), "split": str(root / "split.json"),
-            **({"pretrained": str(weights)} if arm == "pretrained" else {}), **overrides,
-        }  # fmt: skip
+            "bundle_root": str(folder / arm),
+            "dataset_dir": str(root),
+            "datalist": str(root / "dataset.json"),
+            "split": str(root / "split.json"),
+            **({"pretrained": str(weights)} if arm == "pretrained" else {}),
+            **overrides,
+        }
         base = ["train.json", "quickstart.yaml"]
         bundle_run("seg-finetune", base, **settings)
         bundle_run("seg-finetune", [*base, "evaluate.json"], **settings)

@@ -33,9 +33,12 @@ PAGE = "predictions.html"
 
 
 def plan(
-    data: str, labels: str | None = None, out: str | None = None, base: str | None = None,
+    data: str,
+    labels: str | None = None,
+    out: str | None = None,
+    base: str | None = None,
     quiet: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Look at a dataset and write settings for it and this machine as a config overlay.
 
     Args:
@@ -63,9 +66,14 @@ def plan(
 
 
 def pretrain(
-    data: str, out: str | None = None, plan: str | None = None, labels: str | None = None,
-    quiet: bool = False, verbose: bool = False, **overrides: Any,
-) -> Path:  # fmt: skip
+    data: str,
+    out: str | None = None,
+    plan: str | None = None,
+    labels: str | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+    **overrides: Any,
+) -> Path:
     """Pre-train a network on a folder of volumes, without their labels.
 
     The same call resumes a training that was interrupted.
@@ -96,9 +104,15 @@ def pretrain(
 
 
 def finetune(
-    data: str, labels: str | None = None, pretrained: str | None = None, out: str | None = None,
-    plan: str | None = None, quiet: bool = False, verbose: bool = False, **overrides: Any,
-) -> Path:  # fmt: skip
+    data: str,
+    labels: str | None = None,
+    pretrained: str | None = None,
+    out: str | None = None,
+    plan: str | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+    **overrides: Any,
+) -> Path:
     """Fine-tune a network on labelled volumes: segmentation, or classification with a list.
 
     The same call resumes a training that was interrupted.
@@ -140,9 +154,13 @@ def finetune(
 
 
 def predict(
-    model: str, *files: str, out: str | None = None, quiet: bool = False, verbose: bool = False,
+    model: str,
+    *files: str,
+    out: str | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
     **overrides: Any,
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Apply a trained network to volumes; segmentations are on the grids of their images.
 
     Args:
@@ -191,9 +209,14 @@ def predict(
 
 
 def evaluate(
-    model: str, data: str, labels: str | None = None, out: str | None = None,
-    quiet: bool = False, verbose: bool = False, **overrides: Any,
-) -> Path:  # fmt: skip
+    model: str,
+    data: str,
+    labels: str | None = None,
+    out: str | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+    **overrides: Any,
+) -> Path:
     """Score a trained network on labelled volumes, with a page of figures.
 
     With a split.json in ``data`` the cases of its list "test"; else the cases that the training

@@ -58,8 +58,11 @@ def small_bundle(folder: Path, network: str = "BrightNet", overlays: bool = Fals
         overlays: merge those of clicks into its configs.
     """
     shutil.copytree(ROOT / "bundles" / "seg-finetune", folder)
-    small = {"spacing": [2.0] * 3, "patch_size": [32] * 3,
-             "backbone": {"_target_": f"label_running.{network}"}}  # fmt: skip
+    small = {
+        "spacing": [2.0] * 3,
+        "patch_size": [32] * 3,
+        "backbone": {"_target_": f"label_running.{network}"},
+    }
     more = {"inference": {}, "train": {"num_workers": 0, "batch_size": 1}}
     merged = merged_configs(ROOT / "bundles" / "seg-finetune", "", overlays)
     for name, config in merged.items():

@@ -57,11 +57,19 @@ def settings(bundle: str, root: Path, volumes: Path, **changes: Any) -> dict[str
         "cls-finetune": {"datalist": str(volumes / "classification.json")},
     }
     return {
-        "bundle_root": str(root), "dataset_dir": str(volumes),
-        "spacing": [2.0, 2.0, 2.0], "patch_size": [32, 32, 32], "batch_size": 2,
-        "num_workers": 0, "max_epochs": 1, "val_interval": 1, "val_fraction": 0.2,
-        "device": "$torch.device('cpu')", **own[bundle], **changes,
-    }  # fmt: skip
+        "bundle_root": str(root),
+        "dataset_dir": str(volumes),
+        "spacing": [2.0, 2.0, 2.0],
+        "patch_size": [32, 32, 32],
+        "batch_size": 2,
+        "num_workers": 0,
+        "max_epochs": 1,
+        "val_interval": 1,
+        "val_fraction": 0.2,
+        "device": "$torch.device('cpu')",
+        **own[bundle],
+        **changes,
+    }
 
 
 def inference_settings(bundle: str, root: Path, volumes: Path, **changes: Any) -> dict[str, Any]:

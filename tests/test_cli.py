@@ -19,8 +19,13 @@ def test_light_commands_import_neither_torch_nor_monai(words: list[str]) -> None
         "import sys; from med3dinsight_ext.cli import main\ntry:\n  main(sys.argv[1:])\nfinally:\n"
     )
     code += "  assert not {'torch', 'monai', 'numpy'} & set(sys.modules), sorted(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True,
-                          env=environment(), timeout=20)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=20,
+    )
     assert done.returncode == 0 and done.stdout and not done.stderr
 
 
@@ -43,17 +48,26 @@ def test_every_command_is_there_with_the_arguments_that_its_help_shows(
     [
         (["publsh"], "error: unknown command publsh; did you mean publish?"),
         (["--verison"], "error: unknown command --verison; see python -m med3dinsight_ext --help"),
-        (["publish", "b", "--weigths", "x"],
-         "error: unknown flag --weigths; did you mean --weights?"),
+        (
+            ["publish", "b", "--weigths", "x"],
+            "error: unknown flag --weigths; did you mean --weights?",
+        ),
         (["push", "a", "--dry-rn=3"], "error: unknown flag --dry_rn; did you mean --dry_run?"),
-        (["doctor", "--zzz"],
-         "error: unknown flag --zzz; see python -m med3dinsight_ext doctor --help"),
-        (["verify"], "error: no value for the required argument: folder; see python -m "
-         "med3dinsight_ext verify --help"),
-        (["bundles", "more"], "error: could not consume arg: more; see python -m "
-         "med3dinsight_ext bundles --help"),
+        (
+            ["doctor", "--zzz"],
+            "error: unknown flag --zzz; see python -m med3dinsight_ext doctor --help",
+        ),
+        (
+            ["verify"],
+            "error: no value for the required argument: folder; see python -m "
+            "med3dinsight_ext verify --help",
+        ),
+        (
+            ["bundles", "more"],
+            "error: could not consume arg: more; see python -m med3dinsight_ext bundles --help",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_words_are_one_line_and_exit_2(
     words: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,9 +27,25 @@ def test_the_core_has_examples() -> None:
     modules = [importlib.import_module(name) for name in MODULES]
     found = {test.name for module in modules for test in finder.find(module) if test.examples}
     names = {
-        "cosine_loss", "info_nce_loss", "siglip_loss", "partial_transport_loss", "masked_mse",
-        "regression_loss", "DeepSupervision", "AlignmentLoss", "solve", "PSAT",
-        "Student", "Classifier", "Store", "window", "choose", "cut", "bootstrap",
-        "scores", "case_scores", "Retrieval",
-    }  # fmt: skip
+        "cosine_loss",
+        "info_nce_loss",
+        "siglip_loss",
+        "partial_transport_loss",
+        "masked_mse",
+        "regression_loss",
+        "DeepSupervision",
+        "AlignmentLoss",
+        "solve",
+        "PSAT",
+        "Student",
+        "Classifier",
+        "Store",
+        "window",
+        "choose",
+        "cut",
+        "bootstrap",
+        "scores",
+        "case_scores",
+        "Retrieval",
+    }
     assert not names - {name.rpartition(".")[2] for name in found}

@@ -22,10 +22,16 @@ def test_a_public_name_is_an_object_of_its_package(name: str) -> None:
 
 
 def test_public_names_are_those_for_type_checkers() -> None:
-    imports = [node for node in ast.walk(ast.parse(SOURCE.read_text("utf-8")))
-               if isinstance(node, ast.ImportFrom) and node.module.startswith("med3d")]  # fmt: skip
-    typed = {alias.name: getattr(importlib.import_module(node.module), alias.name)
-             for node in imports for alias in node.names}  # fmt: skip
+    imports = [
+        node
+        for node in ast.walk(ast.parse(SOURCE.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("med3d")
+    ]
+    typed = {
+        alias.name: getattr(importlib.import_module(node.module), alias.name)
+        for node in imports
+        for alias in node.names
+    }
     assert typed == {name: getattr(med3dinsight_ext, name) for name in med3dinsight_ext.__all__}
 
 

@@ -61,9 +61,7 @@ def test_three_commands_lead_from_a_folder_to_predictions_and_a_page(
     assert "next: python -m med3dinsight_ext predict runs/scans/finetune FILES" in out
     images = ["scans/v0.nii.gz", "scans/v3.nii.gz"]
     written = med3dinsight_ext.predict("runs/scans/finetune", *images, device=SMALL["device"])
-    assert [path.name for path in written] == [
-        "v0_seg.nii.gz", "v3_seg.nii.gz", "predictions.html"
-    ]  # fmt: skip
+    assert [path.name for path in written] == ["v0_seg.nii.gz", "v3_seg.nii.gz", "predictions.html"]
     for image, path in zip(images, written, strict=False):
         ours, theirs = nib.load(path), nib.load(image)
         assert ours.shape == theirs.shape and (ours.affine == theirs.affine).all()
@@ -96,9 +94,11 @@ def test_the_printed_line_is_the_one_that_runs(
     words = shlex.split(line)
     given = dict(zip(words[::2], words[1::2], strict=True))
     assert yaml.safe_load(given.pop("--config_file")) == [
-        str(Path(p).resolve().relative_to(Path.cwd())) if Path(p).is_relative_to(Path.cwd())
-        else os.path.relpath(p) for p in files
-    ]  # fmt: skip
+        str(Path(p).resolve().relative_to(Path.cwd()))
+        if Path(p).is_relative_to(Path.cwd())
+        else os.path.relpath(p)
+        for p in files
+    ]
     for key, value in given.items():
         assert str(overrides[key[2:]]) == value
     assert given["--steps"] == "7" and given["--patch_size"] == "[16, 16, 16]"

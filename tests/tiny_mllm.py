@@ -19,8 +19,13 @@ TEMPLATE = (
 )
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
          "num_attention_heads": 2, "initializer_range": 0.2}  # fmt: skip
-WORDS = SIZES | {"num_key_value_heads": 2, "vocab_size": 384, "pad_token_id": PAD,
-                 "bos_token_id": START, "eos_token_id": END}  # fmt: skip
+WORDS = SIZES | {
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+    "pad_token_id": PAD,
+    "bos_token_id": START,
+    "eos_token_id": END,
+}
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:
@@ -46,24 +51,37 @@ def llava(folder: Path) -> Path:
     )
     side = {"height": 28, "width": 28}
     processor = hf.LlavaProcessor(
-        hf.CLIPImageProcessorPil(size=side, crop_size=side), tokenizer(), patch_size=14,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        hf.CLIPImageProcessorPil(size=side, crop_size=side),
+        tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         chat_template=TEMPLATE.replace("IMAGE", "<image>"),
-    )  # fmt: skip
+    )
     return save(folder, hf.LlavaForConditionalGeneration(config), processor)
 
 
 def qwen(folder: Path) -> Path:
     """Qwen2.5-VL: as many patches as the picture is large."""
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
-              "out_hidden_size": 32, "window_size": 56, "fullatt_block_indexes": [1],
-              "initializer_range": 0.2}  # fmt: skip
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+        "initializer_range": 0.2,
+    }
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     config = hf.Qwen2_5_VLConfig(
-        text_config=WORDS | {"rope_parameters": rope}, vision_config=vision,
-        image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD, vision_start_token_id=VISION_START,
+        text_config=WORDS | {"rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=IMAGE_PAD,
+        video_token_id=VIDEO_PAD,
+        vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
-    )  # fmt: skip
+    )
     words = tokenizer()
     words.chat_template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     images = hf.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=112 * 112)

@@ -77,8 +77,10 @@ def rows_of(case: Case, describe: Callable[[Tensor], Tensor]) -> tuple[Tensor, T
 
 
 def cases_of(root: Path, work: Path, labelled: str) -> list[Case]:
-    names = [Path(item["image"]).name.split(".")[0] for item in json.loads(
-        (work / "lists" / f"{labelled}.json").read_text())]  # fmt: skip
+    names = [
+        Path(item["image"]).name.split(".")[0]
+        for item in json.loads((work / "lists" / f"{labelled}.json").read_text())
+    ]
     return headneck.load_cases(root, names)
 
 
@@ -125,9 +127,7 @@ def codes_readout(
 def summary(cases: dict[str, list[float]]) -> dict[str, Any]:
     """Mean Dice, that of each organ, and the cases'."""
     table = np.array(list(cases.values()))
-    return {
-        "dice": float(table.mean()), "organs": table.mean(0).round(4).tolist(), "cases": cases
-    }  # fmt: skip
+    return {"dice": float(table.mean()), "organs": table.mean(0).round(4).tolist(), "cases": cases}
 
 
 def main(data: str, work: str, draws: int = 3, networks: str | tuple[str, ...] = ()) -> None:
@@ -153,9 +153,13 @@ def main(data: str, work: str, draws: int = 3, networks: str | tuple[str, ...] =
                 network = network_of(None if name == "untrained" else weights)
                 found = readout(train, scored, partial(features_of, network))
             line = {
-                "name": f"{name}_d{draw}", "kind": "readout", "init": name,
-                "labelled": f"draw{draw}", **found, "wall_s": round(time.time() - begin, 1),
-            }  # fmt: skip
+                "name": f"{name}_d{draw}",
+                "kind": "readout",
+                "init": name,
+                "labelled": f"draw{draw}",
+                **found,
+                "wall_s": round(time.time() - begin, 1),
+            }
             path.write_text(json.dumps(line | machine()))
             print(line["name"], f"{found['dice']:.3f}", flush=True)
 

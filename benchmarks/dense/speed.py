@@ -46,8 +46,10 @@ def measure(name: str) -> dict[str, float]:
     points = torch.rand(BATCH, len(DIMS), POINTS, 3) * (torch.tensor(SIZE) - 1)
     target = GridTargets(
         [torch.randn(BATCH, POINTS, d) for d in DIMS],
-        [torch.ones(BATCH, POINTS, dtype=torch.bool)] * len(DIMS), points, volume,
-    )  # fmt: skip
+        [torch.ones(BATCH, POINTS, dtype=torch.bool)] * len(DIMS),
+        points,
+        volume,
+    )
     student, loss = DenseStudent(network, DIMS, SIZE), DenseLoss(reconstruction_weight=100.0)
 
     def bare() -> None:

@@ -120,8 +120,9 @@ def finetuning(rows: Rows) -> str:
 
 def readouts(rows: Rows) -> str:
     """One line a source of frozen features."""
-    found = {key: [r for r in rows if r["kind"] == "readout" and r["init"] == key]
-             for key in READ_OUT}  # fmt: skip
+    found = {
+        key: [r for r in rows if r["kind"] == "readout" and r["init"] == key] for key in READ_OUT
+    }
     lines = []
     for key, name in READ_OUT.items():
         if part := found[key]:
@@ -138,10 +139,16 @@ def pretraining(rows: Rows) -> str:
     for row in rows:
         if row["kind"] == "pretrain":
             last = row["last"]
-            lines.append([
-                f"`{row['name']}`", str(row["steps"]), f"{row['wall_s']:.0f} s",
-                f"{last['dense']:.3f}", f"{last['reconstruction']:.4f}", row["device"],
-            ])  # fmt: skip
+            lines.append(
+                [
+                    f"`{row['name']}`",
+                    str(row["steps"]),
+                    f"{row['wall_s']:.0f} s",
+                    f"{last['dense']:.3f}",
+                    f"{last['reconstruction']:.4f}",
+                    row["device"],
+                ]
+            )
     return table("run | steps | time | smooth L1 of the codes | reconstruction | device", lines)
 
 
@@ -166,9 +173,12 @@ def readme() -> str:
     cost = json.loads((results / "speed.json").read_text("utf-8"))
     devices = sorted({f"{row['device']} (commit {row['commit']})" for row in rows})
     return Template((HERE / "page.md").read_text("utf-8")).substitute(
-        finetuning=finetuning(rows), readouts=readouts(rows), pretraining=pretraining(rows),
-        speed=speed(cost), devices="; ".join(devices),
-    )  # fmt: skip
+        finetuning=finetuning(rows),
+        readouts=readouts(rows),
+        pretraining=pretraining(rows),
+        speed=speed(cost),
+        devices="; ".join(devices),
+    )
 
 
 if __name__ == "__main__":

@@ -128,9 +128,15 @@ def outcome(record: Record) -> Outcome:
     ours, others = weight[positive], weight[~positive]
     drawn = (ours * (right @ others)).sum(0) / (ours.sum(0) * others.sum(0))
     return Outcome(
-        record["seed"], stream, [row["case"] for row in rows], float(right.mean()), drawn,
-        _metric(record, "balanced_accuracy"), parts, positive,
-    )  # fmt: skip
+        record["seed"],
+        stream,
+        [row["case"] for row in rows],
+        float(right.mean()),
+        drawn,
+        _metric(record, "balanced_accuracy"),
+        parts,
+        positive,
+    )
 
 
 def _metric(record: Record, *keys: str) -> float:
@@ -173,9 +179,13 @@ def difference(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> Difference
     if len(seeds) == 1:
         both = torch.full_like(both, torch.nan)
     return Difference(
-        sum(apart) / len(apart), interval(drawn.mean(0)), interval(both),
-        p_value(parts, one[seeds[0]].positive), apart, both,
-    )  # fmt: skip
+        sum(apart) / len(apart),
+        interval(drawn.mean(0)),
+        interval(both),
+        p_value(parts, one[seeds[0]].positive),
+        apart,
+        both,
+    )
 
 
 def p_value(parts: Tensor, positive: Tensor | None) -> float:

@@ -117,9 +117,14 @@ def _finetuning(
 ) -> Run:
     content = plan["tasks"][task]
     about = {
-        "task": task, "backbone": backbone, "arm": arm, "labels": cases, "seed": seed,
-        "variant": variant, "score": block["score"],
-    }  # fmt: skip
+        "task": task,
+        "backbone": backbone,
+        "arm": arm,
+        "labels": cases,
+        "seed": seed,
+        "variant": variant,
+        "score": block["score"],
+    }
     pinned, names = plan["pinned"]["finetune"], plan["renamed"]
     settings = (
         pinned
@@ -143,8 +148,12 @@ def _pretraining(
     corpus = plan["tasks"][task]["corpus"]
     content, own = plan["corpora"][corpus], seed % block["pretrain_seeds"]
     about = {
-        "corpus": corpus, "backbone": backbone, "arm": arm, "seed": own, "score": block["score"],
-    }  # fmt: skip
+        "corpus": corpus,
+        "backbone": backbone,
+        "arm": arm,
+        "seed": own,
+        "score": block["score"],
+    }
     pinned, names = plan["pinned"]["pretrain"], plan["renamed"]
     settings = (
         pinned

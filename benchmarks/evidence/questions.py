@@ -195,8 +195,9 @@ def data_set_verdict(cells: Sequence[Cell], arm: str) -> DataSetVerdict:
         keeps += [d.both[1] >= 0 for d in full if d]
     return DataSetVerdict(
         any(w for w, _ in wins) and not any(loses for _, loses in wins) if wins else None,
-        all(keeps) if keeps else None, all(level) if level else None,
-    )  # fmt: skip
+        all(keeps) if keeps else None,
+        all(level) if level else None,
+    )
 
 
 def main_cells(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -232,9 +233,11 @@ def verdict(cells: Sequence[Cell], arms: Sequence[str] = (CHOSEN,)) -> list[str]
                 f"**{word}** (budget `{budget}`): with few labels `{arm}` beats training "
                 f"from scratch on {len(wins)} of {len(DATA_SETS)} data sets{names}",
                 f"it falls behind (scratch with all labels, or masked reconstruction) on "
-                f"{' and '.join(lost)}" if lost else "",
+                f"{' and '.join(lost)}"
+                if lost
+                else "",
                 f"not complete: {', '.join(unknown)}" if unknown else "",
-            ]  # fmt: skip
+            ]
             lines += [f"{'; '.join(part for part in parts if part)}.", ""]
         lines += [*_glance([cell for ours in decisive.values() for cell in ours], arms), ""]
     return lines or [

@@ -15,15 +15,17 @@ def table(path: Path) -> list[str]:
     found = json.loads(path.read_text())["auroc"]
     counts = list(found["scratch"])
     lines = [
-        f"### Read-outs of budget {path.stem.removeprefix('readout-')}", "",
+        f"### Read-outs of budget {path.stem.removeprefix('readout-')}",
+        "",
         "Linear probes on adrenal, scored on held-out development cases: AUROC, mean of "
         f"{len(found['scratch'][counts[0]])} draws of labelled cases and of the pre-trainings, and "
         "the least and greatest of several pre-trainings. The teacher's row is the mean of its "
         "embeddings over a volume's slices, scratch is a fresh network; the others are the deepest "
-        "features of pre-trained ones. Written by `readout.py`.", "",
+        "features of pre-trained ones. Written by `readout.py`.",
+        "",
         "| features | pre-trainings | " + " | ".join(f"{n} labelled" for n in counts) + " |",
         "|---" + "|---:" * (1 + len(counts)) + "|",
-    ]  # fmt: skip
+    ]
     for name, group in groupby(sorted(found, key=arm_name), key=arm_name):
         runs = list(group)
         row = [name, str(len(runs)) if name not in ("scratch", "teacher") else "–"]

@@ -60,9 +60,12 @@ def circumstances() -> dict[str, Any]:
     commit = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
     packages = ("torch", "monai", "pytorch-ignite", "transformers", "numpy")
     return {
-        "commit": commit, "device": device_name(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "versions": {name: version(name) for name in packages},
-    }  # fmt: skip
+        "commit": commit,
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
 
 
 def steps_of(run: Run, needed: dict[str, Record]) -> int:
@@ -92,12 +95,15 @@ def train_and_evaluate(
     files, folder = case_lists(plan, run, root, out), out / run.name
     steps, epoch = steps_of(run, needed), run.settings["epoch_steps"]
     settings = run.overrides | {
-        "bundle_root": str(folder), "dataset_dir": str(out), "max_epochs": steps // epoch,
+        "bundle_root": str(folder),
+        "dataset_dir": str(out),
+        "max_epochs": steps // epoch,
         "train::sampler": {
             "_target_": "torch.utils.data.RandomSampler",  # repeats the cases if there are fewer
-            "data_source": "@train::dataset", "num_samples": epoch * run.settings["batch_size"],
+            "data_source": "@train::dataset",
+            "num_samples": epoch * run.settings["batch_size"],
         },
-    }  # fmt: skip
+    }
     if run.bundle == "pretrain":
         store = {"captions": files["captions"], "store_dir": str(out.parent / "store")}
         settings = store | settings

@@ -99,7 +99,7 @@ def pre_training(records: Sequence[Record]) -> list[str]:
         "| corpus | arm | seeds | steps | CPU s | s | MB | loss | slice → image | zero | chance | "
         "slice → text | zero | chance |",
         "|---|---|" + "---:|" * 12,
-    ]  # fmt: skip
+    ]
     rank = {arm: i for i, arm in enumerate(ORDER)}
 
     def key(record: Record) -> tuple[Any, ...]:
@@ -141,17 +141,22 @@ def noise(found: Sequence[Cell], records: Sequence[Record]) -> list[str]:
         heads = [f"{what}, {share} %" for what in (metric(cell), "R@5") for share in shares]
         lines += [
             f"Captions of other slices, {cell.task}, {cell.backbone}, "
-            f"{labels_text(cell.labels)} labelled: scores, and R@5 of slice → text as above.", "",
-            f"| loss | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads),
-        ]  # fmt: skip
+            f"{labels_text(cell.labels)} labelled: scores, and R@5 of slice → text as above.",
+            "",
+            f"| loss | {' | '.join(heads)} |",
+            "|---|" + "---:|" * len(heads),
+        ]
         for base, name in NOISY.items():
             arms = [base, *(f"{base}_noise_{share}" for share in NOISE)]
             scores = [level(cell.arms[arm])[0] if arm in cell.arms else None for arm in arms]
             recall = [
-                mean(r["retrieval"]["student"].get("text_within_r5") for r in records
-                     if r.get("arm") == arm and "retrieval" in r)
+                mean(
+                    r["retrieval"]["student"].get("text_within_r5")
+                    for r in records
+                    if r.get("arm") == arm and "retrieval" in r
+                )
                 for arm in arms
-            ]  # fmt: skip
+            ]
             row = ["–" if x is None else points(x, False) for x in [*scores, *recall]]
             lines.append(f"| {name} | {' | '.join(row)} |")
         lines.append("")
@@ -176,9 +181,10 @@ def figures(found: Sequence[Cell]) -> dict[str, tuple[str, list[list[Cell]]]]:
     made = {}
     grown = [g for g in panels(found) if len(g) > 1]
     against = [
-        g for group in panels(found)
+        g
+        for group in panels(found)
         if (g := [c for c in group if "scratch" in c.arms and len(c.arms) > 1])
-    ]  # fmt: skip
+    ]
     if against:
         made["forest"] = ("points above scratch", against)
     if grown:

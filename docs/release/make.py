@@ -58,9 +58,13 @@ def main(
                 train["max_cases"] = 6
         scores = trained(example, bundle, str(folder), train, test)
         publish(
-            str(bundles_dir() / bundle), weights=str(folder / "models" / "model.pt"), name=name,
-            out=out, metrics=str(scores), card=str(HERE / f"{example}.yaml"),
-        )  # fmt: skip
+            str(bundles_dir() / bundle),
+            weights=str(folder / "models" / "model.pt"),
+            name=name,
+            out=out,
+            metrics=str(scores),
+            card=str(HERE / f"{example}.yaml"),
+        )
         verify(str(Path(out) / name))
 
 

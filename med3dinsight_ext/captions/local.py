@@ -143,9 +143,14 @@ class TransformersCaptions(MllmCaptions):
         placed = {} if self.device_map is None else {"device_map": self.device_map}
         try:
             network, loaded = AutoModelForImageTextToText.from_pretrained(
-                self.model, config=self.config, revision=self.revision, dtype=self.dtype,
-                output_loading_info=True, trust_remote_code=False, **placed,
-            )  # fmt: skip
+                self.model,
+                config=self.config,
+                revision=self.revision,
+                dtype=self.dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **placed,
+            )
         except OSError as error:
             raise ValueError(
                 f"model must have its weights, got {self.model}: {_first_line(error)} "
@@ -198,10 +203,16 @@ class TransformersCaptions(MllmCaptions):
         if self.temperature:
             sampler.append(GumbelSampler(batch, self.temperature, self.seed, self.network.device))
         output = self.network.generate(
-            **inputs, max_new_tokens=self.max_tokens, pad_token_id=tokenizer.pad_token_id,
-            do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
+            **inputs,
+            max_new_tokens=self.max_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
             logits_processor=sampler,
-        )  # fmt: skip
+        )
         new = output[:, inputs["input_ids"].shape[1] :]
         self.tokens += int(inputs["attention_mask"].sum() + (new != tokenizer.pad_token_id).sum())
         return tokenizer.batch_decode(new, skip_special_tokens=True)

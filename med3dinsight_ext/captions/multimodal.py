@@ -136,18 +136,28 @@ class MllmCaptions(Captioner):
     def provenance(self) -> dict[str, Any]:
         """Kind, model, prompt and decoding."""
         return {
-            "kind": type(self).__name__, "model": self.model_fingerprint, "prompt": self.prompt,
-            "max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed,
-            "size": self.size, "ct_window": self.ct_window,
-        }  # fmt: skip
+            "kind": type(self).__name__,
+            "model": self.model_fingerprint,
+            "prompt": self.prompt,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "size": self.size,
+            "ct_window": self.ct_window,
+        }
 
     def answer_fingerprint(self, item: dict) -> str:
         """Hash of model, prompt, decoding and picture settings."""
         parts = [
-            self.model_fingerprint, self.prompt, self.max_tokens, self.temperature,
-            self.seed if self.temperature else None, self.size, self.ct_window,
+            self.model_fingerprint,
+            self.prompt,
+            self.max_tokens,
+            self.temperature,
+            self.seed if self.temperature else None,
+            self.size,
+            self.ct_window,
             item.get("body_part"),
-        ]  # fmt: skip
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def fingerprint(self, item: dict) -> str:

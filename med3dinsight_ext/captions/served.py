@@ -223,9 +223,12 @@ class ServedCaptions(MllmCaptions):
             {"type": "text", "text": request.prompt},
         ]
         return {
-            "messages": [{"role": "user", "content": content}], "model": self.model,
-            "max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed,
-        }  # fmt: skip
+            "messages": [{"role": "user", "content": content}],
+            "model": self.model,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
 
     def _connect(self, timeout: float) -> Any:
         return chat.connect(chat.base_url(self.url), self._key(), self.concurrency, timeout)

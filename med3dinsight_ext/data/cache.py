@@ -6,10 +6,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import islice
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +15,14 @@ import torch
 from monai.data import CacheDataset
 
 from med3dinsight_ext.io.console import Bar
+from med3dinsight_ext.io.memory import total_memory
 
 log = logging.getLogger(__name__)
 
 
 def quarter_of_memory() -> float:
     """A quarter of the memory that this machine or container may use, in gigabytes."""
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no limit: absent, or "max"
-        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return size / 4e9
+    return total_memory() / 4e9
 
 
 def memory_of(value: Any) -> int:

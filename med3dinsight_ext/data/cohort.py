@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from med3dinsight_ext.data.datalists import datalist, item_ids, split_lists, subset_names
 from med3dinsight_ext.data.identity import head_height, text_strokes
 from med3dinsight_ext.data.labels import check_label
 from med3dinsight_ext.data.slicing import window
 from med3dinsight_ext.data.volumes import guess_modality, read_volume
+from med3dinsight_ext.io.console import Bar
 
 GRID = 24  # cells of a fingerprint along each axis
 HU_BINS = np.arange(-3072, 4097, 32)  # edges
@@ -110,7 +110,7 @@ def read_cohort(
     records, faults, seen = [], {}, set[str]()
     items = list(_listed(source, root, split))
     names = names or decathlon_names(source)
-    for item, lists in tqdm(items, "Reading volumes", unit="volume", disable=None):
+    for item, lists in Bar(items, "Reading volumes", unit="volume"):
         name = os.path.relpath(item["image"], root)
         seen |= item_ids(item, root)
         try:
@@ -165,12 +165,20 @@ def read_record(name: str, item: dict[str, Any], lists: Sequence[str] = ()) -> R
     digest.update(array.data)
     path = str(item.get("label"))
     return Record(
-        name, item, tuple(lists), guess, spacing, digest.hexdigest(),
-        float(array.min()), float(array.max()),
-        np.histogram(array, HU_BINS)[0] / array.size, grid.astype(np.float16),
-        text_strokes(scaled[0].numpy()), head_height(body, spacing),
+        name,
+        item,
+        tuple(lists),
+        guess,
+        spacing,
+        digest.hexdigest(),
+        float(array.min()),
+        float(array.max()),
+        np.histogram(array, HU_BINS)[0] / array.size,
+        grid.astype(np.float16),
+        text_strokes(scaled[0].numpy()),
+        head_height(body, spacing),
         read_labels(path, item["image"]) if path.endswith((".nii", ".nii.gz")) else None,
-    )  # fmt: skip
+    )
 
 
 def read_labels(path: str, image: str) -> Labels:

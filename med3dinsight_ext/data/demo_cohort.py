@@ -23,9 +23,9 @@ from monai.transforms import (
     RandSmoothDeformd,
 )
 from torch import Tensor
-from tqdm import tqdm
 
 from med3dinsight_ext.data.slicing import PLANES, choose
+from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import move
 
 SOURCE = """Brain volumes made from one template by random transforms; nobody's patient data.
@@ -111,7 +111,7 @@ def _write(folder: Path, n: int, seed: int) -> None:
     ids, captions = [f"case_{i:03d}" for i in range(n)], ""
     for name in ("imagesTr", "labelsTr"):
         (folder / name).mkdir(parents=True)
-    for i, id_ in enumerate(tqdm(ids, "Making the cohort", disable=None)):
+    for i, id_ in enumerate(Bar(ids, "Making the cohort")):
         state = np.random.RandomState([seed, i])
         image, label = random_case(template, with_lesion[i], state)
         for name, array in (("imagesTr", (image * 1000).short()), ("labelsTr", label.byte())):
@@ -171,15 +171,27 @@ def random_case(
     warp = Compose(
         [
             RandAffined(
-                both, prob=1.0, rotate_range=(0.12,) * 3, shear_range=(0.04,) * 6,
-                translate_range=(3,) * 3, scale_range=(0.1,) * 3, mode=modes, padding_mode="zeros",
+                both,
+                prob=1.0,
+                rotate_range=(0.12,) * 3,
+                shear_range=(0.04,) * 6,
+                translate_range=(3,) * 3,
+                scale_range=(0.1,) * 3,
+                mode=modes,
+                padding_mode="zeros",
             ),
             RandSmoothDeformd(
-                both, spatial_size=shape, rand_size=(6, 7, 6), pad=1, field_mode="trilinear",
-                prob=1.0, def_range=0.06, grid_mode=modes,
+                both,
+                spatial_size=shape,
+                rand_size=(6, 7, 6),
+                pad=1,
+                field_mode="trilinear",
+                prob=1.0,
+                def_range=0.06,
+                grid_mode=modes,
             ),
         ]
-    )  # fmt: skip
+    )
     look = Compose(
         [
             RandAdjustContrastd("image", prob=1.0, gamma=(0.7, 1.5)),

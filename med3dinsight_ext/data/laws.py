@@ -100,9 +100,12 @@ def _copies(records: Sequence[Record], text: str) -> Finding:
     lists = {name for record in records for name in record.lists}
     where = f", in {' and '.join(sorted(lists))}" if len(lists) > 1 else ""
     return Finding(
-        "error" if where else "warning", "no copies", f"{len(records)} images {text}{where}",
-        _files(records), "Remove the copies, or give them one patient and one list.",
-    )  # fmt: skip
+        "error" if where else "warning",
+        "no copies",
+        f"{len(records)} images {text}{where}",
+        _files(records),
+        "Remove the copies, or give them one patient and one list.",
+    )
 
 
 def named_values(cohort: Cohort) -> list[Finding]:
@@ -116,10 +119,11 @@ def named_values(cohort: Cohort) -> list[Finding]:
     allowed = f"0 to {len(known) - 1}" if cohort.names else "whole numbers"
     remedy = "Name every value in label_names, or map the file's values."
     return [
-        Finding("error", "named values", f"label value {value} is not one of {allowed}", names,
-                remedy)
+        Finding(
+            "error", "named values", f"label value {value} is not one of {allowed}", names, remedy
+        )
         for value, names in files.items()
-    ]  # fmt: skip
+    ]
 
 
 def filled_classes(cohort: Cohort) -> list[Finding]:
@@ -131,8 +135,9 @@ def filled_classes(cohort: Cohort) -> list[Finding]:
     empty = [record for record, labels in rows if not labels.voxels]
     if empty:
         remedy = "Check that the label was drawn; an empty one is right only for a healthy case."
-        found.append(Finding("warning", "filled classes", "the label is empty", _files(empty),
-                             remedy))  # fmt: skip
+        found.append(
+            Finding("warning", "filled classes", "the label is empty", _files(empty), remedy)
+        )
     marked = [(record, labels) for record, labels in rows if labels.voxels]
     for number, name in _classes(cohort):
         without = [record for record, labels in marked if number not in labels.voxels]

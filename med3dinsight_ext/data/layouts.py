@@ -97,8 +97,9 @@ def _folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[d
         notes.append("imagesTs is left out: images for tests")
     other = Counter(
         "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix.lower()
-        for path in images.rglob("*") if path.is_file() and not path.name.endswith(NIFTI)
-    )  # fmt: skip
+        for path in images.rglob("*")
+        if path.is_file() and not path.name.endswith(NIFTI)
+    )
     kinds = ", ".join(f"{n} {kind or 'without extension'}" for kind, n in other.most_common(4))
     if not any(path.is_file() for path in images.rglob("*.nii*")):
         raise ValueError(

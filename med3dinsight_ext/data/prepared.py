@@ -28,11 +28,11 @@ from monai.transforms import (
     SpatialPadd,
 )
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from med3dinsight_ext.data.chunks import BrokenChunks, ChunkFile, write_chunks
 from med3dinsight_ext.data.labels import label_values
 from med3dinsight_ext.data.volumes import good_ones
+from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class PreparedCopy:
             log.info(f"{len(missing)} of {len(items)} volumes are not in {self.root}: preparing")
             self.root.mkdir(parents=True, exist_ok=True)
             made = DataLoader(_Makers(self, missing), None, num_workers=self.workers)
-            for _ in tqdm(made, "Preparing volumes", len(missing), disable=None):
+            for _ in Bar(made, "Preparing volumes", len(missing)):
                 pass
             self._load_index()
             records |= {id(item): self._records[self.entry(item)] for item in missing}

@@ -14,10 +14,10 @@ from monai.transforms import LoadImage, MapTransform, Orientation, ScaleIntensit
 from monai.utils import convert_to_dst_type
 from nibabel.openers import Opener
 from torch import Tensor
-from tqdm import tqdm
 
 from med3dinsight_ext.data.slicing import window
 from med3dinsight_ext.io.claims import ClaimError, npz_array, open_volume
+from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.reading import readable
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ def check_each(
             return error
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(tqdm(pool.map(attempt, items), f"Checking {what}", len(items), disable=None))
+        found = list(Bar(pool.map(attempt, items), f"Checking {what}", len(items)))
     return good_ones(items, found, what, skip_bad)
 
 

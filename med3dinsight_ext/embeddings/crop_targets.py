@@ -83,9 +83,13 @@ class SampleCropsd(SampleGridsd):
                 for x, cells in zip(stored, shown, strict=True)
             ]
         plane, position = map_positions(
-            geometry["plane"].long()[usable], geometry["position"][usable], geometry["size"],
-            geometry["affine"], image.affine, image.shape[1:],
-        )  # fmt: skip
+            geometry["plane"].long()[usable],
+            geometry["position"][usable],
+            geometry["size"],
+            geometry["affine"],
+            image.affine,
+            image.shape[1:],
+        )
         return plane, position.clamp(0, 1), torch.cat(means, 1)
 
     def _shown(
@@ -94,8 +98,12 @@ class SampleCropsd(SampleGridsd):
         """Whether the crop shows the centres of cells: (s, cells), never those over padding."""
         size = geometry["size"].tolist()
         stored = slice_voxels(
-            geometry["plane"].long()[rows], geometry["position"][rows], size,
-            geometry["spacing"].tolist(), side, int(geometry["picture"]),
-        )  # fmt: skip
+            geometry["plane"].long()[rows],
+            geometry["position"][rows],
+            size,
+            geometry["spacing"].tolist(),
+            side,
+            int(geometry["picture"]),
+        )
         moved = self.voxels(geometry, rows, side, image)
         return within(stored, size) & within(moved, image.shape[1:])

@@ -98,9 +98,13 @@ class SampleGridsd(MapTransform, Randomizable):
     ) -> Tensor:
         """Voxel coordinates in ``image`` of the cells of the slices ``rows``: (s, cells, 3)."""
         voxels = slice_voxels(
-            geometry["plane"].long()[rows], geometry["position"][rows],
-            geometry["size"].tolist(), geometry["spacing"].tolist(), side, int(geometry["picture"]),
-        )  # fmt: skip
+            geometry["plane"].long()[rows],
+            geometry["position"][rows],
+            geometry["size"].tolist(),
+            geometry["spacing"].tolist(),
+            side,
+            int(geometry["picture"]),
+        )
         affine = torch.as_tensor(image.affine).as_subclass(Tensor).double().cpu()
         step = torch.linalg.solve(affine, geometry["affine"])  # stored voxel -> image voxel
         return voxels @ step[:3, :3].mT + step[:3, 3]

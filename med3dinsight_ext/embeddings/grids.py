@@ -147,9 +147,15 @@ class GridStore:
 
     def _key(self, parts: list[Any]) -> str:
         made = [
-            FORMAT, self.teacher.fingerprint, self.layers, self.codes, self.per_plane, self.planes,
-            self.seed, *parts,
-        ]  # fmt: skip
+            FORMAT,
+            self.teacher.fingerprint,
+            self.layers,
+            self.codes,
+            self.per_plane,
+            self.planes,
+            self.seed,
+            *parts,
+        ]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:32]
 
     def _content(self, item: dict[str, Any]) -> list[str]:

@@ -266,9 +266,12 @@ class Store:
         width = 2 * dims["joint"] if "joint" in dims else sum(dims.values())
         size = scale * (slices * (2 * width + BYTES_A_SLICE) + len(sample) * BYTES_A_VOLUME)
         found = {
-            "volumes": len(items), "missing": len(missing), "slices": round(scale * slices),
-            "calls": round(scale * calls), "gigabytes": size / 1e9,
-        }  # fmt: skip
+            "volumes": len(items),
+            "missing": len(missing),
+            "slices": round(scale * slices),
+            "calls": round(scale * calls),
+            "gigabytes": size / 1e9,
+        }
         print(
             f"{found['volumes']:,} volumes, {found['missing']:,} of them not in {self.root}: "
             f"at most {found['slices']:,} slices, {found['calls']:,} model calls, "

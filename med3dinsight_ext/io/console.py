@@ -7,15 +7,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-SECONDS = 30  # between the lines in a file
+SECONDS = 30.0  # between the lines in a file
 
 
 class Bar(tqdm):
-    """tqdm's bar on a terminal; where standard error is a file, a plain line now and then."""
+    """tqdm's bar on a terminal; where standard error is a file, a plain line every SECONDS."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         if not sys.stderr.isatty():
-            options |= {"file": _Lines(), "mininterval": SECONDS, "maxinterval": SECONDS}
+            intervals = dict.fromkeys(("mininterval", "maxinterval", "delay"), SECONDS)
+            options |= {"file": _Lines(), **intervals}  # short work writes nothing
         super().__init__(*args, **options)
 
 

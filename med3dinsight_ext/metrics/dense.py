@@ -36,13 +36,17 @@ class ExplainedVariance(Metric):
             total = torch.stack(
                 [(c.double().square() * w).sum() for c, w in zip(target.codes, weight, strict=True)]
             )
-            error = torch.stack([
-                torch.stack([
-                    ((guess.double() - c.double()).square() * w).sum()
-                    for guess, c, w in zip(level, target.codes, weight, strict=True)
-                ])
-                for level in pred.codes
-            ])  # fmt: skip
+            error = torch.stack(
+                [
+                    torch.stack(
+                        [
+                            ((guess.double() - c.double()).square() * w).sum()
+                            for guess, c, w in zip(level, target.codes, weight, strict=True)
+                        ]
+                    )
+                    for level in pred.codes
+                ]
+            )
             self._error = error if self._error is None else self._error + error
             self._total = total if self._total is None else self._total + total
 

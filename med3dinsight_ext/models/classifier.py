@@ -13,8 +13,8 @@ import torch
 from ignite.engine import Engine, Events
 from monai.visualize import GradCAM
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.models.features import (
     dry_run,
@@ -149,7 +149,7 @@ def pooled_features(
     rows, labels = [], []
     classifier.eval()
     with torch.no_grad():
-        for batch in tqdm(loader, "features", disable=None):
+        for batch in Bar(loader, "features"):
             image = batch["image"]
             found = classifier.pooled(image.as_subclass(Tensor).to(device)).float().cpu()
             if not found.isfinite().all():

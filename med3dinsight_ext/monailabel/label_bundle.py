@@ -25,9 +25,12 @@ COPIED = ("LICENSE", "docs", "configs/multi_gpu_train.json", "configs/logging.co
 
 
 def label_bundle(
-    target: str, weights: str, overlays: str | Sequence[str] = (), click: bool = False,
+    target: str,
+    weights: str,
+    overlays: str | Sequence[str] = (),
+    click: bool = False,
     bundle: str = "seg-finetune",
-) -> None:  # fmt: skip
+) -> None:
     """Write a seg-finetune bundle for MONAI Label, which reads no overlays.
 
     Args:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -12,25 +10,14 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-CGROUP = Path("/sys/fs/cgroup")
+from med3dinsight_ext.io.memory import free_memory
+
 CPU_STEP = 3.0  # peak of a step on a CPU, as a multiple of the tensors saved for its backward pass
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a training may use; for a CPU within the limit of its control group."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    for line in meminfo.read_text().splitlines() if meminfo.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    try:
-        limit, used = ((CGROUP / f"memory.{x}").read_text().strip() for x in ("max", "current"))
-        free = min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no control group, or no limit
-        pass
-    return free
+def usable_memory(device: torch.device) -> int:
+    """Bytes that a training may use."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def build(backbone: dict[str, Any], device: torch.device) -> nn.Module:

@@ -14,7 +14,7 @@ from med3dinsight_ext.data.laterality import mirror
 from med3dinsight_ext.data.layouts import Dataset, check_channels, class_numbers
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import readable
-from med3dinsight_ext.planning.dry_step import build, free_memory, step_cost
+from med3dinsight_ext.planning.dry_step import build, step_cost, usable_memory
 from med3dinsight_ext.planning.rules import (
     covering_spacing,
     fitting_patch,
@@ -71,9 +71,11 @@ def read_plan(path: str | Path) -> dict[str, Any]:
 
 
 def make_plan(
-    dataset: Dataset, kept: Mapping[str, Any] | None = None, source: str = "",
+    dataset: Dataset,
+    kept: Mapping[str, Any] | None = None,
+    source: str = "",
     device: torch.device | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Settings for a dataset on this machine.
 
     Args:
@@ -116,13 +118,14 @@ def _seen(dataset: Dataset, found: Survey) -> list[str]:
     shape, mm = np.median(found.shapes, 0), np.median(found.spacings, 0)
     kind = "label maps" if dataset.segments() else "classes"
     lines = [
-        f"{len(dataset.items)} images, {len(labelled)} with {kind}" if labelled
+        f"{len(dataset.items)} images, {len(labelled)} with {kind}"
+        if labelled
         else f"{len(dataset.items)} images without labels",
         f"median {_times(shape)} voxels of {_times(mm)} mm; from {_times(found.spacings.min(0))} "
         f"to {_times(found.spacings.max(0))} mm",
         f"voxels of {found.sampled} images read: "
         + (f"modality {found.modality}" if found.modality != "auto" else "several modalities"),
-    ]  # fmt: skip
+    ]
     return [*lines, *dataset.notes]
 
 
@@ -164,15 +167,20 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
     limits = GPU if device.type == "cuda" else CPU
     native = target_spacing(found.spacings, found.shapes)
     extent = np.median(found.shapes * found.spacings, 0)
-    free, voxels, batch = free_memory(device), limits.voxels, BATCH
+    free, voxels, batch = usable_memory(device), limits.voxels, BATCH
     while True:
         spacing = covering_spacing(extent / native, native, voxels, 1.0 if whole else 0.25)
         patch, strides = fitting_patch(extent / spacing, spacing, voxels, limits.levels)
         size = int(np.prod(patch))
         filters = 32 if size <= limits.wide else 16
-        put("spacing", spacing, "median of the images, isotropic up to a factor of two"
-            if spacing == native else "coarser than the images, so that a patch shows "
-            + ("the whole volume" if whole else "a quarter of the volume"))  # fmt: skip
+        put(
+            "spacing",
+            spacing,
+            "median of the images, isotropic up to a factor of two"
+            if spacing == native
+            else "coarser than the images, so that a patch shows "
+            + ("the whole volume" if whole else "a quarter of the volume"),
+        )
         put("patch_size", patch, f"proportions of the median volume, {size:,} voxels")
         put("backbone", unet(filters, limits.levels, strides), f"residual U-Net, {filters} filters")
         put("batch_size", batch, "patches in a step")

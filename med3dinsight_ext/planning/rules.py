@@ -98,9 +98,15 @@ def unet(filters: int, levels: int, strides: list[list[int]]) -> dict[str, Any]:
     """Config of a residual U-Net whose width doubles at each level, up to 320."""
     widths = [min(filters * 2**i, 320) for i in range(levels + 1)]
     return {
-        "_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
-        "channels": widths, "strides": strides, "num_res_units": 2, "norm": "INSTANCE",
-    }  # fmt: skip
+        "_target_": "UNet",
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": "@out_channels",
+        "channels": widths,
+        "strides": strides,
+        "num_res_units": 2,
+        "norm": "INSTANCE",
+    }
 
 
 def steps_for(voxels: int, budget: float, least: int, most: int) -> int:

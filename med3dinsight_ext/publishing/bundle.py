@@ -52,9 +52,11 @@ def check_click(argument: str, name: str, click: bool) -> None:
 
 
 def merged_configs(
-    bundle: Path, overlays: str | Sequence[str] = "", click: bool = False,
+    bundle: Path,
+    overlays: str | Sequence[str] = "",
+    click: bool = False,
     record: Mapping[str, Any] | None = None,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+) -> dict[str, dict[str, Any]]:
     """A bundle's train and inference configs as a network was trained, without this machine.
 
     Args:
@@ -139,9 +141,10 @@ def _elsewhere(config: Mapping[str, Any], bundle: Path) -> dict[str, Any]:
         parser[key] = own.get(key)
     handlers = parser["train"]["handlers"]
     parser["train"]["handlers"] = [
-        handler for handler in handlers
+        handler
+        for handler in handlers
         if not isinstance(handler, Mapping) or handler.get("_target_") not in ATTACHED
-    ]  # fmt: skip
+    ]
     tracking = DEFAULT_MLFLOW_SETTINGS["configs"]
     return {k: v for k, v in parser.get().items() if k in own or k not in tracking}
 

@@ -69,12 +69,18 @@ def export(folder: str) -> None:
     with torch.no_grad():
         truth = [_tensors(network(volumes[:b])) for b in (1, 2)]
     report: dict[str, Any] = {
-        "network": _name(network), "weights_sha256": state_hash(network.state_dict()),
-        "versions": versions, "tolerance": TOLERANCE,
-    }  # fmt: skip
-    given = {"bundle_root": str(root), "config_file": str(config),
-             "ckpt_file": str(root / "models" / "model.pt"), "net_id": "network_def",
-             "input_shape": (1, *volumes.shape[1:])}  # fmt: skip
+        "network": _name(network),
+        "weights_sha256": state_hash(network.state_dict()),
+        "versions": versions,
+        "tolerance": TOLERANCE,
+    }
+    given = {
+        "bundle_root": str(root),
+        "config_file": str(config),
+        "ckpt_file": str(root / "models" / "model.pt"),
+        "net_id": "network_def",
+        "input_shape": (1, *volumes.shape[1:]),
+    }
     wrong = []
     for name, methods in (("model.ts", _torchscript(given)), ("model.onnx", _onnx(given))):
         row, differs = _first_right(root / "models" / name, methods, volumes, truth)
@@ -158,9 +164,10 @@ def _first_right(
             row = {
                 "way": method.name,
                 "shape": ["any" if method.batch == 2 else 1, *volumes.shape[1:]],
-                "max_relative_error": max(errors), "seconds": round(seconds, 1),
+                "max_relative_error": max(errors),
+                "seconds": round(seconds, 1),
                 "bytes": made.stat().st_size,
-            }  # fmt: skip
+            }
             opset = _opset(made) if path.suffix == ".onnx" else {}
             return row | opset | ({"failed": failed} if failed else {}), False
     path.unlink(missing_ok=True)  # of other weights

@@ -48,11 +48,18 @@ HOME = re.compile(BEFORE + r"(?:/(?:home|Users|root|mnt|tmp)/|~/|[A-Z]:\\\w)[^\s
 
 
 def publish(
-    bundle: str, weights: str, name: str, out: str, overlays: str | Sequence[str] = "",
-    click: bool = False, metrics: str | None = None, card: str | None = None,
-    version: str = "0.1.0", changes: str | Sequence[str] = "first version",
+    bundle: str,
+    weights: str,
+    name: str,
+    out: str,
+    overlays: str | Sequence[str] = "",
+    click: bool = False,
+    metrics: str | None = None,
+    card: str | None = None,
+    version: str = "0.1.0",
+    changes: str | Sequence[str] = "first version",
     large_files_url: str = "",
-) -> None:  # fmt: skip
+) -> None:
     """Write ``out``/``name``, a bundle that runs without this package, and ``name``.zip.
 
     The same input gives the same bytes. Configs and card repeat the training that models/run.json
@@ -81,9 +88,17 @@ def publish(
     click = click or takes_clicks(record)
     check_names(source, folder, click, version)
     files = contents(
-        source, Path(weights), folder.name, overlays, click, metrics, card, version,
-        change_text(changes), record,
-    )  # fmt: skip
+        source,
+        Path(weights),
+        folder.name,
+        overlays,
+        click,
+        metrics,
+        card,
+        version,
+        change_text(changes),
+        record,
+    )
     check_places(files, (bundle, weights, out, ".", *(path for path in (card, metrics) if path)))
     large = [path for path, data in files.items() if len(data) > LARGE]
     if large:
@@ -122,10 +137,17 @@ def change_text(changes: object) -> str:
 
 
 def contents(
-    source: Path, weights: Path, name: str, overlays: str | Sequence[str], click: bool,
-    metrics: str | None, card: str | None, version: str, changes: str,
+    source: Path,
+    weights: Path,
+    name: str,
+    overlays: str | Sequence[str],
+    click: bool,
+    metrics: str | None,
+    card: str | None,
+    version: str,
+    changes: str,
     record: Mapping[str, Any] | None,
-) -> dict[str, bytes]:  # fmt: skip
+) -> dict[str, bytes]:
     """Every file of the folder by its path in it; arguments as in ``publish``."""
     facts = read_card(card)
     kind = kind_of(source)

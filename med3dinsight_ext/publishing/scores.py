@@ -72,8 +72,12 @@ def _segmentation(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[list[s
 
 
 def _classification(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[list[str]]]:
-    titles = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "f1": "F1",
-              "ece": "calibration error"}  # fmt: skip
+    titles = {
+        "auroc": "AUROC",
+        "balanced_accuracy": "balanced accuracy",
+        "f1": "F1",
+        "ece": "calibration error",
+    }
     per_class = found["per_class"]
     flat = {key: found[key] for key in (*titles, "accuracy")}
     if several := len(per_class) > 2:  # of two classes both have the same
@@ -81,8 +85,9 @@ def _classification(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[list
     rows = [["score", "cases", "all classes", *per_class]]
     for key, title in titles.items():
         shown = several or key != "auroc"
-        cells = [_interval(row.get(key) if shown else None, None, None)
-                 for row in per_class.values()]  # fmt: skip
+        cells = [
+            _interval(row.get(key) if shown else None, None, None) for row in per_class.values()
+        ]
         ends = found[key], found[f"{key}_low"], found[f"{key}_high"]
         rows.append([title, str(found["n"]), _interval(*ends), *cells])
     for key in ("sensitivity", "specificity"):

@@ -114,9 +114,12 @@ def formatted(path: Path) -> str:
         ) from error
     text = path.read_text("utf-8")
     settings = isort.Config(
-        settings_file="", profile="black", line_length=LINE, src_paths=(),
+        settings_file="",
+        profile="black",
+        line_length=LINE,
+        src_paths=(),
         known_first_party=frozenset({PACKAGE}),
-    )  # fmt: skip
+    )
     version = black.mode.TargetVersion.PY310
     mode = black.Mode({version}, LINE, magic_trailing_comma=False)
     return black.format_str(isort.code(text, config=settings), mode=mode)

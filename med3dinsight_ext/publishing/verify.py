@@ -89,10 +89,13 @@ def network_checks(root: Path) -> Iterator[Check]:
         report.touch()
         path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
         ended = subprocess.run(
-            [sys.executable, "-c", CHILD, str(SOURCE)], cwd=scratch, text=True, capture_output=True,
+            [sys.executable, "-c", CHILD, str(SOURCE)],
+            cwd=scratch,
+            text=True,
+            capture_output=True,
             input=json.dumps([str(root), str(report)]),
             env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
-        )  # fmt: skip
+        )
         found = [Check(*json.loads(line)) for line in report.read_text("utf-8").splitlines()]
     yield from found
     last = (ended.stderr.strip().splitlines() or ["no output"])[-1]

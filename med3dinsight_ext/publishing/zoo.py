@@ -51,8 +51,9 @@ def imported(source: str) -> set[str]:
     except SyntaxError:
         return set()
     modules = {alias.name for node in found if isinstance(node, ast.Import) for alias in node.names}
-    return modules | {str(node.module) for node in found
-                      if isinstance(node, ast.ImportFrom) and not node.level}  # fmt: skip
+    return modules | {
+        str(node.module) for node in found if isinstance(node, ast.ImportFrom) and not node.level
+    }
 
 
 def needed(config: Any) -> Iterator[tuple[str, str]]:

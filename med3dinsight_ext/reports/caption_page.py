@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from tqdm import tqdm
 
 from med3dinsight_ext.data.slicing import PLANES, depth
+from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.reports.caption_counts import (
     NOT_REQUESTED,
     Counts,
@@ -64,7 +64,7 @@ def read_store(store: Path, sample: int, seed: int) -> Summary:
     """Counts over all entries of a store; JSON files that are no entries are skipped."""
     summary = Summary(sample, seed)
     files = sorted(store.glob("??/*.json"))
-    for file in tqdm(files, "Reading entries", unit="volume", disable=None):
+    for file in Bar(files, "Reading entries", unit="volume"):
         try:
             summary.add(read_entry(file))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError):

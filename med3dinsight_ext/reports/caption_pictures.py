@@ -12,10 +12,10 @@ from itertools import groupby
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from med3dinsight_ext.data.slicing import WINDOWS, cut, window
 from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.reports.caption_counts import SliceRecord
 
 PIXELS = 192  # of a picture; the page shows it smaller, sharp on high-resolution screens
@@ -29,7 +29,7 @@ def pictures(records: Sequence[SliceRecord]) -> list[str]:
     """
     found = []
     volumes = [list(group) for _, group in groupby(records, key=lambda record: record.image)]
-    for group in tqdm(volumes, "Reading volumes", unit="volume", disable=None):
+    for group in Bar(volumes, "Reading volumes", unit="volume"):
         try:
             volume = read_volume(group[0].image)
             shown = {name: window(volume, name) for name in {row.modality for row in group}}

@@ -161,10 +161,17 @@ class ClassificationReport:
         facts |= {f"Cases of {name}": row["n"] for name, row in result["per_class"].items()}
         page = self.output_dir / "report.html"
         write_page(
-            page, "classification.html", title=self.title, facts=facts, result=result,
-            scores=SCORES, roc=roc_figure(probability, label, self.class_names),
-            maps=heat_figure(maps) if maps else None, run=run_block(self.weights), **figures,
-        )  # fmt: skip
+            page,
+            "classification.html",
+            title=self.title,
+            facts=facts,
+            result=result,
+            scores=SCORES,
+            roc=roc_figure(probability, label, self.class_names),
+            maps=heat_figure(maps) if maps else None,
+            run=run_block(self.weights),
+            **figures,
+        )
         values = ", ".join(f"{name} {result[key]:.3f}" for key, name in SCORES.items())
         logger.info(f"{len(label)} cases: {values}; wrote {page}")
 

@@ -32,8 +32,9 @@ from med3dinsight_ext.reports.figures import (
 from med3dinsight_ext.reports.formatting import percent, short
 
 COUNTS = LinearSegmentedColormap.from_list("counts", ["#eef3f7", BLUE])
-LINES = [(color, dash) for dash in ("-", "--", ":")
-         for color in (*PLANE_COLORS, SKY, ORANGE, "#CC79A7")]  # fmt: skip
+LINES = [
+    (color, dash) for dash in ("-", "--", ":") for color in (*PLANE_COLORS, SKY, ORANGE, "#CC79A7")
+]
 
 
 @rc_context(STYLE)

@@ -12,12 +12,12 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from med3dinsight_ext.data.cohort import Cohort, Record
 from med3dinsight_ext.data.laws import LEVELS, Finding
 from med3dinsight_ext.data.slicing import cut, window
 from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.reports.figures import CLASS_COLORS, class_colors
 from med3dinsight_ext.reports.pages import write_page
 
@@ -47,7 +47,7 @@ def write_data_page(
     modality = {r.name: group for group, members in cohort.groups().items() for r in members}
     pictures = {
         name: thumbnail(records[name], modality[name])
-        for name in tqdm(wanted, "Drawing", unit="volume", disable=None)
+        for name in Bar(wanted, "Drawing", unit="volume")
     }
     count = {level: sum(finding.level == level for finding in found) for level in LEVELS}
     facts = {
@@ -57,10 +57,17 @@ def write_data_page(
         "Findings": ", ".join(f"{n} {level}{'s' * (n != 1)}" for level, n in count.items()),
     }
     write_page(
-        path, "data.html", title=title, facts=facts, findings=list(zip(found, shown, strict=True)),
-        sample=sample, pictures=pictures, records=records, listed=LISTED,
+        path,
+        "data.html",
+        title=title,
+        facts=facts,
+        findings=list(zip(found, shown, strict=True)),
+        sample=sample,
+        pictures=pictures,
+        records=records,
+        listed=LISTED,
         colors=class_colors(list(cohort.names or ())[1:]),
-    )  # fmt: skip
+    )
 
 
 def thumbnail(record: Record, modality: str) -> str:

@@ -48,10 +48,16 @@ def write_predictions(
             if write_viewer(page.parent / viewer, image, maps, label_names[1:], f"../{page.name}"):
                 viewers[Path(image).name] = viewer
     write_page(
-        page, "predictions.html", title="Predictions", rows=rows, figures=figures,
-        facts={"Cases": len(rows), "Folder": str(page.parent)}, classes=list(label_names[1:]),
-        hidden=max(0, len(rows) - SHOWN), viewers=viewers,
-    )  # fmt: skip
+        page,
+        "predictions.html",
+        title="Predictions",
+        rows=rows,
+        figures=figures,
+        facts={"Cases": len(rows), "Folder": str(page.parent)},
+        classes=list(label_names[1:]),
+        hidden=max(0, len(rows) - SHOWN),
+        viewers=viewers,
+    )
 
 
 @rc_context(STYLE)

@@ -133,9 +133,12 @@ class SegmentationReport:
         mixed = confusion(np.sum([case.counts for case in cases], 0), self.label_names)
         worst = lowest(cases, names)
         result = {
-            "cases": len(cases), "tolerance_mm": self.tolerance, **found,
-            "confusion": mixed, "worst_class": {row["case"]: row["class"] for row in worst},
-        }  # fmt: skip
+            "cases": len(cases),
+            "tolerance_mm": self.tolerance,
+            **found,
+            "confusion": mixed,
+            "worst_class": {row["case"]: row["class"] for row in worst},
+        }
         text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
         write_text(self.output_dir / "metrics.json", text)
         figures = {"boxes": boxes(cases), "overlays": overlays(cases, names)}
@@ -144,11 +147,20 @@ class SegmentationReport:
         viewers = {n: self.viewers.get(c.image) for n, c in zip(names, cases, strict=True)}
         page = self.output_dir / "report.html"
         write_page(
-            page, "segmentation.html", title=self.title, facts=self.facts(len(cases), found),
-            found=found, viewers=viewers, scores=SCORES, digits=DIGITS,
-            confusion=mixed, worst=worst[:LOWEST],
-            colors=class_colors(self.label_names[1:]), run=run_block(self.weights), **figures,
-        )  # fmt: skip
+            page,
+            "segmentation.html",
+            title=self.title,
+            facts=self.facts(len(cases), found),
+            found=found,
+            viewers=viewers,
+            scores=SCORES,
+            digits=DIGITS,
+            confusion=mixed,
+            worst=worst[:LOWEST],
+            colors=class_colors(self.label_names[1:]),
+            run=run_block(self.weights),
+            **figures,
+        )
         means = {SCORES[key]: number(found["mean"][key]["mean"], DIGITS[key]) for key in SCORES}
         text = ", ".join(f"{name} {mean}" for name, mean in means.items())
         logger.info(f"mean of {len(cases)} cases: {text}; wrote {page}")

@@ -78,10 +78,16 @@ def write_viewer(
         start = torch.full((3,), 0.5)
     facts = {"Image": str(image), "Voxels shown": "all" if step == 1 else f"one of {step} an axis"}
     write_page(
-        page, "viewer.html", title=short(Path(image).name, 60), facts=facts, layers=layers,
-        colors=class_colors(classes), niivue=script, back=back,
+        page,
+        "viewer.html",
+        title=short(Path(image).name, 60),
+        facts=facts,
+        layers=layers,
+        colors=class_colors(classes),
+        niivue=script,
+        back=back,
         start=start.tolist(),
-    )  # fmt: skip
+    )
     return True
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from med3dinsight_ext.data.clicks import META, click_input, draw_click
 
 MOST_CLICKS = 100
+HELD = 1.0  # voxels around a click that keep its class
+MARGIN = 4.0  # by which the score of that class is the largest: 98 % after a softmax
 MOST_STEPS = 300  # of a history, in all its branches
 Click = tuple[float, ...]  # class, x, y, z
 Box = tuple[slice, ...]
@@ -51,7 +53,8 @@ class ClickInferer(Inferer):
 
     The network sees a window of ``patch_size`` around the click with all clicks so far and the
     answer so far; its scores replace the earlier ones in the ball of ``refine_radius`` around the
-    click, so that a click changes nothing elsewhere.
+    click, so that a click changes nothing elsewhere. The clicked voxels themselves always get the
+    class of their click.
 
     Args:
         inferer: of the whole volume and of a window.
@@ -161,7 +164,27 @@ class ClickInferer(Inferer):
         inner = (slice(None), *map(slice, low, high))
         starts = [side.start for side in window]
         box = [slice(s + a, s + b) for s, a, b in zip(starts, low, high, strict=True)]
-        return Step((slice(None), *box), _kept(torch.where(near, found[inner], before[inner])))
+        changed = torch.where(near, found[inner], before[inner])
+        _hold(changed, clicks, [side.start for side in box])
+        return Step((slice(None), *box), _kept(changed))
+
+
+def _hold(scores: Tensor, clicks: Sequence[Click], starts: Sequence[int]) -> None:
+    """Give each clicked voxel its class, so that a click is never ignored or undone by another.
+
+    Args:
+        scores: (classes, x, y, z) of a part of the volume, is changed.
+        clicks: of the volume; a later one wins.
+        starts: first voxel of the part.
+    """
+    for number, *centre in clicks:
+        x, y, z = (
+            (torch.arange(start, start + n, device=scores.device) - c) ** 2
+            for n, c, start in zip(scores.shape[1:], centre, starts, strict=True)
+        )
+        own = x[:, None, None] + y[:, None] + z <= HELD**2
+        others = [other for other in range(len(scores)) if other != number]
+        scores[int(number), own] = scores[others][:, own].amax(0) + MARGIN
 
 
 def _kept(scores: Tensor) -> Tensor:

@@ -134,8 +134,9 @@ class Progress:
         if self._bar is None:  # not before a checkpoint has set the iteration
             done = engine.state.iteration
             self._start = (time.perf_counter(), done)
-            self._bar = tqdm(total=_steps(engine), initial=done, unit="step", desc="train",
-                             disable=None)  # fmt: skip
+            self._bar = tqdm(
+                total=_steps(engine), initial=done, unit="step", desc="train", disable=None
+            )
 
     def show(self, engine: Engine) -> None:
         parts = {name: float(value) for name, value in _parts(engine, self.latest).items()}

@@ -38,7 +38,7 @@ def run(
         state: with "network" and, if there is one, its moving "average".
         loaders: handlers of the trainer.
         ckpt_dir: folder of the record, which stays that of the given weights until an epoch
-            replaces them.
+            replaces them. Its ``start_metric`` is that of the given weights on the same cases.
     """
     for loader in loaders:  # by itself, a loader skips what does not fit
         load_weights(state["network"], loader.load_path)
@@ -55,7 +55,8 @@ def run(
     name = evaluator.state.key_metric_name
     start = evaluator.state.metrics[name]
     evaluator.state.epoch = evaluator.state.best_metric_epoch = 0
-    recorded(trainer, evaluator, best, ckpt_dir, loaders[-1].load_path)
+    record = recorded(trainer, evaluator, best, ckpt_dir, loaders[-1].load_path)
+    record.content["start_metric"] = (name, float(start))
     trainer.run()
     found, epoch = evaluator.state.best_metric, evaluator.state.best_metric_epoch
     kept = f"kept epoch {epoch}, now {found:.4f}" if epoch else "no epoch was better"

@@ -110,9 +110,7 @@ class SliceGridd(MapTransform):
         _, position = map_positions(
             plane, grid, size, image.affine, padded.affine, padded.shape[1:]
         )
-        return {
-            **data, self.keys[0]: padded, "plane": plane, "position": position, "grid": grid
-        }  # fmt: skip
+        return {**data, self.keys[0]: padded, "plane": plane, "position": position, "grid": grid}
 
 
 def prepare_grid(
@@ -201,8 +199,9 @@ class TokenWriter:
             target = stem.with_name(f"{stem.name}_tokens.safetensors")
             write_atomic(target, lambda draft, t=tensors: save_file(t, draft))
             if self.prompts:
-                scores = self._scores(tokens, **place, padded=batch["position"][i].cpu(),
-                                      volume=batch["image"][i])  # fmt: skip
+                scores = self._scores(
+                    tokens, **place, padded=batch["position"][i].cpu(), volume=batch["image"][i]
+                )
                 _write_scores(stem, name, scores)
                 scored.append(TextScores(stem, batch["image"][i], scores))
         engine.state.output["text_scores"] = scored

@@ -23,9 +23,12 @@ def bundle_run(bundle: str | Path, overlays: Sequence[str], **overrides: Any) ->
 
 
 def launch(
-    bundle: str | Path, overlays: Sequence[str], overrides: Mapping[str, Any],
-    quiet: bool = False, verbose: bool = False,
-) -> ConfigWorkflow:  # fmt: skip
+    bundle: str | Path,
+    overlays: Sequence[str],
+    overrides: Mapping[str, Any],
+    quiet: bool = False,
+    verbose: bool = False,
+) -> ConfigWorkflow:
     """Run a bundle, printing the command that does the same.
 
     Args:

@@ -100,8 +100,12 @@ def start_weights(transfer: Any) -> dict[str, Any] | None:
     file = Path(report.file)
     counts = {key: len(getattr(report, key)) for key in ("loaded", "extended", "skipped", "unused")}
     shares = {"share": report.share, "encoder_share": report.encoder_share}
-    return {"file": file.name, "sha256": sha256(file) if file.is_file() else None, **counts,
-            **shares}  # fmt: skip
+    return {
+        "file": file.name,
+        "sha256": sha256(file) if file.is_file() else None,
+        **counts,
+        **shares,
+    }
 
 
 def cases(

@@ -93,9 +93,15 @@ class RunRecord:
     """
 
     def __init__(
-        self, folder: str | Path, names: Sequence[str], loaders: Mapping[str, Any], device: Any,
-        optimizer: Any = None, epoch: int = 0, start: str | Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: str | Path,
+        names: Sequence[str],
+        loaders: Mapping[str, Any],
+        device: Any,
+        optimizer: Any = None,
+        epoch: int = 0,
+        start: str | Path | None = None,
+    ) -> None:
         self.content: dict[str, Any] = {}
         if idist.get_rank() > 0:
             return
@@ -167,9 +173,12 @@ class RunRecord:
 
 
 def recorded(
-    trainer: Engine, evaluator: Engine | None, savers: Sequence[Checkpoint], folder: str | Path,
+    trainer: Engine,
+    evaluator: Engine | None,
+    savers: Sequence[Checkpoint],
+    folder: str | Path,
     start: str | Path | None = None,
-) -> RunRecord:  # fmt: skip
+) -> RunRecord:
     """The record of a training that is about to begin, updated after each of its epochs.
 
     Args:
@@ -183,8 +192,9 @@ def recorded(
     if evaluator is not None:
         loaders["validation"] = evaluator.data_loader
     names = [saver.filename_pattern for saver in savers]
-    record = RunRecord(folder, names, loaders, trainer.state.device, trainer.optimizer,
-                       trainer.state.epoch, start)  # fmt: skip
+    record = RunRecord(
+        folder, names, loaders, trainer.state.device, trainer.optimizer, trainer.state.epoch, start
+    )
 
     def update() -> None:
         metric = None

@@ -177,9 +177,13 @@ class SoftLabels:
             unlabelled: image and, for the head, grids.
         """
         made: list[Any] = [
-            FORMAT, self.classes, self.spacing, self.hidden, self.seed,
+            FORMAT,
+            self.classes,
+            self.spacing,
+            self.hidden,
+            self.seed,
             [[self._source(item), self._hashes(item["label"])] for item in labelled],
-        ]  # fmt: skip
+        ]
         if self.network:
             made += [self.network.fingerprint, self.head]
         paths = []

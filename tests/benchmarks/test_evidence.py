@@ -298,14 +298,24 @@ def test_choices_are_evaluated_on_development_cases_that_did_not_train(tmp_path:
 
 def records(arm: str, dice: list[list[float]], **about: Any) -> list[dict[str, Any]]:
     """Runs with the Dice of each case, one run a seed."""
-    fixed = {"bundle": "seg-finetune", "task": "hippocampus", "backbone": "unet", "variant": "",
-             "score": "test", "labels": 3, "settings": {}, "arm": arm} | about  # fmt: skip
+    fixed = {
+        "bundle": "seg-finetune",
+        "task": "hippocampus",
+        "backbone": "unet",
+        "variant": "",
+        "score": "test",
+        "labels": 3,
+        "settings": {},
+        "arm": arm,
+    } | about
     return [
-        fixed | {"seed": seed, "cases": [
-            {"case": f"c{i}", "class": "a", "dice": d} for i, d in enumerate(row)
-        ]}
+        fixed
+        | {
+            "seed": seed,
+            "cases": [{"case": f"c{i}", "class": "a", "dice": d} for i, d in enumerate(row)],
+        }
         for seed, row in enumerate(dice)
-    ]  # fmt: skip
+    ]
 
 
 def apart(ours: list[list[float]], theirs: list[list[float]]) -> Difference:

@@ -59,7 +59,7 @@ LESION = "A dark lesion lies in the right lobe."
         ("肝脏可见。肝脏可见。右肾", "肝脏可见。"),
         ("Half a letter: liv�", "Half a letter: liv"),
     ],
-)  # fmt: skip
+)
 def test_an_answer_is_cleaned(raw: str, text: str) -> None:
     assert clean_caption(raw) == Reply(text, "ok")
 

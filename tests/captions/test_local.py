@@ -306,9 +306,11 @@ def test_a_device_map_without_accelerate_is_refused(
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-     ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got 'int8'")],
-)  # fmt: skip
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
+    ],
+)
 def test_a_wrong_setting_is_named(folder: Path, change: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         captions(folder, **change)

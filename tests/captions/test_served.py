@@ -115,15 +115,22 @@ def test_a_request_holds_prompt_and_pixels_alone(
     list(captioner(server, max_tokens=33, seed=4, temperature=0.5).answers([request]))
     seen = server.log()["seen"][0]
     assert {name.title() for name in seen["headers"]} == {
-        "Host", "Accept-Encoding", "Content-Length", "Content-Type", "User-Agent",
-    }  # fmt: skip
+        "Host",
+        "Accept-Encoding",
+        "Content-Length",
+        "Content-Type",
+        "User-Agent",
+    }
     body = json.loads(seen["body"])
     picture = body["messages"][0]["content"][0]["image_url"].pop("url")
     content = [{"type": "image_url", "image_url": {}}, {"type": "text", "text": request.prompt}]
     assert body == {
-        "model": "tiny", "messages": [{"role": "user", "content": content}],
-        "max_tokens": 33, "temperature": 0.5, "seed": 4,
-    }  # fmt: skip
+        "model": "tiny",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 33,
+        "temperature": 0.5,
+        "seed": 4,
+    }
     held = chunks(base64.b64decode(picture.partition(",")[2]))
     assert held == [b"IHDR", b"PLTE", b"IDAT", b"IEND"]
 
@@ -162,11 +169,14 @@ def test_the_last_failure_is_named_with_the_url_and_the_remedy(
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("refusal", "I cannot help with that."), ("no_content", ""),
-        ("parts", "The liver is seen."), ("reasoning", "The spleen."),
-        ("words", "liver " * 10_000), ("surrogate", "a ? b"),
+        ("refusal", "I cannot help with that."),
+        ("no_content", ""),
+        ("parts", "The liver is seen."),
+        ("reasoning", "The spleen."),
+        ("words", "liver " * 10_000),
+        ("surrogate", "a ? b"),
     ],
-)  # fmt: skip
+)
 def test_unusual_answers_arrive_as_text(server: Served, kind: str, text: str) -> None:
     server.set(fault=kind)
     assert [found for _, found in captioner(server).answers(requests(1))] == [text]
@@ -174,11 +184,23 @@ def test_unusual_answers_arrive_as_text(server: Served, kind: str, text: str) ->
 
 @pytest.mark.parametrize(
     "body",
-    ["null", "[1]", '"text"', "{}", '{"choices": null}', '{"choices": [null]}', '{"choices": "a"}',
-     '{"choices": {"0": 1}}', '{"choices": [{"message": "a"}]}', "\xff", "[" * 99_999,
-     '{"choices": [{"message": {"content": [1]}}]}', '{"error": ' * 400 + "1" + "}" * 400],
+    [
+        "null",
+        "[1]",
+        '"text"',
+        "{}",
+        '{"choices": null}',
+        '{"choices": [null]}',
+        '{"choices": "a"}',
+        '{"choices": {"0": 1}}',
+        '{"choices": [{"message": "a"}]}',
+        "\xff",
+        "[" * 99_999,
+        '{"choices": [{"message": {"content": [1]}}]}',
+        '{"error": ' * 400 + "1" + "}" * 400,
+    ],
     ids=range(13),
-)  # fmt: skip
+)
 def test_a_body_without_a_message_is_malformed(server: Served, body: str) -> None:
     server.set(fault="body", message=body)
     with pytest.raises(ConnectionError, match="got malformed answer"):
@@ -304,10 +326,15 @@ def test_loopback_needs_no_allow_upload(host: str) -> None:
 @pytest.mark.parametrize(
     "host",
     [
-        "localhost.evil.com", "127.0.0.1.evil.com", "10.0.0.1", "[2001:db8::1]", "127.1",
-        "0.0.0.0", "localhost.",
+        "localhost.evil.com",
+        "127.0.0.1.evil.com",
+        "10.0.0.1",
+        "[2001:db8::1]",
+        "127.1",
+        "0.0.0.0",
+        "localhost.",
     ],
-)  # fmt: skip
+)
 def test_pixels_do_not_leave_without_allow_upload(host: str) -> None:
     with pytest.raises(ValueError, match=rf"{re.escape(host)}, .* set allow_upload to True"):
         ServedCaptions(f"https://{host}/v1", "tiny")
@@ -317,11 +344,17 @@ def test_pixels_do_not_leave_without_allow_upload(host: str) -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "http://127.0.0.1@evil.com/v1", "http://user:word@localhost/v1",
-        "http://localhost#@evil.com/v1", "http://localhost/v1?key=word", "localhost:8000/v1",
-        "ftp://localhost", "http://", "http://localhost:port", "https://ⓛocalhost/v1",
+        "http://127.0.0.1@evil.com/v1",
+        "http://user:word@localhost/v1",
+        "http://localhost#@evil.com/v1",
+        "http://localhost/v1?key=word",
+        "localhost:8000/v1",
+        "ftp://localhost",
+        "http://",
+        "http://localhost:port",
+        "https://ⓛocalhost/v1",
     ],
-)  # fmt: skip
+)
 def test_an_invalid_url_is_rejected(url: str) -> None:
     with pytest.raises(ValueError, match="url must be http:// or https:// with a host") as caught:
         ServedCaptions(url, "tiny", allow_upload=True)
@@ -489,10 +522,13 @@ def test_retry_after_is_obeyed(server: Served) -> None:
 @pytest.mark.parametrize(
     ("value", "low", "high"),
     [
-        ("7", 7, 7), ("9" * 5000, 0, 60), ("soon", 0, 0), ("", 0, 0),
+        ("7", 7, 7),
+        ("9" * 5000, 0, 60),
+        ("soon", 0, 0),
+        ("", 0, 0),
         (formatdate(0, usegmt=True), 0, 0),
     ],
-)  # fmt: skip
+)
 def test_retry_after_is_a_number_or_a_date_within_bounds(
     value: str, low: float, high: float
 ) -> None:
@@ -533,10 +569,13 @@ def test_reported_tokens_are_summed(server: Served) -> None:
 @pytest.mark.parametrize(
     ("change", "same"),
     [
-        ({"url": "http://127.0.0.1:9/v1"}, True), ({"concurrency": 3, "timeout": 1.0}, True),
-        ({"revision": "awq"}, False), ({"model": "other"}, False), ({"max_tokens": 7}, False),
+        ({"url": "http://127.0.0.1:9/v1"}, True),
+        ({"concurrency": 3, "timeout": 1.0}, True),
+        ({"revision": "awq"}, False),
+        ({"model": "other"}, False),
+        ({"max_tokens": 7}, False),
     ],
-)  # fmt: skip
+)
 def test_the_fingerprint_names_the_model_not_the_server(change: dict, same: bool) -> None:
     base: dict[str, Any] = {"url": "http://localhost:1/v1", "model": "tiny", "key_variable": ""}
     prints = [ServedCaptions(**how).fingerprint({}) for how in (base, base | change)]
@@ -551,7 +590,7 @@ def test_the_fingerprint_names_the_model_not_the_server(change: dict, same: bool
         ({"timeout": float("nan")}, "timeout must be at least 0.001"),
         ({"max_requests": 0}, "max_requests must be at least 1"),
     ],
-)  # fmt: skip
+)
 def test_settings_out_of_range_are_refused(how: dict, rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         ServedCaptions("http://localhost:1/v1", "tiny", **how)

@@ -49,7 +49,10 @@ def test_a_caption_comes_back_for_its_slice_only(tmp_path: Path) -> None:
 def test_positions_within_a_slice_find_its_caption(tmp_path: Path) -> None:
     file = captions(tmp_path, row(index=4)) if image(tmp_path / "a.nii") else None
     assert file.caption({"image": str(tmp_path / "a.nii")}, [2, 2, 2], [0.79, 0.81, 1.0]) == [
-        None, "One.", "One."]  # fmt: skip
+        None,
+        "One.",
+        "One.",
+    ]
 
 
 @pytest.mark.parametrize(

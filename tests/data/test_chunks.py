@@ -13,9 +13,14 @@ def array() -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("start", "size"),
-    [((0, 0, 0), (70, 33, 90)), ((31, 1, 60), (34, 32, 20)), ((-5, 20, 80), (9, 30, 30)),
-     ((80, 0, 0), (4, 4, 4)), ((-9, 0, 0), (4, 4, 4))],
-)  # fmt: skip
+    [
+        ((0, 0, 0), (70, 33, 90)),
+        ((31, 1, 60), (34, 32, 20)),
+        ((-5, 20, 80), (9, 30, 30)),
+        ((80, 0, 0), (4, 4, 4)),
+        ((-9, 0, 0), (4, 4, 4)),
+    ],
+)
 def test_a_region_is_the_array_in_its_units_and_zero_outside(
     array: np.ndarray, start: tuple, size: tuple, tmp_path: Path
 ) -> None:

@@ -96,9 +96,13 @@ def test_the_segmentation_follows_the_clicks(kind: str, tmp_path: Path) -> None:
         items = [{"image": str(path), "Foreground": [voxel], "background": []}]
         (tmp_path / "items.json").write_text(json.dumps(items))
         given = inference_settings(
-            "seg-finetune", tmp_path, tmp_path / "in", datalist=str(tmp_path / "items.json"),
-            spacing=[1.0, 1.0, 1.0], backbone={"_target_": "test_clicks.FromClicks"},
-        )  # fmt: skip
+            "seg-finetune",
+            tmp_path,
+            tmp_path / "in",
+            datalist=str(tmp_path / "items.json"),
+            spacing=[1.0, 1.0, 1.0],
+            backbone={"_target_": "test_clicks.FromClicks"},
+        )
         run("seg-finetune", ["inference.json", "click_inference.yaml"], **given)
         result = nib.load(tmp_path / "eval" / "a_seg.nii.gz")
         assert result.shape == SHAPE and np.allclose(result.affine, AFFINES[kind], atol=1e-4)

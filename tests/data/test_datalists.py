@@ -219,8 +219,10 @@ def test_a_json_list_keeps_its_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
 def test_a_table_gives_images_and_class_labels(tmp_path: Path, name: str) -> None:
     nifti(tmp_path / "a.nii")
-    rows = {"list.csv": "image,label\na.nii,benign\n",
-            "list.jsonl": '{"image": "a.nii", "label": "benign"}\n\n'}  # fmt: skip
+    rows = {
+        "list.csv": "image,label\na.nii,benign\n",
+        "list.jsonl": '{"image": "a.nii", "label": "benign"}\n\n',
+    }
     (tmp_path / name).write_text(rows[name])
     (item,) = datalist(tmp_path / name)
     assert item == {"image": str(tmp_path / "a.nii"), "label": "benign", "modality": "auto"}
@@ -235,8 +237,12 @@ def test_a_folder_gives_its_images_but_not_its_labels(tmp_path: Path) -> None:
 
 def test_an_archive_gives_its_arrays_image_by_image(tmp_path: Path) -> None:
     stack = np.random.default_rng(0).integers(0, 255, (3, 4, 5, 6), dtype=np.uint8)
-    arrays = {"train_images": stack[:2], "train_labels": np.array([[0], [1]]),
-              "test_images": stack[2:], "test_labels": np.array([[1]])}  # fmt: skip
+    arrays = {
+        "train_images": stack[:2],
+        "train_labels": np.array([[0], [1]]),
+        "test_images": stack[2:],
+        "test_labels": np.array([[1]]),
+    }
     np.savez(tmp_path / "set.npz", **arrays)
     assert len(datalist(tmp_path / "set.npz")) == 3
     items = datalist(tmp_path / "set.npz", subset="train", modality="CT")

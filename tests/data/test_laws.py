@@ -212,8 +212,9 @@ def test_a_class_on_one_side_without_a_pair_is_a_note(folder: Path) -> None:
     found = cohort(folder)._replace(names=["background", "spleen", "liver"])
     assert {finding.level for finding in laws.sides(found)} == {"note"}
     assert [finding.text.split(" in ")[0] for finding in laws.sides(found)] == [
-        "spleen lies on the left", "liver lies on the right"
-    ]  # fmt: skip
+        "spleen lies on the left",
+        "liver lies on the right",
+    ]
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

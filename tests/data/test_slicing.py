@@ -235,8 +235,14 @@ def test_slices_are_shown_as_radiologists_see_them(
     plane: int, top_left: str, top_right: str, bottom_left: str
 ) -> None:
     # In RAS the last index of each axis is the patient's right, front and top.
-    ends = {"right": (0, -1), "left": (0, 0), "anterior": (1, -1), "posterior": (1, 0),
-            "superior": (2, -1), "inferior": (2, 0)}  # fmt: skip
+    ends = {
+        "right": (0, -1),
+        "left": (0, 0),
+        "anterior": (1, -1),
+        "posterior": (1, 0),
+        "superior": (2, -1),
+        "inferior": (2, 0),
+    }
     for place, pixel in ((top_left, (0, 0)), (top_right, (0, -1)), (bottom_left, (-1, 0))):
         volume, voxel = torch.zeros(1, 5, 5, 5), [2, 2, 2]
         for axis, end in (ends[word] for word in place.split()):

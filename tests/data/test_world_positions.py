@@ -84,8 +84,10 @@ def stored(size: tuple[int, ...], spacing: tuple[float, ...], code: str) -> Meta
     affine[:3, 3] = torch.tensor([-7.0, 11.0, 3.0])
     array = torch.cat((world(affine, size), torch.ones(1, *size, dtype=torch.float64)))
     volume = Orientation(code, labels=None)(MetaTensor(array, affine=affine))
-    volume.meta |= {"original_affine": volume.affine.numpy().copy(),
-                    "spatial_shape": np.array(volume.shape[1:])}  # fmt: skip
+    volume.meta |= {
+        "original_affine": volume.affine.numpy().copy(),
+        "spatial_shape": np.array(volume.shape[1:]),
+    }
     return volume
 
 
@@ -122,9 +124,12 @@ def test_labels_are_those_of_the_nearest_voxel_of_every_step(
 
 @given(SIZES, triple(0.75, 3), st.sampled_from(CODES), CHAINS, triple(0, 1))
 def test_clicks_stay_on_their_world_position(
-    size: tuple[int, ...], spacing: tuple[float, ...], code: str, chain: list[Move],
+    size: tuple[int, ...],
+    spacing: tuple[float, ...],
+    code: str,
+    chain: list[Move],
     where: tuple[float, ...],
-) -> None:  # fmt: skip
+) -> None:
     source = stored(size, spacing, code)
     click = [int(w * (n - 1)) for w, n in zip(where, source.shape[1:], strict=True)]
     copy = moved(source, chain, "bilinear")

@@ -394,9 +394,17 @@ def drawn(
 
 @pytest.mark.parametrize(
     ("captioned", "others", "slices", "expected"),
-    [(8, 8, 4, 2), (8, 8, 5, 2), (8, 1, 4, 3), (1, 8, 4, 1), (8, 0, 4, 4), (0, 8, 4, 0),
-     (8, 8, 1, 0), (3, 2, 9, 3)],
-)  # fmt: skip
+    [
+        (8, 8, 4, 2),
+        (8, 8, 5, 2),
+        (8, 1, 4, 3),
+        (1, 8, 4, 1),
+        (8, 0, 4, 4),
+        (0, 8, 4, 0),
+        (8, 8, 1, 0),
+        (3, 2, 9, 3),
+    ],
+)
 def test_half_of_the_sampled_slices_have_a_caption(
     captioned: int, others: int, slices: int, expected: int, items: list[dict], tmp_path: Path
 ) -> None:

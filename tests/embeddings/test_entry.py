@@ -58,15 +58,19 @@ def put(name: str, index: Any, value: float) -> Callable[[dict[str, Tensor]], No
 @pytest.mark.parametrize(
     "damage",
     [
-        put("plane", 5, 3), put("text_row", 0, -1), put("text_row", 11, 12),
-        put("image", (3, 2), float("nan")), put("position", 1, float("inf")),
-        put("affine", 0, 0), lambda entry: entry.update(affine=torch.eye(5, 4)),
+        put("plane", 5, 3),
+        put("text_row", 0, -1),
+        put("text_row", 11, 12),
+        put("image", (3, 2), float("nan")),
+        put("position", 1, float("inf")),
+        put("affine", 0, 0),
+        lambda entry: entry.update(affine=torch.eye(5, 4)),
         lambda entry: entry.update(image=entry["image"][:11].contiguous()),
         lambda entry: entry.update(text=entry["text"][1:].contiguous()),
         lambda entry: entry.update(size=entry["size"][:2].contiguous()),
         lambda entry: entry.pop("modality"),
     ],
-)  # fmt: skip
+)
 def test_one_wrong_number_of_an_entry_is_an_error_that_names_it(
     damage: Callable[[dict[str, Tensor]], Any], path: Path
 ) -> None:
@@ -134,8 +138,10 @@ def test_the_raw_answer_is_kept_where_there_is_no_caption(
     maker.write(volume, replies)
     rows = about(tmp_path / "e.safetensors")["slices"]
     assert [(r["caption"], r["status"], r.get("raw")) for r in rows] == [
-        ("a liver", "ok", None), (None, "refused", "I can't."), (None, None, None)
-    ]  # fmt: skip
+        ("a liver", "ok", None),
+        (None, "refused", "I can't."),
+        (None, None, None),
+    ]
 
 
 def test_an_entry_lies_in_a_folder_of_the_first_letters_of_its_name(path: Path) -> None:
@@ -157,9 +163,12 @@ def test_a_plan_is_the_size_of_embeddings_text_and_numbers(
 
 @pytest.mark.parametrize("count", [199, 200, 201, 401])
 def test_a_plan_looks_at_two_hundred_volumes_at_most(
-    count: int, item: dict[str, Any], teacher: Teacher, tmp_path: Path,
+    count: int,
+    item: dict[str, Any],
+    teacher: Teacher,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     seen = []
     monkeypatch.setattr(
         "med3dinsight_ext.embeddings.store.shape_of", lambda image: seen.append(image) or (9, 9, 9)
@@ -193,11 +202,18 @@ def test_a_store_that_cannot_be_written_warns(
 @pytest.mark.parametrize(
     ("dims", "sound"),
     [
-        ({"joint": 1}, True), ({"image": 768, "text": 2**20 - 1}, True), ({"joint": 2**20}, False),
-        ({"image": 6, "text": 0}, False), ({"image": 0, "text": 6}, False), ({"joint": -3}, False),
-        ({"joint": 5.5}, False), ({"joint": True}, False), ({"image": 6}, False), ({}, False),
+        ({"joint": 1}, True),
+        ({"image": 768, "text": 2**20 - 1}, True),
+        ({"joint": 2**20}, False),
+        ({"image": 6, "text": 0}, False),
+        ({"image": 0, "text": 6}, False),
+        ({"joint": -3}, False),
+        ({"joint": 5.5}, False),
+        ({"joint": True}, False),
+        ({"image": 6}, False),
+        ({}, False),
     ],
-)  # fmt: skip
+)
 def test_dimensions_are_taken_from_a_sound_file_alone(
     dims: dict[str, Any], sound: bool, tmp_path: Path
 ) -> None:

@@ -86,8 +86,9 @@ def test_a_writer_killed_at_any_step_leaves_what_the_next_completes(
         try:
             store.fill(items)
         except Killed:
-            assert not any(name in whole and digest != whole[name]
-                           for name, digest in entries(root).items())  # fmt: skip
+            assert not any(
+                name in whole and digest != whole[name] for name, digest in entries(root).items()
+            )
         patch.undo()
         writer(root).fill(items)
         assert entries(root) == whole

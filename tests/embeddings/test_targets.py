@@ -74,9 +74,13 @@ def test_resampling_keeps_a_slices_place_in_mm() -> None:
     source = marked(2, 9)
     copy = Spacing((3.0, 3.0, 3.0))(source)
     _, position = map_positions(
-        torch.tensor([2]), torch.tensor([9.5 / 20]), torch.tensor(SIZE),
-        source.affine, copy.affine, copy.shape[1:],
-    )  # fmt: skip
+        torch.tensor([2]),
+        torch.tensor([9.5 / 20]),
+        torch.tensor(SIZE),
+        source.affine,
+        copy.affine,
+        copy.shape[1:],
+    )
     voxel = float(position) * copy.shape[3] - 0.5
     assert abs(float(copy.affine[2, 2]) * voxel + float(copy.affine[2, 3]) - 2.0 * 9) < 1e-3
 
@@ -86,9 +90,13 @@ def test_a_tilted_volume_is_refused() -> None:
     copy = Rotate(0.2)(source)
     with pytest.raises(ValueError, match="got a rotated grid, in which slices tilt"):
         map_positions(
-            torch.tensor([2]), torch.tensor([0.5]), torch.tensor(SIZE),
-            source.affine, copy.affine, copy.shape[1:],
-        )  # fmt: skip
+            torch.tensor([2]),
+            torch.tensor([0.5]),
+            torch.tensor(SIZE),
+            source.affine,
+            copy.affine,
+            copy.shape[1:],
+        )
 
 
 def tilted(angle: float, zoom: float) -> torch.Tensor:
@@ -236,17 +244,33 @@ def test_volumes_of_one_patient_have_one_number(items: list[dict], store: Store)
 
 def test_a_prepared_batch_has_each_target_under_its_name(items: list[dict], store: Store) -> None:
     found = sampled(items, store, 4)
-    batch = {key: found[key][None] for key in (
-        "image", "plane", "position", "modality_index", "image_target", "text_target", "has_text",
-        "valid", "patient_index")}  # fmt: skip
+    batch = {
+        key: found[key][None]
+        for key in (
+            "image",
+            "plane",
+            "position",
+            "modality_index",
+            "image_target",
+            "text_target",
+            "has_text",
+            "valid",
+            "patient_index",
+        )
+    }
     shown, targets, (plane, position), more = PrepareSlices()(batch)
     assert torch.equal(shown, batch["image"].as_tensor()) and more == {}
     assert torch.equal(plane, batch["plane"]) and torch.equal(position, batch["position"])
     for name, key in {
-        "image": "image_target", "text": "text_target", "has_text": "has_text", "valid": "valid",
-        "plane": "plane", "position": "position", "modality": "modality_index",
+        "image": "image_target",
+        "text": "text_target",
+        "has_text": "has_text",
+        "valid": "valid",
+        "plane": "plane",
+        "position": "position",
+        "modality": "modality_index",
         "patient": "patient_index",
-    }.items():  # fmt: skip
+    }.items():
         assert getattr(targets, name) is batch[key], name
     assert torch.equal(targets.volume, shown)
 

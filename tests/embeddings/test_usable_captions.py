@@ -66,9 +66,12 @@ def test_a_similarity_that_no_caption_reaches_stops_the_training(tmp_path: Path)
 
 @pytest.mark.parametrize(("sample", "read"), [(1, 1), (2, 2), (9, 3)])
 def test_of_many_volumes_some_are_counted(
-    sample: int, read: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    sample: int,
+    read: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(usable_captions, "SAMPLE", sample)
     caplog.set_level("INFO")
     items = [

@@ -287,9 +287,16 @@ def name_case(key: str, name: str) -> None:
         return len(done), raw, outside
 
     make.__name__ = f"name_with_{key}"
-    shown = {"not_utf8": "bytes that are no UTF-8", "right_to_left": "a right-to-left mark",
-             "longest": "240 bytes", "newline": "a newline", "quotes": "quotes", "markup": "HTML",
-             "leading_dash": "a leading dash", "dollar": "$, @ and %"}[key]  # fmt: skip
+    shown = {
+        "not_utf8": "bytes that are no UTF-8",
+        "right_to_left": "a right-to-left mark",
+        "longest": "240 bytes",
+        "newline": "a newline",
+        "quotes": "quotes",
+        "markup": "HTML",
+        "leading_dash": "a leading dash",
+        "dollar": "$, @ and %",
+    }[key]
     case(f"volume whose name has {shown}: store and caption page", "value", r"\(1, False, \[\]\)")(
         make
     )
@@ -552,8 +559,10 @@ def script_in_a_caption(folder: Path) -> Any:
 
 @case("caption that backtracks in every pattern", "value", "Reply")
 def slow_caption(folder: Path) -> Any:
-    return [clean_caption(text * 1500)[1:2] and clean_caption(text * 1500).__class__
-            for text in ("*a ", "[(", "<a", "aA", "# ", "__ ", "```", "\n- ")]  # fmt: skip
+    return [
+        clean_caption(text * 1500)[1:2] and clean_caption(text * 1500).__class__
+        for text in ("*a ", "[(", "<a", "aA", "# ", "__ ", "```", "\n- ")
+    ]
 
 
 # REST

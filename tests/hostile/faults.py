@@ -124,9 +124,14 @@ def settings(bundle: str, folder: Path) -> dict[str, Any]:
 
     backbone: dict[str, Any] = {"_target_": "fakes.PlainNet"}
     if bundle == "seg-finetune":
-        backbone = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1,
-                    "out_channels": "@out_channels", "channels": [4, 8],
-                    "strides": [2]}  # fmt: skip
+        backbone = {
+            "_target_": "UNet",
+            "spatial_dims": 3,
+            "in_channels": 1,
+            "out_channels": "@out_channels",
+            "channels": [4, 8],
+            "strides": [2],
+        }
     return running.settings(bundle, folder / "out", folder / "in", max_epochs=2, backbone=backbone)
 
 
@@ -161,8 +166,13 @@ def publish_it(folder: Path) -> None:
     from med3dinsight_ext.publishing.publish import publish
 
     given = folder / "in"
-    publish(str(ROOT / "bundles" / "seg-finetune"), str(given / "model.pt"), "ball_ct_segmentation",
-            str(folder / "out"), overlays=str(given / "overlay.json"))  # fmt: skip
+    publish(
+        str(ROOT / "bundles" / "seg-finetune"),
+        str(given / "model.pt"),
+        "ball_ct_segmentation",
+        str(folder / "out"),
+        overlays=str(given / "overlay.json"),
+    )
 
 
 def published(folder: Path) -> dict[str, Any]:
@@ -281,10 +291,14 @@ def inject(name: str, faults: list[str], every: int, most: float = 0) -> dict[st
                     }
                 )
     return {
-        "calls": calls, "every": every, "tried": tried, "of": len(rows),
-        "seconds": round(time.monotonic() - begin, 1), "outcomes": dict(sorted(counts.items())),
+        "calls": calls,
+        "every": every,
+        "tried": tried,
+        "of": len(rows),
+        "seconds": round(time.monotonic() - begin, 1),
+        "outcomes": dict(sorted(counts.items())),
         "open": open_,
-    }  # fmt: skip
+    }
 
 
 def _verdict(

@@ -87,9 +87,12 @@ def fuzz(
                 seconds = time.process_time() + read.cpu_seconds() - begin
     total = sum(counts.values())
     return {
-        "inputs": total, "seconds": round(seconds, 1), "per_second": round(total / seconds, 1),
-        "outcomes": dict(sorted(counts.items())), "faults": list(faults.values()),
-    }  # fmt: skip
+        "inputs": total,
+        "seconds": round(seconds, 1),
+        "per_second": round(total / seconds, 1),
+        "outcomes": dict(sorted(counts.items())),
+        "faults": list(faults.values()),
+    }
 
 
 def joined(before: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:

@@ -143,9 +143,12 @@ class Worker:
     """
 
     def __init__(
-        self, call: Callable[[str], Any], folder: Path, seconds: float = SECONDS,
+        self,
+        call: Callable[[str], Any],
+        folder: Path,
+        seconds: float = SECONDS,
         memory: int = MEMORY,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.arguments, self.seconds = (call, folder, memory), seconds
         self.process: Any = None
         self._before = 0.0

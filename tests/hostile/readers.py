@@ -235,8 +235,11 @@ SCORES = {"dice": SCORE, "nsd": SCORE, "hd95": SCORE}
 SEGMENTATION = {"classes": {"organ": SCORES}, "mean": SCORES, "tolerance_mm": 2.0}
 CLASS = {"auroc": 0.7, "balanced_accuracy": 0.7, "f1": 0.7, "ece": 0.1, "sensitivity": 0.6,
          "specificity": 0.7, "n": 4}  # fmt: skip
-INTERVALS = {f"{key}_{end}": 0.5 for key in ("auroc", "balanced_accuracy", "f1", "ece")
-             for end in ("low", "high")}  # fmt: skip
+INTERVALS = {
+    f"{key}_{end}": 0.5
+    for key in ("auroc", "balanced_accuracy", "f1", "ece")
+    for end in ("low", "high")
+}
 CLASSIFICATION = {
     **CLASS,
     **INTERVALS,
@@ -472,7 +475,11 @@ def read_answer(path: Path) -> Any:
     return answered(path.read_bytes())
 
 
-@reader("caption_text", written("a.txt", "<think>x</think>**Sure:** The liver, 3 cm. Fat."),
-        mutate.text, named="")  # fmt: skip
+@reader(
+    "caption_text",
+    written("a.txt", "<think>x</think>**Sure:** The liver, 3 cm. Fat."),
+    mutate.text,
+    named="",
+)
 def read_caption(path: Path) -> Any:
     return clean_caption(path.read_bytes().decode("utf-8", "replace"))

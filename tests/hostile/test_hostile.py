@@ -102,9 +102,16 @@ def evil(name: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("crash", "crash"), ("loop", "time"), ("memory", "error"), ("write", "effect"),
-     ("program", "effect"), ("key", "error"), ("json", "error")],
-)  # fmt: skip
+    [
+        ("crash", "crash"),
+        ("loop", "time"),
+        ("memory", "error"),
+        ("write", "effect"),
+        ("program", "effect"),
+        ("key", "error"),
+        ("json", "error"),
+    ],
+)
 def test_the_guard_sees(name: str, kind: str, tmp_path: Path) -> None:
     with worker(evil, tmp_path, seconds=1) as made:
         found: Outcome = made(name)
@@ -124,6 +131,4 @@ def test_a_mutant_depends_on_its_seed_alone(how: Any, tmp_path: Path) -> None:
 
 
 def test_every_scenario_of_faults_is_named_by_the_issue() -> None:
-    assert set(SCENARIOS) == {
-        "store", "answers", "pretrain", "segmentation", "publish", "evidence"
-    }  # fmt: skip
+    assert set(SCENARIOS) == {"store", "answers", "pretrain", "segmentation", "publish", "evidence"}

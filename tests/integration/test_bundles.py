@@ -107,8 +107,13 @@ def test_evaluation_puts_chance_and_the_control_beside_the_student(
     _, changes = trained
     run("pretrain", ["train.json", "evaluate.json"], **changes)
     tables = json.loads((Path(changes["bundle_root"]) / "eval" / "retrieval.json").read_text())
-    keys = {f"{t}_{s}_r{k}{e}" for t in ("image", "text") for s in ("all", "within")
-            for k in (1, 5, 10) for e in ("", "_low", "_high", "_chance")}  # fmt: skip
+    keys = {
+        f"{t}_{s}_r{k}{e}"
+        for t in ("image", "text")
+        for s in ("all", "within")
+        for k in (1, 5, 10)
+        for e in ("", "_low", "_high", "_chance")
+    }
     assert keys <= tables["student"].keys() and keys <= tables["volume_zero"].keys()
     assert tables["student"]["image_all_r1_chance"] == tables["volume_zero"]["image_all_r1_chance"]
 
@@ -154,8 +159,13 @@ def test_properties_that_tools_look_up_are_there(
     trained: tuple[str, dict[str, Any]], volumes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, changes = trained
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": "0"}  # fmt: skip
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     for name, value in alone.items():
         monkeypatch.setenv(name, value)
     overlays = ["evaluate.json", "multi_gpu_train.json"]
@@ -176,10 +186,14 @@ def test_properties_that_tools_look_up_are_there(
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_network_in_and_out_are_those_of_the_metadata(bundle: str, tmp_path: Path) -> None:
     verify_net_in_out(
-        "network_def", str(configs(bundle) / "metadata.json"),
-        str(configs(bundle) / "inference.json"), device="cpu",
-        bundle_root=str(tmp_path), extra_forward_args={}, **{"backbone::init_filters": 8},
-    )  # fmt: skip
+        "network_def",
+        str(configs(bundle) / "metadata.json"),
+        str(configs(bundle) / "inference.json"),
+        device="cpu",
+        bundle_root=str(tmp_path),
+        extra_forward_args={},
+        **{"backbone::init_filters": 8},
+    )
 
 
 def components(node: Any) -> list[dict[str, Any]]:

@@ -37,9 +37,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
     volumes = write_volumes(tmp_path_factory.mktemp("volumes"), 6)
     root = tmp_path_factory.mktemp("dense")
     given = settings(
-        "pretrain", root, volumes, teacher={"_target_": "test_dense.teacher"}, points=200,
-        slices=4, max_epochs=2,
-    )  # fmt: skip
+        "pretrain",
+        root,
+        volumes,
+        teacher={"_target_": "test_dense.teacher"},
+        points=200,
+        slices=4,
+        max_epochs=2,
+    )
     run("pretrain", ["train.json", "dense.yaml"], **given)
     return given, root
 
@@ -67,9 +72,13 @@ def test_fine_tuning_takes_unlabelled_volumes(
     volumes = write_volumes(tmp_path / "labelled", 4)
     more = write_volumes(tmp_path / "more", 3, (30, 28, 32))
     given = settings(
-        "seg-finetune", tmp_path / "run", volumes, teacher={"_target_": "test_dense.teacher"},
-        unlabelled=str(more), backbone=UNET,
-    )  # fmt: skip
+        "seg-finetune",
+        tmp_path / "run",
+        volumes,
+        teacher={"_target_": "test_dense.teacher"},
+        unlabelled=str(more),
+        backbone=UNET,
+    )
     workflow = run("seg-finetune", ["train.json", "unlabelled.yaml"], **given)
     data = workflow.parser.get_parsed_content("train::dataset::data")
     assert len(data) == 6 and len({item["image"] for item in data}) == 6
@@ -79,9 +88,14 @@ def test_fine_tuning_takes_unlabelled_volumes(
 def test_targets_of_the_crop_train_and_are_evaluated(tmp_path: Path) -> None:
     volumes = write_volumes(tmp_path / "volumes", 6)
     given = settings(
-        "pretrain", tmp_path, volumes, teacher={"_target_": "test_dense.teacher"}, slices=4,
-        per_plane=6, patch_size=[16, 16, 16],
-    )  # fmt: skip
+        "pretrain",
+        tmp_path,
+        volumes,
+        teacher={"_target_": "test_dense.teacher"},
+        slices=4,
+        per_plane=6,
+        patch_size=[16, 16, 16],
+    )
     run("pretrain", ["train.json", "crop.yaml"], **given)
     (row,) = [json.loads(x) for x in (tmp_path / "eval/history.jsonl").read_text().splitlines()]
     assert row["image"] > 0 and row["text"] == 0 and "image_within_r1" in row

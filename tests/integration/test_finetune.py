@@ -189,9 +189,14 @@ def test_a_segmentation_lies_where_the_image_shows_it(
     (tmp_path / "models").mkdir()
     torch.save(fakes.Bright().state_dict(), tmp_path / "models" / "model.pt")
     given = inference_settings(
-        "seg-finetune", tmp_path, tmp_path / "in", datalist=None, tta_axes=tta_axes,
-        backbone={"_target_": "fakes.Bright"}, spacing=[1.3, 1.3, 1.3],
-    )  # fmt: skip
+        "seg-finetune",
+        tmp_path,
+        tmp_path / "in",
+        datalist=None,
+        tta_axes=tta_axes,
+        backbone={"_target_": "fakes.Bright"},
+        spacing=[1.3, 1.3, 1.3],
+    )
     given["patch_size"] = [24, 24, 24]
     run("seg-finetune", ["inference.json"], **given)
     found = nib.load(tmp_path / "eval" / "a_seg.nii.gz")
@@ -317,8 +322,10 @@ def test_folders_named_by_class_are_labels(tmp_path: Path, volumes: Path) -> Non
     given |= {"backbone": {"_target_": "fakes.PlainNet"}}
     given["class_names"] = ["even", "odd"]
     workflow = run("cls-finetune", ["train.json"], **given)
-    labels = {Path(item["image"]).name: item["label"]
-              for item in workflow.parser.get_parsed_content("train_items")}  # fmt: skip
+    labels = {
+        Path(item["image"]).name: item["label"]
+        for item in workflow.parser.get_parsed_content("train_items")
+    }
     assert labels == {f"v{i}.nii.gz": i % 2 for i in range(4)}
 
 

@@ -38,8 +38,11 @@ def write(folder: Path, count: int) -> Path:
         balls = [np.linalg.norm(grid - centre, axis=-1) < 3.5 for centre in centres]
         noise = 20 * random.random(SIZE)
         both = noise + 100 * body + 100 * (balls[0] | balls[1])
-        files = {"both": both, "one": noise + 100 * body + 100 * balls[i // 2 % 2],
-                 "label": (balls[0] + 2 * balls[1]).astype(np.uint8)}  # fmt: skip
+        files = {
+            "both": both,
+            "one": noise + 100 * body + 100 * balls[i // 2 % 2],
+            "label": (balls[0] + 2 * balls[1]).astype(np.uint8),
+        }
         for name, array in files.items():
             image = nib.Nifti1Image(array, np.diag([4.0, 4.0, 4.0, 1.0]))
             turn = nib.orientations.axcodes2ornt("LAS" if i % 2 else "RAS")
@@ -167,9 +170,13 @@ def test_simulated_clicks_follow_the_mirrored_label(
     ],
 )
 def test_test_time_flips_swap_pairs_or_leave_the_axis_out(
-    bundle: str, names: list[str], flips: list[list[int]], pairs: tuple[Any, ...],
-    files: list[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    bundle: str,
+    names: list[str],
+    flips: list[list[int]],
+    pairs: tuple[Any, ...],
+    files: list[str],
+    tmp_path: Path,
+) -> None:
     parser = ConfigParser(merged(bundle, *files))
     key = "label_names" if bundle == "seg-finetune" else "class_names"
     parser.update({key: names, "tta_axes": [0, 1], "train_items": []})

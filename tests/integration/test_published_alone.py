@@ -33,9 +33,13 @@ RESULTS = {
 def alone(folder: Path, code: str, words: list[str], path: bool = False) -> str:
     """Output of code in the environment, from an empty folder; ``path`` sets PYTHONPATH."""
     pinned = {
-        name: set(json.loads((folder.parent / name / "configs" / "metadata.json").read_text())
-                  ["required_packages_version"]) for name in NAMES
-    }  # fmt: skip
+        name: set(
+            json.loads((folder.parent / name / "configs" / "metadata.json").read_text())[
+                "required_packages_version"
+            ]
+        )
+        for name in NAMES
+    }
     hidden = sorted(set.union(*pinned.values()) - pinned[folder.name] - {"pillow"})
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     clean |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -43,8 +47,9 @@ def alone(folder: Path, code: str, words: list[str], path: bool = False) -> str:
     elsewhere = folder.parents[1] / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
     text = PRELUDE.format(hidden=hidden, path=path) + code
-    done = subprocess.run([PYTHON, "-c", text, *words], cwd=elsewhere, env=clean,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [PYTHON, "-c", text, *words], cwd=elsewhere, env=clean, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -57,10 +62,21 @@ def test_inference_runs_from_any_folder(name: str, published: Path, tmp_path: Pa
     volumes = write_volumes(tmp_path / "volumes", 1)
     (tmp_path / "list.json").write_text(json.dumps([{"image": "v0.nii.gz"}]))
     folder = published / name
-    words = ["run", "--config_file", str(folder / "configs" / "inference.json"),
-             "--bundle_root", str(folder), "--dataset_dir", str(volumes),
-             "--datalist", str(tmp_path / "list.json"), "--output_dir", str(tmp_path / "eval"),
-             "--dataloader::num_workers", "0"]  # fmt: skip
+    words = [
+        "run",
+        "--config_file",
+        str(folder / "configs" / "inference.json"),
+        "--bundle_root",
+        str(folder),
+        "--dataset_dir",
+        str(volumes),
+        "--datalist",
+        str(tmp_path / "list.json"),
+        "--output_dir",
+        str(tmp_path / "eval"),
+        "--dataloader::num_workers",
+        "0",
+    ]
     alone(folder, MONAI, words)
     assert (tmp_path / "eval" / RESULTS[name]).is_file()
 
@@ -80,8 +96,10 @@ print("CHANNELS", network(torch.rand(1, *size)).shape[1])
 def test_monai_loads_the_network_with_its_weights(name: str, published: Path) -> None:  # noqa: F811
     folder = published / name
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
-    image, pred = (metadata["network_data_format"][side][key]
-                   for side, key in (("inputs", "image"), ("outputs", "pred")))  # fmt: skip
+    image, pred = (
+        metadata["network_data_format"][side][key]
+        for side, key in (("inputs", "image"), ("outputs", "pred"))
+    )
     size = json.dumps([image["num_channels"], *image["spatial_shape"]])
     said = alone(folder, LOAD, [str(published), name, size], path=name in OURS_OUTSIDE)
     assert f"CHANNELS {pred['num_channels']}" in said
@@ -90,10 +108,20 @@ def test_monai_loads_the_network_with_its_weights(name: str, published: Path) ->
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OURS_OUTSIDE])
 def test_monai_exports_the_network(name: str, published: Path, tmp_path: Path) -> None:  # noqa: F811
     folder, script = published / name, tmp_path / "model.ts"
-    words = ["ckpt_export", "--net_id", "network_def", "--filepath", str(script),
-             "--ckpt_file", str(folder / "models" / "model.pt"),
-             "--meta_file", str(folder / "configs" / "metadata.json"),
-             "--config_file", str(folder / "configs" / "inference.json"),
-             "--bundle_root", str(folder)]  # fmt: skip
+    words = [
+        "ckpt_export",
+        "--net_id",
+        "network_def",
+        "--filepath",
+        str(script),
+        "--ckpt_file",
+        str(folder / "models" / "model.pt"),
+        "--meta_file",
+        str(folder / "configs" / "metadata.json"),
+        "--config_file",
+        str(folder / "configs" / "inference.json"),
+        "--bundle_root",
+        str(folder),
+    ]
     alone(folder, MONAI, words)
     assert script.stat().st_size > 1000

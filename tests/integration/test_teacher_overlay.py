@@ -47,8 +47,11 @@ def test_it_is_fitted_evaluated_and_applied(mode: str, tmp_path: Path, volumes: 
 
 def test_a_pretrained_network_joins_it(tmp_path: Path, volumes: Path) -> None:
     backbone = {"_target_": "fakes.PlainNet"}
-    network = run("cls-finetune", ["train.json", "teacher.yaml"],
-                  **given(tmp_path / "a", volumes, backbone=backbone))  # fmt: skip
+    network = run(
+        "cls-finetune",
+        ["train.json", "teacher.yaml"],
+        **given(tmp_path / "a", volumes, backbone=backbone),
+    )
     weights = network.parser.get_parsed_content("backbone").state_dict()
     torch.save({name: value + 1 for name, value in weights.items()}, tmp_path / "w.pt")
     about = given(tmp_path, volumes, backbone=backbone, pretrained=str(tmp_path / "w.pt"))
@@ -74,6 +77,9 @@ def test_other_settings_than_those_of_the_training_are_an_error(
 
 def test_pretrained_weights_without_a_backbone_are_an_error(tmp_path: Path, volumes: Path) -> None:
     with pytest.raises(RuntimeError) as error:
-        run("cls-finetune", ["train.json", "teacher.yaml"],
-            **given(tmp_path, volumes, pretrained="w.pt"))  # fmt: skip
+        run(
+            "cls-finetune",
+            ["train.json", "teacher.yaml"],
+            **given(tmp_path, volumes, pretrained="w.pt"),
+        )
     assert "no backbone; add the backbone overlay" in str(error.getrepr(chain=True))

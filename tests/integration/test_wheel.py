@@ -63,8 +63,9 @@ def test_the_wheel_brings_the_bundles_and_they_run_anywhere(tmp_path: Path) -> N
     def run(*words: str, path: str = "") -> str:
         clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         clean |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-        done = subprocess.run([python, "-m", *words], cwd=elsewhere, env=clean,
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [python, "-m", *words], cwd=elsewhere, env=clean, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

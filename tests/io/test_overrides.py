@@ -91,9 +91,17 @@ def test_an_overlay_whose_list_is_none_is_named(config: str, overlay: str, tmp_p
 
 @pytest.mark.parametrize(
     "overlay",
-    ["patch_size: [64, 64, 32]", "patch_size: $[8] * 3", 'patch_size: ["@a", 8, 8]', "other: 3",
-     "learning_rate: 1", "label_names: [a]", "prompts: [a, b]", "+prompts: [a]"],
-)  # fmt: skip
+    [
+        "patch_size: [64, 64, 32]",
+        "patch_size: $[8] * 3",
+        'patch_size: ["@a", 8, 8]',
+        "other: 3",
+        "learning_rate: 1",
+        "label_names: [a]",
+        "prompts: [a, b]",
+        "+prompts: [a]",
+    ],
+)
 def test_overlays_may_replace_a_list_by_a_list(config: str, overlay: str, tmp_path: Path) -> None:
     path = tmp_path / "o.yaml"
     path.write_text(overlay + "\n")

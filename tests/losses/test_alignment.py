@@ -30,11 +30,16 @@ def batch(b: int = 2, s: int = 4, seed: int = 0) -> tuple[dict[str, Tensor], Sli
     yes = torch.ones(b, s, dtype=torch.bool)
     random = torch.Generator().manual_seed(seed)
     target = SliceTargets(
-        unit(b, s, 6, seed=seed + 1), unit(b, s, 5, seed=seed + 2), yes, yes.clone(),
-        torch.randint(3, (b, s), generator=random), torch.rand(b, s, generator=random),
-        torch.zeros(b, s, dtype=torch.long), torch.rand(b, 1, 4, 4, 4, generator=random),
+        unit(b, s, 6, seed=seed + 1),
+        unit(b, s, 5, seed=seed + 2),
+        yes,
+        yes.clone(),
+        torch.randint(3, (b, s), generator=random),
+        torch.rand(b, s, generator=random),
         torch.zeros(b, s, dtype=torch.long),
-    )  # fmt: skip
+        torch.rand(b, 1, 4, 4, 4, generator=random),
+        torch.zeros(b, s, dtype=torch.long),
+    )
     tokens = {
         "image": torch.randn(b, s, 6, generator=random),
         "text": torch.randn(b, s, 5, generator=random),

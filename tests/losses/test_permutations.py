@@ -74,9 +74,13 @@ def test_a_permutation_of_the_batch_permutes_the_students_output(b: int, s: int,
 
 
 @given(
-    st.sampled_from(KINDS), BATCH, st.integers(3, 5), SEED,
-    st.sampled_from(["all", "same_plane"]), st.sampled_from(["cosine", "mahalanobis"]),
-)  # fmt: skip
+    st.sampled_from(KINDS),
+    BATCH,
+    st.integers(3, 5),
+    SEED,
+    st.sampled_from(["all", "same_plane"]),
+    st.sampled_from(["cosine", "mahalanobis"]),
+)
 def test_losses_do_not_depend_on_the_order_of_volumes_and_slices(
     kind: str, b: int, s: int, seed: int, negatives: str, cost: str
 ) -> None:
@@ -85,11 +89,14 @@ def test_losses_do_not_depend_on_the_order_of_volumes_and_slices(
     target = SliceTargets(
         F.normalize(torch.randn(b, s, 4, generator=g), dim=-1),
         F.normalize(torch.randn(b, s, 3, generator=g), dim=-1),
-        torch.rand(b, s, generator=g) < 0.7, torch.arange(s).expand(b, s) < s - 1,
-        torch.randint(3, (b, s), generator=g), torch.rand(b, s, generator=g),
-        torch.zeros(b, s, dtype=torch.long), torch.rand(size, generator=g),
+        torch.rand(b, s, generator=g) < 0.7,
+        torch.arange(s).expand(b, s) < s - 1,
+        torch.randint(3, (b, s), generator=g),
+        torch.rand(b, s, generator=g),
+        torch.zeros(b, s, dtype=torch.long),
+        torch.rand(size, generator=g),
         torch.arange(b)[:, None].expand(b, s),
-    )  # fmt: skip
+    )
     tokens = {"image": torch.randn(b, s, 4, generator=g), "text": torch.randn(b, s, 3, generator=g)}
     pred = StudentOutput(tokens, torch.rand(size, generator=g), torch.rand(size, generator=g) < 0.5)
     order = orders(b, s, g)
@@ -100,12 +107,19 @@ def test_losses_do_not_depend_on_the_order_of_volumes_and_slices(
     )
     moved = StudentOutput(
         {name: permuted(x, *order) for name, x in tokens.items()},
-        pred.reconstruction[order[0]], pred.mask[order[0]],
-    )  # fmt: skip
+        pred.reconstruction[order[0]],
+        pred.mask[order[0]],
+    )
     loss = AlignmentLoss(
-        kind, 0.7, 1.3, 0.4, cost=cost, dims={"image": 4, "text": 3}, negatives=negatives,
+        kind,
+        0.7,
+        1.3,
+        0.4,
+        cost=cost,
+        dims={"image": 4, "text": 3},
+        negatives=negatives,
         depth_window=0.5,
-    )  # fmt: skip
+    )
     loss.eval()
     assert torch.allclose(loss(pred, target), loss(moved, turned), rtol=1e-3, atol=1e-4)
 

@@ -78,9 +78,12 @@ def test_random_problems_equal_dykstras_to_the_last_digits(n: int, m: int) -> No
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(2, 12), st.integers(2, 12), st.sampled_from(MASSES), st.sampled_from(EPSILONS),
+    st.integers(2, 12),
+    st.integers(2, 12),
+    st.sampled_from(MASSES),
+    st.sampled_from(EPSILONS),
     st.integers(0, 1000),
-)  # fmt: skip
+)
 def test_marginals_and_mass_hold(n: int, m: int, mass: float, epsilon: float, seed: int) -> None:
     cost = torch.rand(2, n, m, generator=torch.Generator().manual_seed(seed))
     found = solve(cost, mass, epsilon)

@@ -156,8 +156,9 @@ def test_retrieval_equals_a_loop_over_modality_plane_and_depth(
         return
     found = retrieval(
         *map(torch.from_numpy, (tokens, targets, plane, position, modality, volume)),
-        ks=(1,), depth_bins=bins,
-    )  # fmt: skip
+        ks=(1,),
+        depth_bins=bins,
+    )
     unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
     score = unit @ (targets / np.linalg.norm(targets, axis=1, keepdims=True)).T
     hits = [

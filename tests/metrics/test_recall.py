@@ -131,8 +131,11 @@ def test_targets_of_nearly_one_direction_are_one(apart: float, same: bool) -> No
 def test_ranks_one_five_and_ten_count_by_default() -> None:
     tokens, targets, *_ = pairs()
     group = torch.zeros(40, dtype=torch.long)
-    for a, b in zip(recall_at_k(tokens, targets, group),
-                    recall_at_k(tokens, targets, group, (1, 5, 10)), strict=True):  # fmt: skip
+    for a, b in zip(
+        recall_at_k(tokens, targets, group),
+        recall_at_k(tokens, targets, group, (1, 5, 10)),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 

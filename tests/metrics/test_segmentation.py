@@ -183,9 +183,7 @@ def test_summary_of_known_scores() -> None:
     assert liver["std"] == pytest.approx(math.sqrt((0.09 + 0.01 + 0.16) / 2))
     assert 0.2 <= liver["low"] < 0.5 < liver["high"] <= 0.9
     other = found["classes"]["a < b"]["hd95"]
-    assert other == {
-        "mean": 8.0, "median": 8.0, "n": 1, "std": None, "low": None, "high": None
-    }  # fmt: skip
+    assert other == {"mean": 8.0, "median": 8.0, "n": 1, "std": None, "low": None, "high": None}
     assert found["mean"]["nsd"]["mean"] == pytest.approx((0.1 + 0.3 + 0.45) / 3)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 

@@ -90,9 +90,14 @@ def test_a_block_is_torchs_decoder_layer_where_keys_are_values() -> None:
         8, 2, 12, 0.0, "gelu", batch_first=True, norm_first=True
     )
     names = {
-        "self_attention": "self_attn", "cross_attention": "multihead_attn", "ffn.0": "linear1",
-        "ffn.3": "linear2", "self_norm": "norm1", "cross_norm": "norm2", "ffn_norm": "norm3",
-    }  # fmt: skip
+        "self_attention": "self_attn",
+        "cross_attention": "multihead_attn",
+        "ffn.0": "linear1",
+        "ffn.3": "linear2",
+        "self_norm": "norm1",
+        "cross_norm": "norm2",
+        "ffn_norm": "norm3",
+    }
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -128,8 +133,10 @@ def test_tokens_equal_the_steps_written_out(psat: PSAT) -> None:
     values = psat.to_memory(features.flatten(2).mT)
     grid = [
         [(x + 0.5) / 3, (y + 0.5) / 2, (z + 0.5) / 4]
-        for x in range(3) for y in range(2) for z in range(4)
-    ]  # fmt: skip
+        for x in range(3)
+        for y in range(2)
+        for z in range(4)
+    ]
 
     def waves(t: float) -> list[float]:
         angles = [math.pi * 2**octave * t for octave in range(6)]

@@ -50,8 +50,12 @@ def test_a_folder_of_its_own_segments_by_itself(click: bool, overlay: str, tmp_p
     assert find_bundles(str(target)) == [target] and class_names(target) == ["background", "Ball"]
     items = [{"image": str(volumes / "v0.nii.gz")} | ({"Ball": [[14, 16, 13]]} if click else {})]
     (tmp_path / "list.json").write_text(json.dumps(items))
-    asked = {"bundle_root": str(target), "datalist": str(tmp_path / "list.json"),
-             "dataset_dir": str(volumes), "dataloader::num_workers": 0}  # fmt: skip
+    asked = {
+        "bundle_root": str(target),
+        "datalist": str(tmp_path / "list.json"),
+        "dataset_dir": str(volumes),
+        "dataloader::num_workers": 0,
+    }
     config = str(target / "configs" / "inference.json")
     workflow = ConfigWorkflow(config, logging_file=False, workflow_type="infer", **asked)
     workflow.initialize()

@@ -84,7 +84,7 @@ def test_a_list_of_classes_gets_class_names_and_a_patch_of_the_whole_volume(
 
 def test_too_little_memory_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 2, 1e5, 2, 50))
-    monkeypatch.setattr(planning, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(planning, "usable_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="memory must hold a training step, got 0.0 GiB free"):
         make_plan(read_dataset(folder), device=CPU)
 
@@ -93,7 +93,7 @@ def test_less_memory_gives_fewer_patches_before_a_smaller_patch(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "CPU", planning.Machine(32**3, 0, 2, 1e5, 2, 50))
-    monkeypatch.setattr(planning, "free_memory", lambda device: 10**6)
+    monkeypatch.setattr(planning, "usable_memory", lambda device: 10**6)
     monkeypatch.setattr(
         planning, "step_cost", lambda network, patch, batch: (batch * int(np.prod(patch)) * 20, 1.0)
     )

@@ -84,9 +84,12 @@ def trained(folder: Path, name: str) -> dict[str, Any]:
         built = built.network
     torch.save(built.state_dict(), folder / "models" / "model.pt")
     return {
-        "bundle": str(ROOT / "bundles" / bundle), "weights": str(folder / "models" / "model.pt"),
-        "name": name, "overlays": str(folder / "overlay.yaml"), "click": click,
-    }  # fmt: skip
+        "bundle": str(ROOT / "bundles" / bundle),
+        "weights": str(folder / "models" / "model.pt"),
+        "name": name,
+        "overlays": str(folder / "overlay.yaml"),
+        "click": click,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +107,22 @@ def ball(tmp_path: Path) -> dict[str, Any]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in folder.rglob("*") if p.is_file()}  # fmt: skip
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_holds_what_the_zoo_asks_and_no_overlay(name: str, published: Path) -> None:
     found = {path for path in files_of(published / name) if not path.startswith("med3d")}
-    expected = {"LICENSE", "README.md", "docs/README.md", "docs/data_license.txt",
-                "models/model.pt", "configs/logging.conf"}  # fmt: skip
+    expected = {
+        "LICENSE",
+        "README.md",
+        "docs/README.md",
+        "docs/data_license.txt",
+        "models/model.pt",
+        "configs/logging.conf",
+    }
     stems = ("metadata", "train", "inference", "evaluate", "multi_gpu_train")
     expected |= {f"configs/{stem}.json" for stem in stems}
     if name == "ball_pretraining":
@@ -144,14 +154,32 @@ def test_inference_runs_elsewhere_without_the_package(published: Path, tmp_path:
     volumes = write_volumes(tmp_path / "volumes", 1)
     folder = published / "ball_segmentation"
     (tmp_path / "list.json").write_text(json.dumps([{"image": "v0.nii.gz"}]))
-    words = ["run", "--config_file", str(folder / "configs" / "inference.json"),
-             "--bundle_root", str(folder), "--dataset_dir", str(volumes),
-             "--datalist", str(tmp_path / "list.json"), "--output_dir", str(tmp_path / "eval"),
-             "--dataloader::num_workers", "0", "--device", "$torch.device('cpu')"]  # fmt: skip
+    words = [
+        "run",
+        "--config_file",
+        str(folder / "configs" / "inference.json"),
+        "--bundle_root",
+        str(folder),
+        "--dataset_dir",
+        str(volumes),
+        "--datalist",
+        str(tmp_path / "list.json"),
+        "--output_dir",
+        str(tmp_path / "eval"),
+        "--dataloader::num_workers",
+        "0",
+        "--device",
+        "$torch.device('cpu')",
+    ]
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     clean |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", ALONE, *words], cwd=tmp_path, env=clean,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *words],
+        cwd=tmp_path,
+        env=clean,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "eval" / "v0_seg.nii.gz").is_file()
     assert f"CODE {folder / 'med3dinsight_ext' / 'training' / 'engine.py'}" in done.stdout
@@ -166,8 +194,10 @@ def test_the_same_input_gives_the_same_bytes(ball: dict[str, Any], tmp_path: Pat
 
 
 def test_only_modules_that_the_configs_reach_travel(published: Path) -> None:
-    code = {name: {path.stem for path in (published / name / "med3dinsight_ext").rglob("*.py")}
-            for name in NAMES}  # fmt: skip
+    code = {
+        name: {path.stem for path in (published / name / "med3dinsight_ext").rglob("*.py")}
+        for name in NAMES
+    }
     idle = {"multimodal", "local", "store", "quickstart", "server", "publish", "answer_log"}
     assert {"engine", "volumes", "slicing", "segmentation"} <= code["ball_segmentation"]
     assert not idle & code["ball_segmentation"] and "clicks" not in code["ball_segmentation"]
@@ -241,8 +271,11 @@ def test_a_bundle_is_of_its_kind_whatever_an_overlay_names(name: str, tmp_path: 
 def test_expressions_in_overlays_are_told_as_their_values(
     ball: dict[str, Any], tmp_path: Path
 ) -> None:
-    told = {"spacing": "$[2.0] * 3", "ct_range": "$[-50 * 2, 200]",
-            "label_names": "$['background'] + ['Ball']"}  # fmt: skip
+    told = {
+        "spacing": "$[2.0] * 3",
+        "ct_range": "$[-50 * 2, 200]",
+        "label_names": "$['background'] + ['Ball']",
+    }
     overlay(Path(ball["overlays"]).parent, ball["name"], **told)
     publish(**ball)
     folder = tmp_path / "out" / "ball_segmentation"
@@ -259,8 +292,10 @@ def test_an_overlays_teacher_is_still_disabled_without_prompts(tmp_path: Path) -
     overlay(tmp_path / "training", "ball_pretraining", teacher=teacher)
     publish(**given)
     found = tmp_path / "out" / "ball_pretraining" / "configs"
-    inference, train = (json.loads((found / f"{name}.json").read_text())["teacher"]
-                        for name in ("inference", "train"))  # fmt: skip
+    inference, train = (
+        json.loads((found / f"{name}.json").read_text())["teacher"]
+        for name in ("inference", "train")
+    )
     assert inference == {**teacher, "_disabled_": "$not @prompts"} and train == teacher
 
 
@@ -311,19 +346,37 @@ def test_the_readme_has_the_zoos_sections_in_order(name: str, published: Path) -
 @pytest.mark.parametrize(
     ("name", "scores", "classes", "flat", "row"),
     [
-        ("segmentation", SEGMENTATION, ["Ball"], {"mean_dice": 0.5, "dice_Ball": 0.25},
-         "| Ball | 7 | 0.250 (0.400 to 0.600) | 0.500 (0.400 to 0.600) | – |"),
-        ("classification", CLASSIFICATION, ["even", "odd", "none"],
-         {"auroc": 0.75, "accuracy": 0.5, "auroc_odd": 0.7},
-         "| AUROC | 9 | 0.750 (0.750 to 0.750) | 0.700 | 0.700 | 0.700 |"),
-        ("pretraining", RETRIEVAL, [], {"image_within_r1": 0.3},
-         "| image within R@1 | 48 | 0.300 (0.200 to 0.400) | 0.110 | 0.100 |"),
+        (
+            "segmentation",
+            SEGMENTATION,
+            ["Ball"],
+            {"mean_dice": 0.5, "dice_Ball": 0.25},
+            "| Ball | 7 | 0.250 (0.400 to 0.600) | 0.500 (0.400 to 0.600) | – |",
+        ),
+        (
+            "classification",
+            CLASSIFICATION,
+            ["even", "odd", "none"],
+            {"auroc": 0.75, "accuracy": 0.5, "auroc_odd": 0.7},
+            "| AUROC | 9 | 0.750 (0.750 to 0.750) | 0.700 | 0.700 | 0.700 |",
+        ),
+        (
+            "pretraining",
+            RETRIEVAL,
+            [],
+            {"image_within_r1": 0.3},
+            "| image within R@1 | 48 | 0.300 (0.200 to 0.400) | 0.110 | 0.100 |",
+        ),
     ],
-)  # fmt: skip
+)
 def test_scores_of_evaluate_become_numbers_and_a_table(
-    name: str, scores: dict[str, Any], classes: list[str], flat: dict[str, float], row: str,
+    name: str,
+    scores: dict[str, Any],
+    classes: list[str],
+    flat: dict[str, float],
+    row: str,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(scores))
     found = read_scores(tmp_path / "metrics.json", name, classes)
     assert flat.items() <= found.flat.items() and row in found.table
@@ -361,9 +414,16 @@ def test_scores_of_another_model_are_not_published(ball: dict[str, Any], tmp_pat
 
 def test_card_and_scores_stand_in_the_folder(ball: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(SEGMENTATION))
-    told = {"title": "Balls", "data": "Seven drawn balls.", "data_license": "CC BY-SA 4.0",
-            "license": "cc-by-sa-4.0", "training": "Seed 3.", "limits": "Only balls.",
-            "data_source": "drawn balls", "references": ["A, B"]}  # fmt: skip
+    told = {
+        "title": "Balls",
+        "data": "Seven drawn balls.",
+        "data_license": "CC BY-SA 4.0",
+        "license": "cc-by-sa-4.0",
+        "training": "Seed 3.",
+        "limits": "Only balls.",
+        "data_source": "drawn balls",
+        "references": ["A, B"],
+    }
     (tmp_path / "card.yaml").write_text(yaml.safe_dump(told))
     told_in = {"metrics": "metrics.json", "card": "card.yaml"}
     given: dict[str, Any] = {key: str(tmp_path / name) for key, name in told_in.items()}
@@ -400,8 +460,9 @@ def test_large_files_are_listed_with_their_hash_and_not_packed(
     path = Path(ball["overlays"])
     wide = {**SMALL["backbone"], "channels": [16, 32]}
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"backbone": wide}))
-    config = dict(ConfigParser.load_config_files([str(configs("seg-finetune") / "inference.json"),
-                                                  str(path)]))  # fmt: skip
+    config = dict(
+        ConfigParser.load_config_files([str(configs("seg-finetune") / "inference.json"), str(path)])
+    )
     network = ConfigParser(config).get_parsed_content("network_def")
     torch.save(network.state_dict(), ball["weights"])
     with pytest.raises(ValueError, match="large_files_url must be given for models/model.pt"):
@@ -410,8 +471,12 @@ def test_large_files_are_listed_with_their_hash_and_not_packed(
     folder = tmp_path / "out" / "ball_segmentation"
     (row,) = yaml.safe_load((folder / "large_files.yml").read_text())["large_files"]
     digest = hashlib.sha256((folder / "models" / "model.pt").read_bytes()).hexdigest()
-    assert row == {"path": "models/model.pt", "url": "https://example.org/balls/models/model.pt",
-                   "hash_val": digest, "hash_type": "sha256"}  # fmt: skip
+    assert row == {
+        "path": "models/model.pt",
+        "url": "https://example.org/balls/models/model.pt",
+        "hash_val": digest,
+        "hash_type": "sha256",
+    }
     with zipfile.ZipFile(f"{folder}.zip") as archive:
         assert "ball_segmentation/models/model.pt" not in archive.namelist()
 
@@ -607,9 +672,13 @@ def test_a_folder_inside_of_eval_is_pushed_whole(
     ],
 )
 def test_what_cannot_be_pushed_is_an_error(
-    folder: str, repo: str, dry_run: Any, message: str, published: Path,
+    folder: str,
+    repo: str,
+    dry_run: Any,
+    message: str,
+    published: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(ValueError, match=message):
         push(str(published / folder), repo, dry_run)

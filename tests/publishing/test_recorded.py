@@ -32,8 +32,16 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(root: Path, volumes: Path, **changes: Any) -> dict[str, Any]:
-    return settings("seg-finetune", root, volumes, backbone=UNET, max_epochs=2,
-                    label_names=["background", "Ball"], seed=7, **changes)  # fmt: skip
+    return settings(
+        "seg-finetune",
+        root,
+        volumes,
+        backbone=UNET,
+        max_epochs=2,
+        label_names=["background", "Ball"],
+        seed=7,
+        **changes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +54,12 @@ def training(tmp_path_factory: pytest.TempPathFactory, volumes: Path) -> Path:
 
 
 def published(training: Path, out: Path, **changes: Any) -> Path:
-    given = {"bundle": str(ROOT / "bundles" / "seg-finetune"), "name": NAME, "out": str(out),
-             "weights": str(training / "models" / "model.pt")}  # fmt: skip
+    given = {
+        "bundle": str(ROOT / "bundles" / "seg-finetune"),
+        "name": NAME,
+        "out": str(out),
+        "weights": str(training / "models" / "model.pt"),
+    }
     publish(**given | changes)
     return out / str(changes.get("name", NAME))
 
@@ -85,16 +97,24 @@ def test_inference_mirrors_as_training_decided_from_the_labels(
 
 @pytest.mark.parametrize(
     ("key", "start"),
-    [("cases", "4 for training (fingerprint "), ("seed", "7"), ("batch size", "2"),
-     ("learning rate", "0.001"), ("device", "cpu"), ("pre-trained from", "nothing, from scratch")],
-)  # fmt: skip
+    [
+        ("cases", "4 for training (fingerprint "),
+        ("seed", "7"),
+        ("batch size", "2"),
+        ("learning rate", "0.001"),
+        ("device", "cpu"),
+        ("pre-trained from", "nothing, from scratch"),
+    ],
+)
 def test_the_card_has_what_ran(key: str, start: str, folder: Path) -> None:
     assert row(folder, key).startswith(start)
 
 
 def test_published_configs_repeat_the_run(folder: Path) -> None:
-    train, inference = (json.loads((folder / "configs" / f"{name}.json").read_text())
-                        for name in ("train", "inference"))  # fmt: skip
+    train, inference = (
+        json.loads((folder / "configs" / f"{name}.json").read_text())
+        for name in ("train", "inference")
+    )
     plain = merged("seg-finetune", "train.json")
     assert (train["max_epochs"], train["seed"], train["num_workers"]) == (2, 7, 0)
     for config in (train, inference):
@@ -184,15 +204,24 @@ def test_a_round_of_monai_label_is_published_without_its_files(
     training: Path, volumes: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(training, tmp_path, dirs_exist_ok=True)
-    items = [{"image": str(volumes / f"v{i}.nii.gz"),
-              "label": str(volumes / "labels" / f"v{i}.nii.gz")} for i in range(3)]  # fmt: skip
+    items = [
+        {"image": str(volumes / f"v{i}.nii.gz"), "label": str(volumes / "labels" / f"v{i}.nii.gz")}
+        for i in range(3)
+    ]
     plain = merged("seg-finetune", "train.json")["train"]
-    loader = {"_target_": "CheckpointLoader", "load_path": str(tmp_path / "models" / "model.pt"),
-              "load_dict": {"model": "$@network"}, "strict": False}  # fmt: skip
+    loader = {
+        "_target_": "CheckpointLoader",
+        "load_path": str(tmp_path / "models" / "model.pt"),
+        "load_dict": {"model": "$@network"},
+        "strict": False,
+    }
     given = overrides(tmp_path, volumes) | {
-        "train#handlers": [loader, *plain["handlers"]], "train#dataset#data": items,
-        "validate#dataset#data": [], "train#trainer#max_epochs": 1, "datalist": None,
-    }  # fmt: skip
+        "train#handlers": [loader, *plain["handlers"]],
+        "train#dataset#data": items,
+        "validate#dataset#data": [],
+        "train#trainer#max_epochs": 1,
+        "datalist": None,
+    }
     run("seg-finetune", ["train.json"], **given)
     found = published(tmp_path, tmp_path / "out")
     train = json.loads((found / "configs" / "train.json").read_text())["train"]
@@ -207,8 +236,14 @@ def test_clicks_are_published_from_the_record(volumes: Path, tmp_path: Path) -> 
     given = overrides(tmp_path, volumes, val_fraction=0) | {"max_epochs": 1}
     del given["backbone"]
     overlay = tmp_path / "overlay.yaml"
-    small = {"_target_": "SegResNet", "spatial_dims": 3, "out_channels": "@out_channels",
-             "init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}  # fmt: skip
+    small = {
+        "_target_": "SegResNet",
+        "spatial_dims": 3,
+        "out_channels": "@out_channels",
+        "init_filters": 8,
+        "blocks_down": [1, 1],
+        "blocks_up": [1],
+    }
     overlay.write_text(yaml.safe_dump({"backbone": small}))
     run("seg-finetune", ["train.json", overlay, "click.yaml"], **given)
     with pytest.raises(ValueError, match="name must have a name with deepedit"):

@@ -26,10 +26,17 @@ def test_an_example_is_trained_scored_published_and_verified(tmp_path: Path) -> 
             (folder / row[key]).symlink_to((source / row[key]).resolve())
     (folder / "split.json").write_text(json.dumps(few))
     (folder / "dataset.json").write_text(json.dumps(listed | {"training": rows}))
-    words = [str(ROOT / "docs" / "release" / "make.py"), "data", "--only", "hippocampus",
-             "--small", "True"]  # fmt: skip
-    done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment(),
-                          capture_output=True, text=True)  # fmt: skip
+    words = [
+        str(ROOT / "docs" / "release" / "make.py"),
+        "data",
+        "--only",
+        "hippocampus",
+        "--small",
+        "True",
+    ]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "16 ok, 1 skipped, 0 failed" in done.stdout
     readme = (

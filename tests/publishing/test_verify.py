@@ -40,10 +40,18 @@ ELSEWHERE = {
 }  # only in the installed package
 PART = {"dataset": {}, "inferer": {}, "trainer": {"max_epochs": 1}, "evaluator": {}}
 TRAIN = {key: INFERENCE[key] for key in ("imports", "bundle_root", "dataset_dir", "device")} | {
-    "network_def": BACKBONE, "network": "@network_def", "loss": {}, "optimizer": {},
-    "lr_scheduler": {}, "val_interval": 1, "train": PART, "validate": PART,
-    "initialize": [], "run": [], "finalize": [],
-}  # fmt: skip
+    "network_def": BACKBONE,
+    "network": "@network_def",
+    "loss": {},
+    "optimizer": {},
+    "lr_scheduler": {},
+    "val_interval": 1,
+    "train": PART,
+    "validate": PART,
+    "initialize": [],
+    "run": [],
+    "finalize": [],
+}
 METADATA = {
     "schema": "https://host.invalid/schema.json", "version": "0.1.0",
     "changelog": {"0.1.0": "first"}, "monai_version": "1.6.1", "pytorch_version": "2.13.0",
@@ -250,63 +258,137 @@ def test_a_sound_folder_passes_and_stays_as_it_was(
 @pytest.mark.parametrize(
     ("damage", "name", "text"),
     [
-        (change("metadata.json", version="0.2.0"), "version",
-         "configs/metadata.json has version 0.2.0, its changelog has 0.1.0"),
-        (change("metadata.json", version="1", changelog={"1": ""}), "version",
-         "configs/metadata.json has version 1, which is not x.y.z"),
-        (change("metadata.json", changelog={"0.1.0": " "}), "version",
-         "configs/metadata.json has a changelog that says nothing of 0.1.0"),
+        (
+            change("metadata.json", version="0.2.0"),
+            "version",
+            "configs/metadata.json has version 0.2.0, its changelog has 0.1.0",
+        ),
+        (
+            change("metadata.json", version="1", changelog={"1": ""}),
+            "version",
+            "configs/metadata.json has version 1, which is not x.y.z",
+        ),
+        (
+            change("metadata.json", changelog={"0.1.0": " "}),
+            "version",
+            "configs/metadata.json has a changelog that says nothing of 0.1.0",
+        ),
         (delete("LICENSE"), "files", "LICENSE is missing"),
         (delete("README.md"), "files", "README.md is missing"),
         (write("LICENSE", "\n"), "files", "LICENSE is empty"),
         (linked("LICENSE"), "files", "LICENSE lies outside of the bundle"),
         (linked("configs"), "files", "configs/metadata.json lies outside of the bundle"),
-        (replace("README.md", "Text.", "Other."), "README sections",
-         "README.md does not end with the text of docs/README.md"),
+        (
+            replace("README.md", "Text.", "Other."),
+            "README sections",
+            "README.md does not end with the text of docs/README.md",
+        ),
         (delete("models/model.pt"), "files", "models/model.pt is missing"),
-        (readmes("# Performance", "```\n# Performance\n```"), "README sections",
-         "docs/README.md lacks the section Performance"),
-        (readmes("# Model Overview", "# Input\n# Model Overview"),
-         "README sections", "docs/README.md has Input out of the order Model Overview, Data"),
+        (
+            readmes("# Performance", "```\n# Performance\n```"),
+            "README sections",
+            "docs/README.md lacks the section Performance",
+        ),
+        (
+            readmes("# Model Overview", "# Input\n# Model Overview"),
+            "README sections",
+            "docs/README.md has Input out of the order Model Overview, Data",
+        ),
         (change("metadata.json", schema=None), "schema", "configs/metadata.json names no schema"),
-        (change("metadata.json", required_packages_version={"pytorch-ignite": ">=0.5"}),
-         "packages", "configs/metadata.json pins pytorch-ignite to >=0.5, which is not an exact"),
+        (
+            change("metadata.json", required_packages_version={"pytorch-ignite": ">=0.5"}),
+            "packages",
+            "configs/metadata.json pins pytorch-ignite to >=0.5, which is not an exact",
+        ),
         (change("metadata.json", pytorch_version="2.13.0+cpu"), "packages", "pins torch to 2.13.0"),
-        (write("med3dinsight_ext/training/engine.py", "import nibabel\n"), "packages",
-         "med3dinsight_ext/training/engine.py needs nibabel, which no pin of configs/"),
-        (change("train.json", loss={"_target_": "monai_x.Loss"}), "packages",
-         "configs/train.json loss::_target_ needs monai_x"),
-        (write("med3dinsight_ext/training/engine.py", "import docs\n"), "packages",
-         "med3dinsight_ext/training/engine.py needs docs, which no pin of configs/metadata.json"),
+        (
+            write("med3dinsight_ext/training/engine.py", "import nibabel\n"),
+            "packages",
+            "med3dinsight_ext/training/engine.py needs nibabel, which no pin of configs/",
+        ),
+        (
+            change("train.json", loss={"_target_": "monai_x.Loss"}),
+            "packages",
+            "configs/train.json loss::_target_ needs monai_x",
+        ),
+        (
+            write("med3dinsight_ext/training/engine.py", "import docs\n"),
+            "packages",
+            "med3dinsight_ext/training/engine.py needs docs, which no pin of configs/metadata.json",
+        ),
         (listed(path="models", hash_val="0"), "large files", "lists models, which is a folder"),
         (listed(hash_type="crc", hash_val="0"), "large files", "with hash_type crc"),
         (listed(hash_val="0" * 32), "large files", "models/model.pt has md5 "),
         (listed(), "large files", "large_files lists models/model.pt without url or hash_val"),
         (listed(path="../m.pt", hash_val="0"), "large files", "../m.pt, which is outside of the"),
         (grow, "large files", "models/model.ts has 26 MB and is not in large_files"),
-        (change("inference.json", dataset_dir="/home/ann/scans"), "paths",
-         "configs/inference.json:7 has /home/ann/scans"),
-        (change("metadata.json", copyright="FILE://x"), "paths",
-         "configs/metadata.json has copyright FILE://x"),
-        *((change("train.json", loss={"a": [text]}), "paths",
-           f"configs/train.json has loss::a::0 {text}")
-          for text in ["/opt/scans", "~/scans", "~", r"\\host\scans", "d:/scans", "d:\\scans",
-                       "%/opt/loss.json::a", "$'/opt/scans'"]),
-        *((write("docs/data_license.txt", f"see\n{text}."), "paths",
-           f"docs/data_license.txt:2 has {text}")
-          for text in ["/Users/ann", "/root/x", "/mnt/x", "/media/x", "/scratch/x", "/Volumes/x",
-                       "file:///opt", "~/scans", "d:/scans/x"]),
-        (write("docs/data_license.txt", "see\nC:\\Users\\ann"), "paths",
-         "docs/data_license.txt:2 has C:\\Users\\ann"),
-        (write("med3dinsight_ext/training/engine.py", "try:\n  pass\nexcept* OSError:\n  pass\n"),
-         "Python 3.10", "med3dinsight_ext/training/engine.py:"),
-        (pickled("models/extra.PT"), "checkpoints",
-         "models/extra.PT holds torch.nn.modules.linear.Linear, which may run code when loaded"),
+        (
+            change("inference.json", dataset_dir="/home/ann/scans"),
+            "paths",
+            "configs/inference.json:7 has /home/ann/scans",
+        ),
+        (
+            change("metadata.json", copyright="FILE://x"),
+            "paths",
+            "configs/metadata.json has copyright FILE://x",
+        ),
+        *(
+            (
+                change("train.json", loss={"a": [text]}),
+                "paths",
+                f"configs/train.json has loss::a::0 {text}",
+            )
+            for text in [
+                "/opt/scans",
+                "~/scans",
+                "~",
+                r"\\host\scans",
+                "d:/scans",
+                "d:\\scans",
+                "%/opt/loss.json::a",
+                "$'/opt/scans'",
+            ]
+        ),
+        *(
+            (
+                write("docs/data_license.txt", f"see\n{text}."),
+                "paths",
+                f"docs/data_license.txt:2 has {text}",
+            )
+            for text in [
+                "/Users/ann",
+                "/root/x",
+                "/mnt/x",
+                "/media/x",
+                "/scratch/x",
+                "/Volumes/x",
+                "file:///opt",
+                "~/scans",
+                "d:/scans/x",
+            ]
+        ),
+        (
+            write("docs/data_license.txt", "see\nC:\\Users\\ann"),
+            "paths",
+            "docs/data_license.txt:2 has C:\\Users\\ann",
+        ),
+        (
+            write(
+                "med3dinsight_ext/training/engine.py", "try:\n  pass\nexcept* OSError:\n  pass\n"
+            ),
+            "Python 3.10",
+            "med3dinsight_ext/training/engine.py:",
+        ),
+        (
+            pickled("models/extra.PT"),
+            "checkpoints",
+            "models/extra.PT holds torch.nn.modules.linear.Linear, which may run code when loaded",
+        ),
         (write("models/extra.pt", "half"), "checkpoints", "models/extra.pt "),
         (write("a.PKL", ""), "checkpoints", "a.PKL does not belong here"),
         (write("models/extra", ""), "checkpoints", "models/extra does not belong here"),
     ],
-)  # fmt: skip
+)
 def test_a_fault_of_the_files_fails_its_check_alone_and_is_named(
     damage: Callable[[Path], Any], name: str, text: str, damaged: Path
 ) -> None:
@@ -385,10 +467,14 @@ def within(
         WITHIN[case][0](root)
     jobs = [(str(root), str(root.parent / "report.jsonl")) for root in roots.values()]
     subprocess.run(
-        [sys.executable, "-c", EACH, str(verifier.SOURCE)], input=json.dumps(jobs), text=True,
-        cwd=folder, check=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        [sys.executable, "-c", EACH, str(verifier.SOURCE)],
+        input=json.dumps(jobs),
+        text=True,
+        cwd=folder,
+        check=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
-    )  # fmt: skip
+    )
     reports = [Path(report).read_text().splitlines() for _, report in jobs]
     found = [[Check(*json.loads(line)) for line in lines] for lines in reports]
     return dict(zip(roots, zip(roots.values(), found, strict=True), strict=True))
@@ -429,9 +515,15 @@ def test_a_process_that_dies_fails_its_checks_with_its_last_words(
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[1]", *(json.dumps({**METADATA, key: 1}) for key in (
-        "changelog", "required_packages_version", "network_data_format"))],
-)  # fmt: skip
+    [
+        "{",
+        "[1]",
+        *(
+            json.dumps({**METADATA, key: 1})
+            for key in ("changelog", "required_packages_version", "network_data_format")
+        ),
+    ],
+)
 def test_broken_metadata_is_named_and_leaves_the_other_checks(text: str, damaged: Path) -> None:
     (damaged / "configs" / "metadata.json").write_text(text)
     found = failed(list(file_checks(damaged)))
@@ -494,11 +586,14 @@ def test_a_listed_file_passes_with_its_hash(damaged: Path) -> None:
     ("rules", "state", "text"),
     [
         (SCHEMA, "ok", "metadata.json fits schema.json"),
-        ({"properties": {"version": {"maxLength": 3}}}, "FAIL",
-         "configs/metadata.json $.version: '0.1.0' is too long"),
+        (
+            {"properties": {"version": {"maxLength": 3}}},
+            "FAIL",
+            "configs/metadata.json $.version: '0.1.0' is too long",
+        ),
         (None, "FAIL", "schema must be a file"),
     ],
-)  # fmt: skip
+)
 def test_a_schema_from_disk_is_applied(
     rules: Any, state: str, text: str, damaged: Path, tmp_path: Path
 ) -> None:
@@ -516,10 +611,25 @@ def test_a_name_of_another_form_fails(name: str, damaged: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["--dataset_dir ../data/x", "https://host.invalid/data/home/x", "$@root + '/data'", "a/mnt/b",
-     "one of {x}/data", "see s3://data/x", "/data/x in the container", "<root>/mnt/x", "/mnt/<x>",
-     "left/home/right", "the /home page", "C:\\", "Q: a", "f'file://{x}'", "~5 mm", "~/.cache"],
-)  # fmt: skip
+    [
+        "--dataset_dir ../data/x",
+        "https://host.invalid/data/home/x",
+        "$@root + '/data'",
+        "a/mnt/b",
+        "one of {x}/data",
+        "see s3://data/x",
+        "/data/x in the container",
+        "<root>/mnt/x",
+        "/mnt/<x>",
+        "left/home/right",
+        "the /home page",
+        "C:\\",
+        "Q: a",
+        "f'file://{x}'",
+        "~5 mm",
+        "~/.cache",
+    ],
+)
 def test_paths_of_no_machine_pass(text: str, damaged: Path) -> None:
     (damaged / "docs" / "data_license.txt").write_text(text)
     assert not failed(list(file_checks(damaged)))

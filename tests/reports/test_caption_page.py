@@ -31,9 +31,16 @@ def record(
 def write(store: Path, image: Path | str, slices: list[dict], **more: Any) -> Path:
     """One entry, in the folder and under the kind of name that a store gives it."""
     about = {
-        "image": str(image), "modality": "MR", "teacher": "fake", "joint": True,
-        "captioner": MODEL, "per_plane": 4, "seed": 0, "slices": slices, **more,
-    }  # fmt: skip
+        "image": str(image),
+        "modality": "MR",
+        "teacher": "fake",
+        "joint": True,
+        "captioner": MODEL,
+        "per_plane": 4,
+        "seed": 0,
+        "slices": slices,
+        **more,
+    }
     number = len(list(store.glob("??/*.json")))
     path = store / f"{number % 7:02x}" / f"{number:032x}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,9 +86,13 @@ def test_counts_are_shown_by_plane_and_by_modality(store: Path) -> None:
     )
     rows = re.findall(r'<th scope="row">(\w+)</th><td>(\d+)</td><td>(\d+)<br>', table)
     assert rows == [
-        ("All", "13", "8"), ("sagittal", "4", "4"), ("coronal", "2", "2"), ("axial", "7", "2"),
-        ("CT", "4", "4"), ("MR", "9", "4"),
-    ]  # fmt: skip
+        ("All", "13", "8"),
+        ("sagittal", "4", "4"),
+        ("coronal", "2", "2"),
+        ("axial", "7", "2"),
+        ("CT", "4", "4"),
+        ("MR", "9", "4"),
+    ]
 
 
 def test_the_most_frequent_captions_come_with_their_number(tmp_path: Path) -> None:
@@ -289,8 +300,10 @@ def browse(page: Path, profile: Path) -> str:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     dump = subprocess.run(
         [browser, *flags, f"--user-data-dir={profile}", "--dump-dom", page.resolve().as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return dump.stdout
 
 

@@ -22,14 +22,23 @@ def weights(tmp_path: Path) -> Path:
     torch.save(state, tmp_path / "model.pt")
     record: dict[str, Any] = {
         "command": ["python", "-m", "monai.bundle", "run", "--max_epochs", "14 # <b>"],
-        "epochs": 14, "best_epoch": 9, "best_metric": ["dice", 0.73], "resumed_after": [3],
-        "rounds": [], "seconds": 3725.2, "pretrained": None, "learning_rate": 1e-3,
-        "batch_size": 2, "seed": 0, "device": "cpu", "processes": 1,
+        "epochs": 14,
+        "best_epoch": 9,
+        "best_metric": ["dice", 0.73],
+        "resumed_after": [3],
+        "rounds": [],
+        "seconds": 3725.2,
+        "pretrained": None,
+        "learning_rate": 1e-3,
+        "batch_size": 2,
+        "seed": 0,
+        "device": "cpu",
+        "processes": 1,
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "code": {"commit": "0123abcd", "changed": True},
         "data": {"training": {"cases": 67, "sha256": "f" * 64}, "validation": {"cases": 17}},
         "weights_sha256": {"model.pt": state_hash(state)},
-    }  # fmt: skip
+    }
     (tmp_path / "run.json").write_text(json.dumps(record))
     return tmp_path / "model.pt"
 
@@ -40,9 +49,11 @@ def test_the_block_holds_command_epochs_cases_time_and_versions(weights: Path) -
         "epochs": "14; the weights are of epoch 9, dice 0.7300; resumed after epoch 3",
         "cases": "67 for training (fingerprint ffffffffffff), 17 for validation",
         "pre-trained from": "nothing, from scratch",
-        "device": "cpu", "time (h:mm:ss)": "1:02:05", "versions": "python 3.11.7, torch 2.13.0",
+        "device": "cpu",
+        "time (h:mm:ss)": "1:02:05",
+        "versions": "python 3.11.7, torch 2.13.0",
         "commit": "0123abcd with changes",
-    }  # fmt: skip
+    }
 
 
 def test_a_record_of_other_weights_is_not_shown(weights: Path) -> None:

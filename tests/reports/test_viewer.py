@@ -138,12 +138,18 @@ def test_a_browser_shows_the_class_under_the_point(tmp_path: Path) -> None:
     page = tmp_path / "view.html"
     viewer.write_viewer(page, image, {"Prediction": label, "Label": label}, CLASSES, "all.html")
     flags = [
-        "--headless=new", "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader",
-        "--enable-unsafe-swiftshader", f"--user-data-dir={tmp_path / 'profile'}",
-    ]  # fmt: skip
+        "--headless=new",
+        "--no-sandbox",
+        "--use-gl=angle",
+        "--use-angle=swiftshader",
+        "--enable-unsafe-swiftshader",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     dump = subprocess.run(
         [browser, *flags, "--virtual-time-budget=30000", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=180,
-    ).stdout  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=180,
+    ).stdout
     assert 'data-ready="true"' in dump
     assert "Prediction: &lt;b&gt;right&lt;/b&gt;; Label: &lt;b&gt;right" in dump

@@ -161,3 +161,17 @@ def test_what_cannot_be_refined_is_named() -> None:
         inferer(refine_radius=0.5)
     with pytest.raises(ValueError, match="batch_size must be 1 for clicks, got 2"):
         inferer()(torch.zeros(2, 1, *SIZE), Network())
+
+
+def test_a_clicked_voxel_has_its_class_whatever_the_network_says() -> None:
+    clicks = (2, 6, 6, 6), (1, 8, 6, 6), (2, 30, 12, 10.4), (0, 9, 6, 6)
+
+    def stubborn(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(5 + 0 * x[:, :1], (0,) * 6 + (0, 2))
+
+    scores = inferer(refine_radius=8.0)(volume(*clicks), stubborn)
+    found = scores[0].argmax(0)
+    assert found[6, 6, 6] == 2 and found[30, 12, 10] == 2
+    assert found[8, 6, 6] == 0 and found[8, 7, 6] == 1  # the later of two neighbours wins
+    assert (found > 0).sum() < 25
+    assert scores.softmax(1)[0, 2, 6, 6, 6] > 0.95

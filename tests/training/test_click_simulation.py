@@ -73,8 +73,11 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(root: Path, volumes: Path, **changes: Any) -> list[Tensor]:
     """Channels (b, 2 * labels, x, y, z) after the image of every step of a training."""
-    backbone = {"_target_": "test_click_simulation.Recorder", "out_channels": "@out_channels",
-                "in_channels": "@click_channels"}  # fmt: skip
+    backbone = {
+        "_target_": "test_click_simulation.Recorder",
+        "out_channels": "@out_channels",
+        "in_channels": "@click_channels",
+    }
     given = settings("seg-finetune", root, volumes, backbone=backbone, **changes)
     Recorder.seen.clear()
     run("seg-finetune", ["train.json", "click.yaml"], **given)
@@ -93,8 +96,10 @@ def test_training_clicks_on_some_items_and_leaves_others_alone(
     assert torch.equal(answer.sum(1).flatten(1).amax(1), used)  # the answer that was corrected
     assert torch.equal(answer.sum(1).flatten(1).amin(1), used)
     assert {p.name for p in (tmp_path / "models").iterdir()} == {
-        "model.pt", "last.ckpt", "run.json"
-    }  # fmt: skip
+        "model.pt",
+        "last.ckpt",
+        "run.json",
+    }
 
 
 class Engine:

@@ -35,8 +35,9 @@ def test_an_encoder_has_the_trained_weights_and_a_pyramid_that_a_gradient_reache
     (tmp_path / name).write_text(json.dumps(CONFIG if published else {"config": CONFIG}))
     encoder = med3dinsight_ext.load_encoder(tmp_path)
     assert not encoder.training
-    assert all(torch.equal(v, encoder.network.state_dict()[k])
-               for k, v in network.state_dict().items())  # fmt: skip
+    assert all(
+        torch.equal(v, encoder.network.state_dict()[k]) for k, v in network.state_dict().items()
+    )
     features = encoder(torch.rand(2, 1, 16, 24, 8))
     assert [tuple(f.shape) for f in features] == [
         (2, channels, *grid) for channels, grid in zip(encoder.channels, encoder.grids, strict=True)

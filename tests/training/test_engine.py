@@ -89,8 +89,13 @@ def test_objects_that_are_none_are_left_out() -> None:
 
 
 def test_the_summary_has_a_line_for_each_target_and_rank() -> None:
-    row = {"image_all_r1": 0.5, "image_all_r1_low": 0.4, "image_all_r1_high": 0.6,
-           "image_all_r1_chance": 0.125, "image_all_queries": 9.0}  # fmt: skip
+    row = {
+        "image_all_r1": 0.5,
+        "image_all_r1_low": 0.4,
+        "image_all_r1_high": 0.6,
+        "image_all_r1_chance": 0.125,
+        "image_all_queries": 9.0,
+    }
     tables = {"student": row, "volume_zero": {**row, "image_all_r1": 0.25}}
     _, *lines = engine.summary(tables).splitlines()
     assert [line.split() for line in lines] == [
@@ -107,8 +112,9 @@ def test_wrong_input_ends_with_one_line_and_a_bug_with_its_traceback(cause: str)
     shown = {}
     for name in ("", "1"):
         settings = environment() | ({"MED3D_TRACEBACK": name} if name else {})
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                              env=settings)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=settings
+        )
         assert done.returncode == 1
         shown[name] = done.stderr
     assert "Traceback" in shown["1"]

@@ -19,8 +19,10 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def round_of(root: Path, volumes: Path, held_out: int = 0, **changes: Any) -> None:
     """Train as MONAI Label's BundleTrainTask does: data given, and model.pt loaded by a handler."""
-    items = [{"image": str(volumes / f"v{i}.nii.gz"),
-              "label": str(volumes / "labels" / f"v{i}.nii.gz")} for i in range(4)]  # fmt: skip
+    items = [
+        {"image": str(volumes / f"v{i}.nii.gz"), "label": str(volumes / "labels" / f"v{i}.nii.gz")}
+        for i in range(4)
+    ]
     handlers = merged("seg-finetune", "train.json")["train"]
     loader = {
         "_target_": "CheckpointLoader",

@@ -54,8 +54,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory, volumes: Path) -> Path:
 
 def test_a_record_holds_what_ran(trained: Path) -> None:
     found = record(trained)
-    expected = {"epochs": 2, "seed": 3, "batch_size": 2, "learning_rate": 0.001, "device": "cpu",
-                "resumed_after": [], "rounds": [], "pretrained": None, "processes": 1}  # fmt: skip
+    expected = {
+        "epochs": 2,
+        "seed": 3,
+        "batch_size": 2,
+        "learning_rate": 0.001,
+        "device": "cpu",
+        "resumed_after": [],
+        "rounds": [],
+        "pretrained": None,
+        "processes": 1,
+    }
     assert expected.items() <= found.items()
     assert found["config"]["max_epochs"] == 2 and "_meta_" not in found["config"]
     assert found["evaluated"]["out_channels"] == 2 and found["seconds"] > 0
@@ -84,11 +93,19 @@ def test_the_best_epoch_is_that_of_the_history(trained: Path) -> None:
 def test_the_command_line_gives_the_same_record(
     trained: Path, volumes: Path, tmp_path: Path
 ) -> None:
-    given = settings("seg-finetune", tmp_path, volumes, backbone=UNET, max_epochs=2,
-                     split=str(trained / "split.json"), seed=3)  # fmt: skip
+    given = settings(
+        "seg-finetune",
+        tmp_path,
+        volumes,
+        backbone=UNET,
+        max_epochs=2,
+        split=str(trained / "split.json"),
+        seed=3,
+    )
     words = command("seg-finetune", ["train.json"], given)
-    done = subprocess.run([sys.executable, *words], env=environment(), capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *words], env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     here, there = record(trained), record(tmp_path)
     for key in ("started", "seconds", "command"):
@@ -177,16 +194,26 @@ def test_a_record_is_tied_to_all_weights(
 
 def labelled_round(root: Path, volumes: Path, held_out: int, **changes: Any) -> None:
     """Train as MONAI Label does: data and handlers replaced, model.pt loaded by one of them."""
-    items = [{"image": str(volumes / f"v{i}.nii.gz"),
-              "label": str(volumes / "labels" / f"v{i}.nii.gz")} for i in range(4)]  # fmt: skip
-    loader = {"_target_": "CheckpointLoader", "load_path": str(root / "models" / "model.pt"),
-              "load_dict": {"model": "$@network"}, "strict": False}  # fmt: skip
+    items = [
+        {"image": str(volumes / f"v{i}.nii.gz"), "label": str(volumes / "labels" / f"v{i}.nii.gz")}
+        for i in range(4)
+    ]
+    loader = {
+        "_target_": "CheckpointLoader",
+        "load_path": str(root / "models" / "model.pt"),
+        "load_dict": {"model": "$@network"},
+        "strict": False,
+    }
     handlers = merged("seg-finetune", "train.json")["train"]["handlers"]
     given = settings("seg-finetune", root, volumes, backbone=UNET) | {
-        "train#handlers": [loader, *handlers], "train#dataset#data": items[held_out:],
-        "validate#dataset#data": items[:held_out], "train#trainer#max_epochs": 1,
-        "datalist": None, "dataset_dir": "none", **changes,
-    }  # fmt: skip
+        "train#handlers": [loader, *handlers],
+        "train#dataset#data": items[held_out:],
+        "validate#dataset#data": items[:held_out],
+        "train#trainer#max_epochs": 1,
+        "datalist": None,
+        "dataset_dir": "none",
+        **changes,
+    }
     run("seg-finetune", ["train.json"], **given)
 
 

@@ -47,18 +47,25 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, epochs: int, scores: Sequence[float] | None = None,
+        self,
+        folder: Path,
+        epochs: int,
+        scores: Sequence[float] | None = None,
         validates: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder = folder
         self.network = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.network.weight)
         item = {"image": torch.ones(1), "label": torch.zeros(1)}
         loader = DataLoader(Dataset([item, item]), batch_size=1)
         self.trainer = SupervisedTrainer(
-            "cpu", epochs, loader, self.network, torch.optim.SGD(self.network.parameters(), 1.0),
+            "cpu",
+            epochs,
+            loader,
+            self.network,
+            torch.optim.SGD(self.network.parameters(), 1.0),
             lambda out, _: -out.mean(),
-        )  # fmt: skip
+        )
         self.evaluator = None
         if scores is not None:
             metric = {"score": Scores(scores)}
@@ -164,8 +171,9 @@ def test_an_evaluation_runs_both_and_the_first_rank_writes(
         engines.append(made)
     tables = engine.evaluate(*engines, tmp_path / "new" / "retrieval.json")
     assert {name: table["all_r1"] for name, table in tables.items()} == {
-        "student": 0.75, "volume_zero": 0.25
-    }  # fmt: skip
+        "student": 0.75,
+        "volume_zero": 0.25,
+    }
     assert "table" not in tables["student"]
     path = tmp_path / "new" / "retrieval.json"
     assert path.exists() == (rank == 0) == ("0.750" in caplog.text)

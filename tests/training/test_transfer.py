@@ -254,8 +254,9 @@ def test_the_cause_is_looked_for_in_the_encoder(tmp_path: Path) -> None:
     names = {"enc_a": nn.Linear(1, 1), "enc_b": nn.Linear(1, 1), "enc_c": nn.Linear(1, 1)}
     target = nn.ModuleDict({**names, "head": nn.Linear(2, 2)})
     encoder = [n for n, _ in target.named_parameters() if n.startswith("enc")]
-    torch.save({"head.weight": torch.zeros(9), "x": torch.ones(1), "y": torch.ones(1)},
-               tmp_path / "a.pt")  # fmt: skip
+    torch.save(
+        {"head.weight": torch.zeros(9), "x": torch.ones(1), "y": torch.ones(1)}, tmp_path / "a.pt"
+    )
     cause = r"\(file: head\.weight, x …; network: enc_a\.weight, enc_a\.bias …\)"
     with pytest.raises(ValueError, match=f"another backbone, or names with another .*{cause}"):
         load_pretrained(target, tmp_path / "a.pt", encoder=encoder)
@@ -297,8 +298,12 @@ def test_another_patch_size_is_named(tmp_path: Path) -> None:
 
 def test_transfer_writes_its_report_and_keeps_it_in_the_checkpoint(tmp_path: Path) -> None:
     target = unet(out=3)
-    transfer = Transfer(target, saved(unet(), tmp_path / "a.pt"), tmp_path / "x" / "t.json",
-                        encoder=encoder_parameters(target, SIZE))  # fmt: skip
+    transfer = Transfer(
+        target,
+        saved(unet(), tmp_path / "a.pt"),
+        tmp_path / "x" / "t.json",
+        encoder=encoder_parameters(target, SIZE),
+    )
     transfer.load()
     written = json.loads((tmp_path / "x" / "t.json").read_text())
     assert written["encoder_share"] == 1 and written["skipped"]

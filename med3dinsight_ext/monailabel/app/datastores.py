@@ -23,6 +23,7 @@ from pydicom import Dataset
 
 from med3dinsight_ext.data.labels import read_label
 from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.monailabel.app.answers import NAME, AnswerLog
 from med3dinsight_ext.monailabel.app.requests import check_extension, check_name
 
 MODALITIES = ("CT", "MR", "PT")
@@ -52,9 +53,14 @@ def refused(prefix: str = "") -> Iterator[None]:
 
 
 class LabelChecks:
-    """Refuses labels that do not fit their image."""
+    """Refuses labels that do not fit their image, and logs those that it saves."""
 
     names: list[str]
+    _datastore_path: str  # of the labels
+
+    @property
+    def log(self) -> AnswerLog:
+        return AnswerLog(Path(self._datastore_path) / NAME)
 
     def save_label(
         self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]
@@ -68,7 +74,9 @@ class LabelChecks:
             check_name(label_tag, "tag")
         with refused("refused, nothing was saved: "):
             read_label({"image": image, "label": label_filename}, self.names)
-        return store.save_label(image_id, label_filename, label_tag, label_info)
+        found: str = store.save_label(image_id, label_filename, label_tag, label_info)
+        self.log.add(image=image_id, saved=label_tag, annotator=label_info.get("client_id"))
+        return found
 
 
 class CheckedDatastore(LabelChecks, LocalDatastore):

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import threading
 import time
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import nibabel as nib
 import numpy as np
 import torch
 from fastapi import HTTPException
-from filelock import FileLock, Timeout
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask
@@ -29,21 +29,16 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 from monailabel.tasks.infer.bundle import BundleInferTask
-from monailabel.tasks.train.bundle import BundleTrainTask
 from monailabel.utils.others.generic import file_ext
 
 from med3dinsight_ext import __version__
-from med3dinsight_ext.data.labels import read_label
 from med3dinsight_ext.io.errors import root_cause
-from med3dinsight_ext.monailabel.app.datastores import (
-    CheckedDatastore,
-    DicomStore,
-    on_grid,
-    refused,
-)
+from med3dinsight_ext.monailabel.app.answers import clicks_of
+from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore, DicomStore, refused
 from med3dinsight_ext.monailabel.app.kcenter_greedy import Features, kcenter_greedy
 from med3dinsight_ext.monailabel.app.requests import check_extension, check_values, is_inside
-from med3dinsight_ext.monailabel.app.versions import Versions
+from med3dinsight_ext.monailabel.app.rounds import Training, end_with
+from med3dinsight_ext.monailabel.app.versions import EARLIER, WEIGHTS, Versions, has_weights
 from med3dinsight_ext.monailabel.server import class_names, find_bundles
 from med3dinsight_ext.training.click_inferer import ClickInferer
 
@@ -89,14 +84,26 @@ class LabelApp(MONAILabelApp):
 
     def init_infers(self) -> dict[str, InferTask]:
         infers: dict[str, InferTask] = {}
+        before: dict[str, InferTask] = {}
         for name, folder in self.bundles.items():
-            given, versions = (str(folder), self.conf), Versions(folder)
-            if takes_clicks(folder):
-                infers[f"{name}_seg"] = Inference(*given, "segmentation", versions)
-                infers[name] = Inference(*given, "deepedit", versions)
-            else:
-                infers[name] = Inference(*given, "segmentation", versions)
+            models = folder / "models"
+            versions, earlier = Versions(models), Versions(models / EARLIER)
+            kind = "deepedit" if takes_clicks(folder) else "segmentation"
+            if kind == "deepedit":
+                infers[f"{name}_seg"] = Inference(folder, self.conf, "segmentation", versions)
+            infers[name] = Inference(folder, self.conf, kind, versions)
+            before[f"{name}_{EARLIER}"] = Inference(folder, self.conf, kind, earlier)
+        infers |= before
         return infers
+
+    def on_init_complete(self) -> None:
+        """Add the page of rounds; called in the server only."""
+        from monailabel.app import app as server
+
+        from med3dinsight_ext.monailabel.app.rounds_page import router
+
+        super().on_init_complete()
+        server.include_router(router(self, self._trainers, self.datastore().log))
 
     def init_trainers(self) -> dict[str, TrainTask]:
         return {name: Training(str(folder), self.conf) for name, folder in self.bundles.items()}
@@ -106,7 +113,9 @@ class LabelApp(MONAILabelApp):
         return {"first": First(), "random": Random(), "kcenter_greedy": own}
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> Any:
-        known(request.get("model"), self._infers, "model")
+        there = {name: task for name, task in self._infers.items() if task.is_valid()}
+        known(request.get("model"), there, "model")
+        task, begin = there[request["model"]], time.perf_counter()
         image = request.get("image")
         store = datastore or self.datastore()
         with refused():
@@ -117,11 +126,20 @@ class LabelApp(MONAILabelApp):
         if isinstance(image, str) and not uploaded and not store.get_image_uri(image):
             raise HTTPException(404, f"image must be one of the datastore's, got {image!r}")
         try:
-            return super().infer(request, datastore)
+            found = super().infer(request, datastore)
         except (ValueError, RuntimeError) as error:  # what transforms raise; the cause is inside
             if isinstance(cause := root_cause(error), ValueError):
                 raise HTTPException(400, str(cause)) from error
             raise
+        store.log.add(
+            image=os.path.basename(str(image)),
+            model=request["model"],
+            weights=task.versions.weights["saved"],
+            clicks=clicks_of(request, task.labels),
+            seconds=round(time.perf_counter() - begin, 3),
+            annotator=request.get("client_id"),
+        )
+        return found
 
     def bundle_path(self, model: str) -> str:
         """Folder of a model's bundle, which the server needs to start a training."""
@@ -145,28 +163,26 @@ def takes_clicks(bundle: Path) -> bool:
     return "deepedit" in bundle.name.lower() or metadata.get("click") == "deepedit"
 
 
-def end_with(server: int) -> None:
-    """End this process when the server is gone: a killed server's training must not go on."""
-    while os.getppid() == server:
-        time.sleep(0.5)
-    os._exit(1)
-
-
 class Inference(BundleInferTask):
-    """A bundle's inference.json with its model.pt, which has to fit as a whole.
+    """A bundle's inference.json with weights of it, which have to fit as a whole.
 
     Args:
-        path: of the bundle.
+        bundle: its folder.
         conf: of the app.
         type: segmentation or deepedit.
-        versions: of the bundle's weights, with the answers so far.
+        versions: of the weights, with the answers so far.
     """
 
-    def __init__(self, path: str, conf: dict[str, str], type: str, versions: Versions) -> None:
-        super().__init__(path, conf, type=type, load_strict=True)
+    def __init__(self, bundle: Path, conf: dict[str, str], type: str, versions: Versions) -> None:
+        super().__init__(str(bundle), conf, type=type, load_strict=True)
         self.versions = versions
+        self.path = [str(versions.models / WEIGHTS)]
         # Else the shortest name in models/ is taken, which may be a resumable run's state.
         self._config.pop("model_filename", None)
+
+    def is_valid(self) -> bool:
+        """Earlier weights are there after a round."""
+        return bool(self.valid) and has_weights(self.versions.models)
 
     def info(self) -> dict[str, Any]:
         found = super().info()
@@ -174,7 +190,7 @@ class Inference(BundleInferTask):
         return found | {"description": text, "weights": self.versions.weights}
 
     def inferer(self, data: dict[str, Any] | None = None) -> Any:
-        found = super().inferer(data)
+        found = copy(super().inferer(data))  # MONAI's parser gives the same one to all requests
         if isinstance(found, ClickInferer) and (image := (data or {}).get("image_path")):
             found.history = self.versions.history(image)
         return found
@@ -191,44 +207,6 @@ class Inference(BundleInferTask):
             os.close(file)
             nib.save(nib.Nifti1Image(mask.array.astype(np.uint8), mask.affine.numpy()), path)
         return path, {**data.get(self.output_json_key, {}), "weights": self.versions.weights}
-
-
-class Training(BundleTrainTask):
-    """A bundle's train.json on the labels so far, from its model.pt."""
-
-    def config(self) -> dict[str, Any]:
-        return super().config() | {"model_filename": ["model.pt"]}
-
-    def __call__(self, request: dict[str, Any], datastore: Datastore) -> Any:
-        check_values(request)
-        if not request.get("pretrained", True):
-            raise ValueError("pretrained must be true, got false; train from scratch by the bundle")
-        lock = FileLock(Path(self.bundle_path) / "models" / ".training")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"trainings of a bundle must not overlap, got a second one of {self.bundle_path}; "
-                "wait until the other server's has ended"
-            ) from error
-        with lock:
-            return super().__call__(request | {"model_filename": "model.pt"}, datastore)
-
-    def _fetch_datalist(self, request: dict[str, Any], datastore: Datastore) -> Any:
-        names = class_names(Path(self.bundle_path))
-        items = []
-        for item in super()._fetch_datalist(request, datastore):
-            if item["label"].endswith(".nrrd"):
-                item["label"] = on_grid(item["label"], item["image"])
-            try:
-                read_label(item, names)
-            except ValueError as error:
-                logger.warning("left out: %s", error)
-            else:
-                items.append(item)
-        if not items:
-            raise ValueError("labels must be there for a training, got none; save one first")
-        return items
 
 
 class KCenterGreedy(Strategy):

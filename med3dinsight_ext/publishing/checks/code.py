@@ -47,16 +47,22 @@ def check_packages(folder: PublishedFolder) -> str:
     pins = {name: metadata.get(key) for name, key in PINS.items()}
     for key in PACKAGES:
         pins |= {canonicalize_name(name): pin for name, pin in metadata.get(key, {}).items()}
-    faults = [f"{METADATA} pins {name} to {pin}, which is not an exact version"
-              for name, pin in pins.items() if not _exact(pin)]  # fmt: skip
+    faults = [
+        f"{METADATA} pins {name} to {pin}, which is not an exact version"
+        for name, pin in pins.items()
+        if not _exact(pin)
+    ]
     files = folder.names(".py")
     wanted = {name: file for file in files for name in imported(folder.text(file))}
     tops = {name.split(".")[0]: where for name, where in {**folder.needed(), **wanted}.items()}
     here = (Path(file).parts[0].removesuffix(".py") for file in files)
     own = {PACKAGE, *sys.stdlib_module_names, *here}
     third = {top: where for top, where in tops.items() if top not in own}
-    loose = {top: where for top, where in sorted(third.items())
-             if canonicalize_name(NAMED_OTHERWISE.get(top, top)) not in pins}  # fmt: skip
+    loose = {
+        top: where
+        for top, where in sorted(third.items())
+        if canonicalize_name(NAMED_OTHERWISE.get(top, top)) not in pins
+    }
     installed = packages_distributions() if loose else {}
     for top, where in loose.items():
         if not any(canonicalize_name(name) in pins for name in installed.get(top, [])):
@@ -103,9 +109,12 @@ def check_format(folder: PublishedFolder) -> str:
             shutil.copyfile(folder.root / name, copy / name)
         for tool in [tool for tool in FORMAT if tool not in missing] if files else []:
             ended = subprocess.run(
-                [sys.executable, "-m", tool, *FORMAT[tool], *files], cwd=copy, text=True,
-                capture_output=True, env={**os.environ, "BLACK_CACHE_DIR": scratch},
-            )  # fmt: skip
+                [sys.executable, "-m", tool, *FORMAT[tool], *files],
+                cwd=copy,
+                text=True,
+                capture_output=True,
+                env={**os.environ, "BLACK_CACHE_DIR": scratch},
+            )
             if ended.returncode:
                 lines = (ended.stdout + ended.stderr).replace(f"{copy}{os.sep}", "").splitlines()
                 about = [line for line in lines if ".py" in line] or lines or ["no output"]

@@ -72,8 +72,12 @@ def check_large(folder: PublishedFolder) -> str:
 def check_paths(folder: PublishedFolder) -> str:
     """No config is bound to an absolute path, and no text names a place on a person's machine."""
     configs = folder.configs() | {METADATA: folder.metadata()}
-    faults = [f"{name} has {place} {text}" for name, config in configs.items()
-              for place, text in texts(config) if ABSOLUTE.match(text)]  # fmt: skip
+    faults = [
+        f"{name} has {place} {text}"
+        for name, config in configs.items()
+        for place, text in texts(config)
+        if ABSOLUTE.match(text)
+    ]
     read = 0
     for name in folder.names():
         content = (folder.root / name).read_bytes()
@@ -95,8 +99,10 @@ def check_checkpoints(folder: PublishedFolder) -> str:
             if name != "models/model.pt":  # which has a check of its own
                 named = content.items() if isinstance(content, dict) else ()
                 tensors = {key: value for key, value in named if isinstance(value, Tensor)}
-                faults += [f"{name} has {key} with values that are not finite"
-                           for key in not_finite(tensors)]  # fmt: skip
+                faults += [
+                    f"{name} has {key} with values that are not finite"
+                    for key in not_finite(tensors)
+                ]
         except pickle.UnpicklingError as error:
             what = re.search(r"GLOBAL (\S+)", str(error))
             faults.append(
@@ -105,7 +111,10 @@ def check_checkpoints(folder: PublishedFolder) -> str:
             )
         except Exception as error:
             faults.append(f"{name} is broken: {cause(error)}")
-    faults += [f"{name} does not belong here; delete it" for name in names
-               if name.lower().endswith(UNWANTED)
-               or (name.startswith("models/") and not name.lower().endswith(MODELS))]  # fmt: skip
+    faults += [
+        f"{name} does not belong here; delete it"
+        for name in names
+        if name.lower().endswith(UNWANTED)
+        or (name.startswith("models/") and not name.lower().endswith(MODELS))
+    ]
     return settle(faults, f"{len(weights)} files of tensors, no pickles")

@@ -78,11 +78,17 @@ def check_record(folder: PublishedFolder) -> str:
     record = read_record(weights) or {}
     config, train = record["config"], folder.read("configs/train.json")
     keys = dict.fromkeys([*config, *train])
-    faults = [f"configs/train.json has {key} {train.get(key)}, {name} {config.get(key)}"
-              for key in keys if train.get(key) != config.get(key)]  # fmt: skip
+    faults = [
+        f"configs/train.json has {key} {train.get(key)}, {name} {config.get(key)}"
+        for key in keys
+        if train.get(key) != config.get(key)
+    ]
     text = folder.text("docs/README.md")
-    faults += [f"docs/README.md lacks the line {line}, see {name}"
-               for line in run_table(record).splitlines() if line not in text]  # fmt: skip
+    faults += [
+        f"docs/README.md lacks the line {line}, see {name}"
+        for line in run_table(record).splitlines()
+        if line not in text
+    ]
     return settle(faults, f"{record['epochs']} epochs, {record['data']['training']['cases']} cases")
 
 

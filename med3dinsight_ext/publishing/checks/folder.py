@@ -70,8 +70,11 @@ class PublishedFolder:
 
     def names(self, ending: str = "") -> list[str]:
         """Files with an ending, relative."""
-        found = (path.relative_to(self.root) for path in sorted(self.root.rglob("*"))
-                 if path.is_file() and path.name.endswith(ending))  # fmt: skip
+        found = (
+            path.relative_to(self.root)
+            for path in sorted(self.root.rglob("*"))
+            if path.is_file() and path.name.endswith(ending)
+        )
         return [path.as_posix() for path in found if not IGNORED & set(path.parts)]
 
     def text(self, name: str) -> str:
@@ -96,14 +99,20 @@ class PublishedFolder:
 
     def configs(self) -> dict[str, Any]:
         """Contents of all configs by their names."""
-        names = [f"configs/{path.name}" for path in sorted((self.root / "configs").glob("*"))
-                 if path.suffix[1:] in SUFFIXES and path.name != "metadata.json"]  # fmt: skip
+        names = [
+            f"configs/{path.name}"
+            for path in sorted((self.root / "configs").glob("*"))
+            if path.suffix[1:] in SUFFIXES and path.name != "metadata.json"
+        ]
         return {name: self.read(name) for name in names}
 
     def needed(self) -> dict[str, str]:
         """Modules and targets that the configs name, in full, and where."""
-        return {name: f"{file} {place}" for file, config in self.configs().items()
-                for place, name in needed(config)}  # fmt: skip
+        return {
+            name: f"{file} {place}"
+            for file, config in self.configs().items()
+            for place, name in needed(config)
+        }
 
     def find(self, name: str) -> str | None:
         """The first of NAME.json, NAME.yaml, NAME.yml that is there."""

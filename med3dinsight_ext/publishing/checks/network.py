@@ -111,14 +111,23 @@ class Bundle(PublishedFolder):
             return ["models/model.pt is not a flat dict of tensors; save network.state_dict()"]
         return [
             *(f"models/model.pt lacks {name}" for name in due if name not in state),
-            *(f"models/model.pt has {name}, network_def has not" for name in state
-              if name not in due),
-            *(f"models/model.pt has {name} {tuple(state[name].shape)}, network_def "
-              f"{tuple(value.shape)}" for name, value in due.items()
-              if name in state and state[name].shape != value.shape),
-            *(f"models/model.pt has {name} with values that are not finite"
-              for name, value in state.items() if not value.isfinite().all()),
-        ]  # fmt: skip
+            *(
+                f"models/model.pt has {name}, network_def has not"
+                for name in state
+                if name not in due
+            ),
+            *(
+                f"models/model.pt has {name} {tuple(state[name].shape)}, network_def "
+                f"{tuple(value.shape)}"
+                for name, value in due.items()
+                if name in state and state[name].shape != value.shape
+            ),
+            *(
+                f"models/model.pt has {name} with values that are not finite"
+                for name, value in state.items()
+                if not value.isfinite().all()
+            ),
+        ]
 
 
 def check_weights(bundle: Bundle) -> str:
@@ -137,8 +146,10 @@ def check_in_out(bundle: Bundle) -> str:
             for name, part in data[side].items():
                 names, count = part.get("channel_def", {}), part["num_channels"]
                 if set(names) != {str(i) for i in range(count)}:
-                    faults.append(f"{METADATA} {side} {name} has {count} num_channels, "
-                                  f"channel_def names {', '.join(names) or 'none'}")  # fmt: skip
+                    faults.append(
+                        f"{METADATA} {side} {name} has {count} num_channels, "
+                        f"channel_def names {', '.join(names) or 'none'}"
+                    )
         image, pred = data["inputs"]["image"], data["outputs"]["pred"]
         shape = " x ".join(map(str, image["spatial_shape"]))
         good = f"{image['num_channels']} x {shape} to {pred['num_channels']} channels"
@@ -148,8 +159,10 @@ def check_in_out(bundle: Bundle) -> str:
     if "patch_size" in parser:
         patch = parser.get_parsed_content("patch_size")
         if list(image["spatial_shape"]) != list(patch):
-            faults.append(f"{METADATA} inputs image has spatial_shape {shape}, "
-                          f"{Path(bundle.config).name} has patch_size {patch}")  # fmt: skip
+            faults.append(
+                f"{METADATA} inputs image has spatial_shape {shape}, "
+                f"{Path(bundle.config).name} has patch_size {patch}"
+            )
     try:
         verify_net_in_out("network_def", bundle.meta, bundle.config, bundle_root=str(bundle.root))
     except Exception as error:
@@ -173,9 +186,13 @@ def check_torchscript(bundle: Bundle) -> str:
         raise Skipped("network_data_format is broken, see network in and out") from error
     path = str(bundle.scratch / "model.ts")
     ckpt_export(
-        "network_def", path, str(bundle.root / "models" / "model.pt"), bundle.meta, bundle.config,
+        "network_def",
+        path,
+        str(bundle.root / "models" / "model.pt"),
+        bundle.meta,
+        bundle.config,
         bundle_root=str(bundle.root),
-    )  # fmt: skip
+    )
     network.load_state_dict(bundle.state)
     image = torch.rand(shape)
     with torch.no_grad():
@@ -207,17 +224,19 @@ def check_properties(bundle: Bundle) -> str:
     faults = []
     for kind, path in jobs.items():
         names = _Names(
-            path, bundle.meta, str(logs) if logs.is_file() else False, workflow_type=kind,
+            path,
+            bundle.meta,
+            str(logs) if logs.is_file() else False,
+            workflow_type=kind,
             bundle_root=str(bundle.root),
-        )  # fmt: skip
+        )
         faults += [f"configs/{Path(path).name} lacks {name}" for name in names.check_properties()]
     return settle(faults, f"all in {', '.join(Path(path).name for path in jobs.values())}")
 
 
 def check_targets(bundle: Bundle) -> str:
     """What the configs name of the package imports, and so does every vendored module."""
-    ours = {name: where for name, where in bundle.needed().items()
-            if name.split(".")[0] == PACKAGE}  # fmt: skip
+    ours = {name: where for name, where in bundle.needed().items() if name.split(".")[0] == PACKAGE}
     modules = {}
     for path in sorted((bundle.root / PACKAGE).rglob("*.py")):
         name = path.relative_to(bundle.root).as_posix()
