@@ -65,7 +65,10 @@ def write_atomic(path: Path, write: Any) -> None:
 
 
 class HashMemo:
-    """Content hashes of files, cached by path, size and time of change.
+    """Content hashes of files, cached by path, size and times of change.
+
+    The time of the last write can be set, and archives often set one for all their files; that of
+    the last change of the file's entry on the disk cannot.
 
     Args:
         path: JSONL file; each hash is written there at once, as hashing many scans takes hours.
@@ -109,4 +112,4 @@ def _identity(file: str | Path) -> tuple[str, int, int]:
             raise OSError("a pipe or device")  # would be read without an end
     except OSError as error:
         raise ValueError(f"image must be a file, got {file}; correct the datalist") from error
-    return os.path.abspath(file), stat.st_size, stat.st_mtime_ns
+    return os.path.abspath(file), stat.st_size, stat.st_mtime_ns + stat.st_ctime_ns
