@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -42,10 +43,20 @@ def move(draft: Path, path: Path) -> None:
     """Flush a file, or a folder with its files, to the disk and rename it in one step.
 
     Without the flush a power cut may leave the new name with an empty file.
+
+    Raises:
+        ValueError: another process has written a folder of that name meanwhile.
     """
     for part in (*draft.rglob("*"), draft):
         sync(part)
-    os.replace(draft, path)
+    try:
+        os.replace(draft, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise ValueError(
+            f"folder must be new, got {path} by another process; choose another"
+        ) from (error)
     with suppress(OSError):  # some network file systems flush no folders
         sync(path.parent)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import fuzz
 import pytest
+import two
 from cases import CASES
 from faults import SCENARIOS
 from guard import Outcome, worker
@@ -55,6 +56,23 @@ def test_faults_lose_nothing(name: str, every: int, tmp_path: Path) -> None:
     row = json.loads((tmp_path / "found.json").read_text())["scenarios"][name]
     assert not row["open"] and done.returncode == 0
     assert {state.split(":")[0] for state in row["outcomes"]} == {"kill", "ENOSPC"}
+
+
+@pytest.mark.parametrize("name", ["evidence", "store"])
+def test_two_processes_at_once_lose_nothing(name: str) -> None:
+    row = two.race(name, delays=(0.0,))
+    assert row["tried"] == 1 and not row["open"]
+
+
+def test_two_trainings_are_compared_by_what_they_wrote(tmp_path: Path) -> None:
+    results = two.files("out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "history.jsonl").write_text('{"epoch": 1, "seconds": 2.5}\n')
+    first = results(tmp_path)
+    assert first == {"out/history.jsonl": [{"epoch": 1}]}
+    (tmp_path / "out" / "plan.yaml").write_text("a: 1")
+    assert results(tmp_path).keys() == {"out/history.jsonl", "out/plan.yaml"}
+    assert two.SCENARIOS.keys() >= {"plan", "prepare", "pretrain", "finetune", "predict", "publish"}
 
 
 def test_the_table_of_the_docs_is_that_of_the_tests() -> None:
