@@ -12,6 +12,7 @@ from stat import S_ISREG
 from typing import Any
 from uuid import uuid4
 
+from med3dinsight_ext.io.remote import fetched, is_remote, version
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, files_of
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class HashMemo:
     def __call__(self, file: str | Path) -> str:
         key = _identity(file)
         if key not in self._known:
-            files = files_of(str(file))
+            files = files_of(fetched(str(file)))
             found = sorted(sha256(Path(part)) for part in files)  # whatever slices are called
             together = hashlib.sha256("".join(found).encode()).hexdigest()
             self._known[key] = found[0] if len(found) == 1 else together
@@ -110,6 +111,9 @@ class HashMemo:
 
 def _identity(file: str | Path) -> tuple[str, int, int]:
     """Absolute path, size and time of change; of several files their sum and a hash of all."""
+    if is_remote(file):
+        size, digest = version(str(file))
+        return str(file), size, int(digest[:15], 16)
     try:
         files = files_of(str(file))
         stats = [os.stat(part) for part in files]
