@@ -35,8 +35,8 @@ from common import RESULTS, machine, spread, timed  # noqa: E402
 from med3dinsight_ext.data.prepared import PreparedCopy, RandReadPreparedd  # noqa: E402
 from med3dinsight_ext.data.volumes import ReadVolumed, ScaleByModalityd  # noqa: E402
 from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
-from med3dinsight_ext.io.claims import open_volume  # noqa: E402
 from med3dinsight_ext.io.configs import with_shared  # noqa: E402
+from med3dinsight_ext.io.images import open_volume  # noqa: E402
 
 PATCH = (96, 96, 96)
 BASES = 4  # files that the simulated ones are links to

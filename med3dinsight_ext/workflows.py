@@ -8,9 +8,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from med3dinsight_ext.data.layouts import read_dataset
+from med3dinsight_ext.data.layouts import check_trainable, read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 from med3dinsight_ext.planning.plan import read_plan
 from med3dinsight_ext.planning.run_folder import (
     DATALIST,
@@ -37,16 +38,19 @@ def plan(
     labels: str | None = None,
     out: str | None = None,
     base: str | None = None,
+    nnunet: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Look at a dataset and write settings for it and this machine as a config overlay.
 
     Args:
-        data: folder of NIfTI files (imagesTr and labelsTr, images alone, labels beside images), or
+        data: folder of volumes (imagesTr and labelsTr, images alone, labels beside images), or
             a list: Decathlon JSON, JSONL, CSV or npz.
         labels: folder of labels that are named like the images, or a list with image and label.
         out: YAML file to write; default: runs/<name of data>/plan.yaml.
         base: plan to take settings from: another file, or the folder of a training.
+        nnunet: nnU-Net's plan of this dataset, as nnUNetResEncUNetMPlans.json, to take network,
+            spacing and patch from, so that ``export --to nnunet`` fits it.
         quiet: print nothing.
 
     Returns:
@@ -59,7 +63,9 @@ def plan(
     path = Path(out) if out else OUT / _name(data) / PLAN
     if path.exists():
         raise ValueError(f"out must be a new file, got {path}; edit it, delete it or name another")
-    settings = settle(dataset, path, base, quiet)
+    if base and nnunet:
+        raise ValueError("plan must have base or nnunet, got both; leave one out")
+    settings = settle(dataset, path, base, quiet, nnunet)
     if not quiet:
         print(f"next: {PROGRAM} pretrain {quote(data)} --plan {path}")
     return settings
@@ -139,6 +145,7 @@ def finetune(
             "their folder or list with --labels"
         )
     dataset = dataset._replace(items=labelled)
+    check_trainable(dataset)
     folder = Path(out) if out else OUT / _name(data) / "finetune"
     more: dict[str, Any] = {}
     if pretrained:
@@ -165,7 +172,7 @@ def predict(
 
     Args:
         model: folder of a training, or of a published bundle.
-        files: NIfTI files, or folders of them.
+        files: volumes (NIfTI, NRRD, MetaImage, folders of a DICOM series), or folders of them.
         out: folder to write; default: predictions in ``model``.
         quiet: print warnings and errors alone.
         verbose: print the messages of ignite and MONAI too.
@@ -274,7 +281,7 @@ def _name(data: str) -> str:
 
 def _images(path: Path) -> Sequence[dict[str, Any]]:
     """Items of a file or folder."""
-    if path.is_file() and path.name.endswith((".nii", ".nii.gz")):
+    if path.is_file() and path.name.endswith(VOLUME_ENDINGS):
         return [{"image": str(path.absolute())}]
     if not path.exists():
         raise ValueError(f"files must exist, got {path}; correct the path")

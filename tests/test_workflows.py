@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import yaml
 from fakes import write_volumes
+from volume_writers import write_dicom
 
 import med3dinsight_ext
 from med3dinsight_ext import workflows
 from med3dinsight_ext.cli import main
+from med3dinsight_ext.io.images import open_volume
 from med3dinsight_ext.planning import plan as planning
 from med3dinsight_ext.planning.plan import read_plan
 
@@ -60,14 +63,23 @@ def test_three_commands_lead_from_a_folder_to_predictions_and_a_page(
     assert "plan as in runs/scans/pretrain:" in out and "encoder 100 %" in out
     assert "next: python -m med3dinsight_ext predict runs/scans/finetune FILES" in out
     images = ["scans/v0.nii.gz", "scans/v3.nii.gz"]
+    write_dicom(Path("1.2.840"))
+    images.insert(0, "1.2.840")
     written = med3dinsight_ext.predict("runs/scans/finetune", *images, device=SMALL["device"])
-    assert [path.name for path in written] == ["v0_seg.nii.gz", "v3_seg.nii.gz", "predictions.html"]
+    assert [path.name for path in written] == [
+        "1.2.840_seg.nii.gz",
+        "v0_seg.nii.gz",
+        "v3_seg.nii.gz",
+        "predictions.html",
+    ]
     for image, path in zip(images, written, strict=False):
-        ours, theirs = nib.load(path), nib.load(image)
-        assert ours.shape == theirs.shape and (ours.affine == theirs.affine).all()
+        ours, theirs = nib.load(path), open_volume(image)
+        assert ours.shape == theirs.shape and np.allclose(ours.affine, theirs.affine)
     page = written[-1].read_text("utf-8")
-    assert "v3.nii.gz" in page and page.count("<svg") == 2 and "class_1" in page
-    with pytest.raises(ValueError, match="without these predictions, got .* with v0 and 1 more"):
+    assert "v3.nii.gz" in page and page.count("<svg") == 3 and "class_1" in page
+    with pytest.raises(
+        ValueError, match="without these predictions, got .* with 1.2.840 and 2 more"
+    ):
         med3dinsight_ext.predict("runs/scans/finetune", *images)
     out_dir = med3dinsight_ext.evaluate("runs/scans/finetune", "scans", device=SMALL["device"])
     assert json.loads((out_dir / "metrics.json").read_text())["cases"] == 3

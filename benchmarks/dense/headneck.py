@@ -271,11 +271,16 @@ def pack(work: str, out: str) -> None:
 
 
 def collect(work: str) -> None:
-    """Write results/headneck.jsonl from the results in WORK."""
-    paths = sorted((Path(work) / "results").glob("*.json"))
-    rows = [path.read_text() for path in paths if not path.name.startswith("fill")]
+    """Add the results in WORK to results/headneck.jsonl, in place of earlier ones of that name."""
     target = Path(__file__).parent / "results" / "headneck.jsonl"
-    target.write_text("".join(f"{row}\n" for row in rows))
+    paths = sorted((Path(work) / "results").glob("*.json"))
+    lines = target.read_text().splitlines() if target.exists() else []
+    lines += [path.read_text() for path in paths if not path.name.startswith("fill")]
+    rows = {}
+    for line in lines:
+        row = json.loads(line)
+        rows[row["kind"], row["name"]] = line
+    target.write_text("".join(f"{line}\n" for line in rows.values()))
 
 
 def child(job: Job, work: Path) -> None:

@@ -101,7 +101,7 @@ def finetuning(rows: Rows) -> str:
     """One line an arm: Dice of each draw, and the gain over the arm from scratch."""
     arms: dict[str, Rows] = defaultdict(list)
     for row in rows:
-        if row["kind"] == "finetune":
+        if row["kind"] == "finetune" and row["steps"] == 600 and row["labelled"] != "all":
             arms[arm_of(row)].append(row)
     scratch = by_draw(arms["scratch"])
     five: list[list[str]] = []
@@ -116,6 +116,38 @@ def finetuning(rows: Rows) -> str:
     head = "draw 0 | draw 1 | draw 2 | points above scratch, 0.003"
     parts = [table(f"{n} patients | {head}", lines) for n, lines in (("five", five), ("two", two))]
     return "\n\n".join(parts)
+
+
+def scratch_mean(rows: Rows, names: Sequence[str], steps: int) -> tuple[float, int] | None:
+    """Mean Dice from scratch over draws of labelled cases, and their number."""
+    chosen = [
+        r
+        for r in rows
+        if r["kind"] == "finetune"
+        and (arm_of(r), r["steps"]) == ("scratch", steps)
+        and r["labelled"] in names
+    ]
+    means = [fmean(r["dice"] for r in draw) for draw in by_draw(chosen).values()]
+    return (fmean(means), len(means)) if means else None
+
+
+def room(rows: Rows) -> str:
+    """What more labels and more steps give from scratch: the room that teaching could use."""
+    lines = []
+    for count, names in (("2", TWO), ("5", DRAWS), ("84", ("all",))):
+        found = [scratch_mean(rows, names, steps) for steps in (600, 1200)]
+        lines.append([count, *(f"{x[0]:.3f} ({x[1]})" if x else "–" for x in found)])
+    return table("labelled patients | 600 steps (draws) | 1,200 steps (draws)", lines)
+
+
+def room_gain(rows: Rows) -> str:
+    """Points of all labels above five, at each number of steps."""
+    gains = []
+    for steps in (600, 1200):
+        every, five = (scratch_mean(rows, names, steps) for names in (("all",), DRAWS))
+        if every and five:
+            gains.append(f"{100 * (every[0] - five[0]):.1f}")
+    return " and ".join(gains)
 
 
 def readouts(rows: Rows) -> str:
@@ -174,6 +206,8 @@ def readme() -> str:
     devices = sorted({f"{row['device']} (commit {row['commit']})" for row in rows})
     return Template((HERE / "page.md").read_text("utf-8")).substitute(
         finetuning=finetuning(rows),
+        room=room(rows),
+        room_gain=room_gain(rows),
         readouts=readouts(rows),
         pretraining=pretraining(rows),
         speed=speed(cost),

@@ -17,6 +17,7 @@ from torch import Tensor
 from med3dinsight_ext.captions.captioner import Captioner
 from med3dinsight_ext.data.slicing import PLANES, depth, plane_number
 from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.io.images import open_volume
 from med3dinsight_ext.io.reading import read_rows, readable
 
 
@@ -266,7 +267,7 @@ def shape_of(image: str) -> list[int]:
     if "::" in image:
         return list(read_volume(image).shape[1:])
     try:
-        header: Any = nib.load(image)
+        header = open_volume(image)
         axes = nib.io_orientation(header.affine)[:, 0].tolist()
         return [header.shape[axes.index(axis)] for axis in range(3)]
     except Exception as error:  # nibabel, gzip, zlib and numpy each have their own

@@ -20,6 +20,8 @@ from med3dinsight_ext.data.labels import check_label
 from med3dinsight_ext.data.slicing import window
 from med3dinsight_ext.data.volumes import guess_modality, read_volume
 from med3dinsight_ext.io.console import Bar
+from med3dinsight_ext.io.images import open_volume
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 
 GRID = 24  # cells of a fingerprint along each axis
 HU_BINS = np.arange(-3072, 4097, 32)  # edges
@@ -177,7 +179,7 @@ def read_record(name: str, item: dict[str, Any], lists: Sequence[str] = ()) -> R
         grid.astype(np.float16),
         text_strokes(scaled[0].numpy()),
         head_height(body, spacing),
-        read_labels(path, item["image"]) if path.endswith((".nii", ".nii.gz")) else None,
+        read_labels(path, item["image"]) if path.endswith(VOLUME_ENDINGS) else None,
     )
 
 
@@ -187,9 +189,9 @@ def read_labels(path: str, image: str) -> Labels:
     Raises:
         ValueError: it is unreadable, or not on the grid of its image.
     """
-    own: Any = nib.load(image)
+    own: Any = open_volume(image)
     try:
-        label: Any = nib.load(path)
+        label: Any = open_volume(path)
         array = np.asanyarray(nib.as_closest_canonical(label).dataobj)
     except Exception as error:  # nibabel, gzip, zlib and numpy each have their own
         raise ValueError(f"label must be readable, got {error} in {path}; repair it") from error

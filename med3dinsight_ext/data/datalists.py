@@ -12,33 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from med3dinsight_ext.data.slicing import MODALITIES
+from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.io.claims import npz_array
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import parse_json, read_rows, readable
+from med3dinsight_ext.io.remote import check_servers, is_remote
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes
 
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 VAL_FRACTION, FEW = 0.2, 10  # held out by default, of at least so many cases
-MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | dict.fromkeys(
-    ("MR", "T1", "T2", "FLAIR", "PD", "ADC", "DWI"), "MR"
-)
-
-
-def modality_name(name: object) -> str:
-    """CT, MR, PET or auto for the modality names of datasets.
-
-    Examples:
-        >>> [modality_name(name) for name in ("MRI", "FLAIR", "PT", None)]
-        ['MR', 'MR', 'PET', 'auto']
-    """
-    text = str(name or "auto").upper()
-    for prefix, modality in MODALITY_PREFIXES.items():
-        if text.startswith(prefix):
-            return modality
-    raise ValueError(
-        f"modality must be {', '.join(MODALITIES)} or auto, got {name!r}; "
-        "set modality to the closest one"
-    )
 
 
 def datalist(
@@ -52,8 +34,9 @@ def datalist(
 
     Args:
         source: a Decathlon ``dataset.json``; a JSON list, JSONL or CSV of items with ``image``; a
-            folder, searched for .nii and .nii.gz that are not labels (in a folder ``labels*``, or
-            named ``*_gtv``, ``*_seg``, ``*_label`` or ``*_mask``); a MedMNIST-style .npz.
+            folder, searched for NIfTI, .nrrd, .mha and .mhd files and folders of a DICOM series
+            that are not labels (in a folder ``labels*``, or named ``*_gtv``, ``*_seg``,
+            ``*_label`` or ``*_mask``); a MedMNIST-style .npz.
         root: folder of relative paths; by default the source's folder.
         split: JSON file ``{"development": [ids], "test": [ids]}``. An id is an item's ``patient``,
             its file name without extension, or a folder on its path below ``root``; it becomes the
@@ -64,8 +47,8 @@ def datalist(
             stays where it has none: see ``volumes.guess_modality``.
 
     Returns:
-        Items with an absolute ``image``, a ``modality``, and other fields as given. An image in an
-        .npz is named ``file.npz::train_images::12``.
+        Items with an absolute ``image`` (an address such as s3://… stays as it is), a ``modality``,
+        and other fields as given. An image in an .npz is named ``file.npz::train_images::12``.
     """
     source = Path(source)
     root = Path(root or (source if source.is_dir() else source.parent))
@@ -79,9 +62,19 @@ def datalist(
     given = modality_name(modality)
     with readable("items", source, "correct the list"):
         items = [_item(row, source, root, given) for row in sections[section]]
-        count = Counter(os.path.realpath(item["image"]) for item in items)
+        paths = [str(item["image"]) for item in items]
+        remote = [path for path in paths if is_remote(path)]
+        count = Counter(path if is_remote(path) else os.path.realpath(path) for path in paths)
+    check_servers(remote)
     for rule, bad in (
-        ("exist", [path for path in count if not os.path.isfile(path.split("::")[0])]),
+        (
+            "exist",
+            [
+                path
+                for path in count
+                if not (is_remote(path) or os.path.exists(path.split("::")[0]))
+            ],
+        ),
         ("be listed once", [path for path, times in count.items() if times > 1]),
     ):
         if bad:
@@ -119,9 +112,8 @@ def item_ids(item: dict, root: Path) -> set[str]:
 def _sections(source: Path) -> dict[str, list]:
     """Rows of a source as written, in named sections; the first one is the default."""
     if source.is_dir():
-        paths = [path.relative_to(source) for path in sorted(source.rglob("*.nii*"))]
-        found = [path for path in paths if _is_image(path) and (source / path).is_file()]
-        return {"all": [str(path) for path in found]}
+        paths = [path.relative_to(source) for path in find_volumes(source)]
+        return {"all": [str(path) for path in paths if _is_image(path)]}
     if not source.is_file():
         raise ValueError(f"source must exist, got {source}; name a folder or a file")
     if source.suffix in (".jsonl", ".csv"):
@@ -165,7 +157,7 @@ def _read_json(path: Path) -> dict | list:
 def _is_image(path: Path) -> bool:
     folders, stem = path.parts[:-1], volume_stem(path)
     is_label = stem.endswith(LABEL_ENDINGS) or any(f.startswith("labels") for f in folders)
-    return not is_label and path.name.endswith((".nii", ".nii.gz")) and path.name[0] != "."
+    return not is_label
 
 
 def _as_dict(row: dict | str) -> dict:
@@ -181,7 +173,9 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
             "name it in a field or column 'image'"
         )
     for key in item.keys() & {"image", "label"}:
-        if key == "image" or str(item[key]).endswith((".nii", ".nii.gz")):
+        if is_remote(item[key]):
+            continue
+        if key == "image" or str(item[key]).endswith(VOLUME_ENDINGS):
             item[key] = os.path.abspath(root / item[key])
     item["modality"] = modality_name(item.get("modality")) if modality == "auto" else modality
     return item

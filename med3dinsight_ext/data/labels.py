@@ -8,11 +8,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.data import MetaTensor, NibabelReader
-from monai.transforms import LoadImage, MapTransform, Orientation
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Orientation
 
-from med3dinsight_ext.data.volumes import check_each, read_volume
-from med3dinsight_ext.io.claims import ClaimError, open_volume
+from med3dinsight_ext.data.volumes import check_each, load_volume, read_volume
+from med3dinsight_ext.io.images import open_volume
+from med3dinsight_ext.io.remote import is_remote
 
 TOLERANCE = 0.5  # voxels between the same corner of image and label
 Grid = tuple[tuple[int, ...], np.ndarray]  # shape and affine
@@ -73,7 +74,7 @@ def read_case(item: dict[str, Any], names: Sequence[str]) -> tuple[MetaTensor, M
     """Read and check the image and label of one item.
 
     Args:
-        item: ``image`` and ``label``, NIfTI files.
+        item: ``image`` and ``label``; the label is a file.
         names: of the classes; the label value is the index.
 
     Returns:
@@ -85,17 +86,17 @@ def read_case(item: dict[str, Any], names: Sequence[str]) -> tuple[MetaTensor, M
     """
     path = item.get("label")
     place = f"{path} of {item['image']}" if path else item["image"]
-    image: Any = nib.load(item["image"]) if Path(item["image"]).is_file() else None
     volume = read_volume(item["image"])
-    if not isinstance(path, str) or not Path(path).is_file():
+    if not isinstance(path, str) or not (is_remote(path) or Path(path).is_file()):
         raise _fault("be a file", repr(path), place, "add it, or leave this image out")
+    image = open_volume(item["image"])
     try:
         stored = open_volume(path)
-        label = LoadImage(image_only=True, ensure_channel_first=True)(path, NibabelReader())
+        label = load_volume(path, stored)
         values = label_values(label)
-    except ClaimError:
-        raise
     except Exception as error:  # nibabel, gzip, zlib and numpy each have their own
+        if isinstance(error, ValueError) and path in str(error):
+            raise  # from a check of ours
         cause = f"{type(error).__name__}: {error}"
         raise _fault("be readable", cause, place, "repair it") from error
     shape = stored.shape[:3] if stored.shape[3:] == (1,) else stored.shape

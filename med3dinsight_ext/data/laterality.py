@@ -14,7 +14,7 @@ from monai.config import KeysCollection
 from monai.transforms import Flip, MapTransform, RandomizableTransform
 from torch import Tensor
 
-from med3dinsight_ext.io.claims import open_volume
+from med3dinsight_ext.io.images import open_volume
 
 logger = logging.getLogger(__name__)
 LEFT_RIGHT = 0  # spatial axis after orientation to RAS

@@ -5,20 +5,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from med3dinsight_ext.data.cohort import decathlon_names
-from med3dinsight_ext.data.datalists import LABEL_ENDINGS, datalist, modality_name, split_items
+from med3dinsight_ext.data.datalists import LABEL_ENDINGS, datalist, split_items
 from med3dinsight_ext.data.labels import label_values
+from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.data.volumes import check_each
-from med3dinsight_ext.io.claims import open_volume
 from med3dinsight_ext.io.files import volume_stem
-from med3dinsight_ext.io.reading import read_json
+from med3dinsight_ext.io.images import open_volume
+from med3dinsight_ext.io.reading import read_json, readable
+from med3dinsight_ext.io.volume_files import DICOM_ENDINGS, VOLUME_ENDINGS, find_volumes
 
 CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net's number of a channel
 FEW_IMAGES = 10  # in a folder, on average, that is taken to be one patient
-NIFTI = (".nii", ".nii.gz")
 Key = tuple[tuple[str, ...], str]
 
 
@@ -51,7 +53,7 @@ class Dataset(NamedTuple):
 
     def segments(self) -> bool:
         """Whether labels are label maps, not classes."""
-        return all(str(item["label"]).endswith(NIFTI) for item in self.labelled())
+        return all(str(item["label"]).endswith(VOLUME_ENDINGS) for item in self.labelled())
 
 
 def read_dataset(source: str | Path, labels: str | Path | None = None) -> Dataset:
@@ -69,10 +71,10 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
         ValueError: nothing to use is there, or the labels belong to other images.
     """
     source = Path(source)
-    if source.is_file() and source.name.endswith(NIFTI):
+    if source.is_file() and source.name.endswith(VOLUME_ENDINGS):
         raise ValueError(f"data must be a folder or a list, got the file {source}; name its folder")
     if not source.exists():
-        raise ValueError(f"data must exist, got {source}; name a folder of NIfTI files or a list")
+        raise ValueError(f"data must exist, got {source}; name a folder of volumes or a list")
     listed = next((Path(p) for p in (labels, source) if p and Path(p).is_file()), None)
     root = source if source.is_dir() else source.parent
     described = listed if listed and listed.suffix == ".json" else root / "dataset.json"
@@ -83,8 +85,8 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     else:
         items = _folder_items(source, Path(labels) if labels else None, notes)
         if described.is_file():
-            modality = _modality(described)
-            items = [item | {"modality": modality} for item in items]
+            kinds = _modalities(described)
+            items = [i | {"modality": kinds.get(_channel(i["image"]), "auto")} for i in items]
     split, captions = root / "split.json", root / "captions.jsonl"
     found = [path if path.is_file() else None for path in (split, captions)]
     return Dataset(root, items, names, found[0], found[1], notes)
@@ -95,24 +97,22 @@ def _folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[d
     images = source / "imagesTr" if (source / "imagesTr").is_dir() else source
     if images != source and (source / "imagesTs").is_dir():
         notes.append("imagesTs is left out: images for tests")
-    other = Counter(
-        "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix.lower()
-        for path in images.rglob("*")
-        if path.is_file() and not path.name.endswith(NIFTI)
-    )
-    kinds = ", ".join(f"{n} {kind or 'without extension'}" for kind, n in other.most_common(4))
-    if not any(path.is_file() for path in images.rglob("*.nii*")):
+    volumes = find_volumes(images)
+    if not volumes:
+        other = Counter(path.suffix.lower() for path in images.rglob("*") if path.is_file())
+        kinds = ", ".join(f"{n} {kind or 'without extension'}" for kind, n in other.most_common(4))
         raise ValueError(
-            f"data must hold .nii or .nii.gz files, got {kinds or 'no files'} in {images}; convert "
-            "DICOM with dcm2niix; pictures (2D) are not volumes"
+            f"data must hold {', '.join(VOLUME_ENDINGS)} files or DICOM series, got "
+            f"{kinds or 'no files'} in {images}; pictures (2D) are not volumes"
         )
-    scans = {kind: n for kind, n in other.items() if kind in ("", ".dcm", ".ima", ".nrrd", ".mha")}
-    if scans:
-        notes.append(f"only NIfTI files are read: {kinds} left out")
+    folders = {path.parent for path in volumes if path.is_file()}
+    beside = [f for d in folders for f in d.iterdir() if f.name.lower().endswith(DICOM_ENDINGS)]
+    if beside:
+        notes.append(f"{len(beside)} DICOM files beside other volumes are left out")
     items = datalist(images)
     keys = {item["image"]: _key(Path(item["image"]), images) for item in items}
-    folders = {folder for folder, _ in keys.values() if folder}
-    by_folder = len(folders) > 1 and len(items) <= FEW_IMAGES * len(folders)
+    groups = {folder for folder, _ in keys.values() if folder}
+    by_folder = len(groups) > 1 and len(items) <= FEW_IMAGES * len(groups)
     for item in items:
         folder, stem = keys[item["image"]]
         if folder and by_folder:
@@ -130,7 +130,7 @@ def _folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[d
             f"named like one of {len(items)} images ({shown[1]} …); name them alike"
         )
     if labels and not known:
-        raise ValueError(f"labels must hold .nii or .nii.gz files, got none in {labels}")
+        raise ValueError(f"labels must hold label maps, got no volumes in {labels}")
     if lost := len(known) - len(paired):
         notes.append(f"{lost} of {len(known)} labels have no image")
     for item in items:
@@ -139,14 +139,22 @@ def _folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[d
     return items
 
 
-def _modality(path: Path) -> str:
-    """Modality of the first channel in a dataset.json; "auto" if it is not written or unknown."""
+def _modalities(path: Path) -> dict[int, str]:
+    """Modality of each channel in a dataset.json; "auto" for an unknown one."""
     content = read_json(path, "dataset.json", "correct it or move it away")
-    kinds = content.get("modality") or content.get("channel_names") or {}
-    try:
-        return modality_name(next(iter(dict(kinds).values()), None))
-    except ValueError:
-        return "auto"
+    with readable("dataset.json", path, "correct it or move it away"):
+        kinds = dict(content.get("modality") or content.get("channel_names") or {})
+        found = {int(channel): "auto" for channel in kinds}
+    for channel, kind in kinds.items():
+        with suppress(ValueError):
+            found[int(channel)] = modality_name(kind)
+    return found
+
+
+def _channel(image: str) -> int:
+    """Number of an image's channel in nnU-Net's names; 0 without one."""
+    found = CHANNEL.search(volume_stem(image))
+    return int(found[0][1:]) if found else 0
 
 
 def _labels(source: Path, labels: Path | None) -> dict[Key, str]:
@@ -155,10 +163,10 @@ def _labels(source: Path, labels: Path | None) -> dict[Key, str]:
         raise ValueError(f"labels must be a folder or a list, got {labels}; correct the path")
     root = labels or (source / "labelsTr" if (source / "labelsTr").is_dir() else source)
     found = {}
-    for path in sorted(p for p in root.rglob("*.nii*") if p.name.endswith(NIFTI)):
+    for path in (path for path in find_volumes(root) if path.is_file()):
         folders = path.relative_to(source).parts[:-1] if path.is_relative_to(source) else ()
         in_folder = labels or any(folder.startswith("labels") for folder in folders)
-        if path.name[0] != "." and (in_folder or volume_stem(path).endswith(LABEL_ENDINGS)):
+        if in_folder or volume_stem(path).endswith(LABEL_ENDINGS):
             found[_key(path, root)] = str(path.absolute())
     return found
 
@@ -172,19 +180,26 @@ def _key(path: Path, root: Path) -> Key:
     return folders, stem.removesuffix(ending)
 
 
-def check_channels(items: Sequence[dict[str, Any]]) -> None:
-    """Stop if several images share a label: networks here take one channel.
+def check_trainable(dataset: Dataset) -> None:
+    """Stop if segmentation cannot be trained as the labels are meant.
 
     Raises:
-        ValueError: names the cases.
+        ValueError: several images share a label, but networks here take one channel; or a class is
+            nnU-Net's ``ignore``, which would be learned.
     """
-    count = Counter(item["label"] for item in items if str(item["label"]).endswith(NIFTI))
+    items = dataset.labelled()
+    count = Counter(item["label"] for item in items if str(item["label"]).endswith(VOLUME_ENDINGS))
     if shared := [label for label, n in count.items() if n > 1]:
         names = sorted(Path(i["image"]).name for i in items if i["label"] == shared[0])
         raise ValueError(
             f"cases must have one image a label, got {', '.join(names)} for {shared[0]} and "
             f"{len(shared) - 1} more such; keep one channel in the folder, or name the images in a "
             "list with image and label"
+        )
+    if "ignore" in (dataset.names or ()):
+        raise ValueError(
+            f"labels must not be partial, got a label ignore in the dataset.json of {dataset.root};"
+            " train on cases that are annotated completely"
         )
 
 

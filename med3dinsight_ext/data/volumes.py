@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from monai.data import MetaTensor, NibabelReader
+from monai.data.utils import correct_nifti_header_if_necessary
 from monai.transforms import LoadImage, MapTransform, Orientation, ScaleIntensityRange
-from monai.utils import convert_to_dst_type
+from monai.utils import convert_to_dst_type, ensure_tuple
 from nibabel.openers import Opener
 from torch import Tensor
 
 from med3dinsight_ext.data.slicing import window
-from med3dinsight_ext.io.claims import ClaimError, npz_array, open_volume
+from med3dinsight_ext.io.claims import npz_array
 from med3dinsight_ext.io.console import Bar
+from med3dinsight_ext.io.files import volume_stem
+from med3dinsight_ext.io.images import OTHER, open_volume
 from med3dinsight_ext.io.reading import readable
+from med3dinsight_ext.io.remote import fetched
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 
 log = logging.getLogger(__name__)
+# MONAI sets up a reader for CUDA, which is not used here, wherever pydicom is installed.
+warnings.filterwarnings("ignore", "NvImgCodecPydicomReader")
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 T = TypeVar("T")
 
 
@@ -59,7 +70,8 @@ def read_volume(path: str) -> MetaTensor:
     """Read a volume and check it.
 
     Args:
-        path: NIfTI file, or ``file.npz::array::index`` (1 mm, taken to be in RAS).
+        path: NIfTI, .nrrd, .mha or .mhd file, the folder of a DICOM series, the address of a file
+            (s3://…), or ``file.npz::array::index`` (1 mm, taken to be in RAS).
 
     Returns:
         (1, x, y, z) float32 in RAS, with affine and ``filename_or_obj`` in its meta.
@@ -71,15 +83,18 @@ def read_volume(path: str) -> MetaTensor:
     if "::" in path:
         with readable("volume", path, "write it as file.npz::array::index"):
             file, name, index = path.split("::")
+            file = fetched(file)
             array = _npz_array(file, name)[int(index)]
         _require(array.ndim == 3, path, "be 3D", array.shape)
         volume = MetaTensor(array[None].astype(np.float32), meta={"filename_or_obj": path})
     else:
-        _check_header(path)
+        image = _checked_header(path)
         try:
-            # A reader given at the call has no fallback that would accept a broken file.
-            loaded = LoadImage(image_only=True, ensure_channel_first=True)(path, NibabelReader())
-            volume = Orientation("RAS", labels=None)(loaded)
+            volume = Orientation("RAS", labels=None)(load_volume(path, image))
+        except ValueError as error:
+            if path in str(error):
+                raise
+            raise _fault(path, "be readable", f"{type(error).__name__}: {error}") from error
         except Exception as error:  # gzip, zlib, nibabel and numpy each have their own
             raise _fault(path, "be readable", f"{type(error).__name__}: {error}") from error
     _require(min(volume.shape[1:]) > 1, path, "be thicker than one voxel", tuple(volume.shape[1:]))
@@ -89,22 +104,59 @@ def read_volume(path: str) -> MetaTensor:
     return volume
 
 
+class VolumeReader(NibabelReader):
+    """MONAI's reader for all formats of ``open_volume``.
+
+    Args:
+        image: from ``open_volume``, if it is open already.
+    """
+
+    def __init__(self, image: Any = None) -> None:
+        super().__init__()
+        self.image = image
+
+    def read(self, data: Any, **kwargs: Any) -> Any:
+        """Nibabel images of paths; one for one path."""
+        self.filenames = ensure_tuple(data)
+        found = [self.image or open_volume(name) for name in self.filenames]
+        found = [correct_nifti_header_if_necessary(image) for image in found]
+        return found if len(found) > 1 else found[0]
+
+
+def load_volume(path: str | Path, image: Any = None) -> MetaTensor:
+    """(1, x, y, z) as stored, by ``VolumeReader`` alone; its errors are not hidden.
+
+    Args:
+        path: of a volume.
+        image: from ``open_volume``, if it is open already.
+    """
+    reader = VolumeReader(image)
+    # A reader given at the call has no fallback that would accept a broken file.
+    load = LoadImage(reader, image_only=True, ensure_channel_first=True, expanduser=False)
+    return load(str(path), reader)
+
+
 class CheckClaimd(MapTransform):
     """Checks what headers claim before ``LoadImaged`` allocates it; see ``open_volume``.
 
     Args:
-        keys: paths; what is no NIfTI file is left to the reader.
+        keys: paths; what has no name of a volume, and is no folder, is left to the reader.
     """
 
     def __call__(self, data: dict) -> dict:
         for key in self.key_iterator(data):
-            if str(data[key]).endswith((".nii", ".nii.gz")):
+            if str(data[key]).endswith(VOLUME_ENDINGS) or os.path.isdir(data[key]):
                 open_volume(data[key])
         return data
 
 
+def output_name(meta: Mapping[str, Any], saver: Any) -> dict[str, Any]:
+    """MONAI's ``output_name_formatter``: a series folder's name may have dots, and no ending."""
+    return {"subject": f"{volume_stem(meta['filename_or_obj'])}.nii.gz", "idx": None}
+
+
 class ReadVolumed(MapTransform):
-    """``read_volume`` as a transform of the paths at ``keys``: NIfTI and .npz alike, in RAS."""
+    """``read_volume`` as a transform of the paths at ``keys``: files, series and .npz, in RAS."""
 
     def __call__(self, data: dict) -> dict:
         return {**data, **{key: read_volume(data[key]) for key in self.keys}}
@@ -125,16 +177,19 @@ def _npz_array(file: str, name: str) -> np.ndarray:
         return npz_array(file, name)
 
 
-def _check_header(path: str) -> None:
-    """Check shape, spacing and affine as stored in the file: nibabel repairs some silently."""
+def _checked_header(path: str) -> Any:
+    """The image, after a check of shape, spacing and affine: nibabel repairs some silently."""
     try:
         image = open_volume(path)
-        with Opener(path) as file:
-            raw = type(image.header).from_fileobj(file, check=False)
-        spacing = np.array(raw["pixdim"][1:4])
-    except ClaimError:
-        raise
+        if path.endswith(tuple(OTHER)) or os.path.isdir(path):
+            spacing = np.array(image.header.get_zooms()[:3])
+        else:
+            with Opener(fetched(path)) as file:
+                raw = type(image.header).from_fileobj(file, check=False)
+            spacing = np.array(raw["pixdim"][1:4])
     except Exception as error:
+        if isinstance(error, ValueError) and path in str(error):
+            raise  # from a check of ours
         raise _fault(path, "be readable NIfTI", f"{type(error).__name__}: {error}") from error
     shape = image.shape
     _require(len(shape) == 3 or shape[3:] == (1,), path, "be 3D", f"shape {shape}")
@@ -143,6 +198,7 @@ def _check_header(path: str) -> None:
     affine = image.affine[:3, :3]
     ok = np.isfinite(image.affine).all() and abs(np.linalg.det(affine)) > 1e-6 * spacing.prod()
     _require(ok, path, "have an invertible affine", image.affine.tolist())
+    return image
 
 
 def check_each(

@@ -7,7 +7,6 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -89,25 +88,6 @@ def check_extensions(path: str) -> None:
                     f"header extensions must have 16 to {MAX_EXTENSIONS:,} bytes, got {step:,} in "
                     f"{path}; save the volume without them"
                 )
-
-
-def open_volume(path: str | Path) -> Any:
-    """Nibabel's image of a file, its voxels not read yet.
-
-    Raises:
-        ClaimError: as ``check_claim`` and ``check_extensions``.
-    """
-    check_extensions(str(path))
-    image: Any = nib.load(path)
-    file = image.file_map["image"].filename or str(path)
-    name, size = str(file).lower(), os.path.getsize(file)
-    room: float = size - getattr(image.dataobj, "offset", 0)
-    if name.endswith((".gz", ".mgz")):
-        room = size * DEFLATE
-    elif name.endswith((".bz2", ".zst")):  # which have no such bound
-        room = math.inf
-    check_claim(str(path), image.shape, image.get_data_dtype().itemsize, room)
-    return image
 
 
 def npz_array(path: str | Path, name: str) -> np.ndarray:

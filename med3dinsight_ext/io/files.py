@@ -13,12 +13,16 @@ from stat import S_ISREG
 from typing import Any
 from uuid import uuid4
 
+from med3dinsight_ext.io.remote import fetched, is_remote, version
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, files_of
+
 logger = logging.getLogger(__name__)
 
 
 def volume_stem(path: str | Path) -> str:
-    """Name of a file without its folder and without .nii or .nii.gz."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+    """Name of a volume's file or folder without the folders above and ``VOLUME_ENDINGS``."""
+    name = Path(path).name
+    return next((name.removesuffix(end) for end in VOLUME_ENDINGS if name.endswith(end)), name)
 
 
 def sha256(path: Path) -> str:
@@ -104,7 +108,10 @@ class HashMemo:
     def __call__(self, file: str | Path) -> str:
         key = _identity(file)
         if key not in self._known:
-            self._known[key] = sha256(Path(file))
+            files = files_of(fetched(str(file)))
+            found = sorted(sha256(Path(part)) for part in files)  # whatever slices are called
+            together = hashlib.sha256("".join(found).encode()).hexdigest()
+            self._known[key] = found[0] if len(found) == 1 else together
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as memo:
@@ -117,10 +124,21 @@ class HashMemo:
 
 
 def _identity(file: str | Path) -> tuple[str, int, int]:
+    """Absolute path, size and time of change; of several files their sum and a hash of all."""
+    if is_remote(file):
+        size, digest = version(str(file))
+        return str(file), size, int(digest[:15], 16)
     try:
-        stat = os.stat(file)
-        if not S_ISREG(stat.st_mode):
+        files = files_of(str(file))
+        stats = [os.stat(part) for part in files]
+        if not all(S_ISREG(stat.st_mode) for stat in stats):
             raise OSError("a pipe or device")  # would be read without an end
     except OSError as error:
         raise ValueError(f"image must be a file, got {file}; correct the datalist") from error
-    return os.path.abspath(file), stat.st_size, stat.st_mtime_ns + stat.st_ctime_ns
+    path, changed = os.path.abspath(file), [stat.st_mtime_ns + stat.st_ctime_ns for stat in stats]
+    if len(files) == 1:
+        return path, stats[0].st_size, changed[0]
+    sizes = [stat.st_size for stat in stats]
+    text = repr(list(zip(files, sizes, changed, strict=True)))
+    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+    return path, sum(sizes), int(digest[:15], 16)

@@ -12,6 +12,7 @@ from med3dinsight_ext.io.bundles import bundles_dir
 from med3dinsight_ext.io.errors import advice
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import read_json
+from med3dinsight_ext.planning.nnunet import read_nnunet
 from med3dinsight_ext.planning.plan import TASK, make_plan, read_plan, shown, write_plan
 
 PROGRAM = "python -m med3dinsight_ext"
@@ -19,7 +20,9 @@ PLAN, DATALIST, WEIGHTS = "plan.yaml", "datalist.json", "models/model.pt"
 OUT = Path("runs")
 
 
-def settle(dataset: Dataset, path: Path, base: str | None, quiet: bool) -> dict[str, Any]:
+def settle(
+    dataset: Dataset, path: Path, base: str | None, quiet: bool, nnunet: str | None = None
+) -> dict[str, Any]:
     """Make, print and write a plan; returns its settings.
 
     Args:
@@ -27,13 +30,16 @@ def settle(dataset: Dataset, path: Path, base: str | None, quiet: bool) -> dict[
         path: file to write.
         base: plan to take settings from, or the folder of a run, whose classes do not count.
         quiet: print nothing.
+        nnunet: plan of nnU-Net to take network, spacing and patch from; not with ``base``.
     """
     kept = None
+    if nnunet:
+        kept = read_nnunet(nnunet, [str(item["image"]) for item in dataset.items])
     if base:
         home = Path(base)
         kept = read_plan(home / PLAN if home.is_dir() else home)
         kept = {k: v for k, v in kept.items() if not home.is_dir() or k not in TASK}
-    made = make_plan(dataset, kept, str(base))
+    made = make_plan(dataset, kept, str(base or nnunet and Path(nnunet).name))
     write_plan(made, path, f"Plan for {dataset.root}. Edit it, and pass it on with --plan {path}")
     if not quiet:
         print(f"{shown(made)}\n\nwrote {path}: edit it, or give keys like --steps 2000")

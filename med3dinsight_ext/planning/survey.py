@@ -10,7 +10,8 @@ import nibabel as nib
 import numpy as np
 
 from med3dinsight_ext.data.volumes import check_each, guess_modality, read_volume
-from med3dinsight_ext.io.claims import open_volume
+from med3dinsight_ext.io.images import open_volume
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 
 SAMPLE = 20  # volumes whose voxels are read
 LABEL_LIKE = 32  # different values; more are an image's
@@ -46,7 +47,7 @@ def survey(items: Sequence[dict[str, Any]]) -> Survey:
     """
     grids = check_each(lambda item: _grid(str(item["image"])), list(items), "headers", False)
     found = np.array([grids[id(item)] for item in items])
-    labelled = [item for item in items if str(item.get("label")).endswith((".nii", ".nii.gz"))]
+    labelled = [item for item in items if str(item.get("label")).endswith(VOLUME_ENDINGS)]
     pool = labelled or list(items)
     chosen = np.linspace(0, len(pool) - 1, min(SAMPLE, len(pool))).round().astype(int)
     sample = [pool[i] for i in chosen]
@@ -94,7 +95,7 @@ def _voxels(item: dict[str, Any]) -> tuple[str, np.ndarray | None]:
             "labels like NAME_seg.nii.gz, or put them into a folder labelsTr"
         )
     guess = guess_modality(volume)
-    if not str(item.get("label")).endswith((".nii", ".nii.gz")):
+    if not str(item.get("label")).endswith(VOLUME_ENDINGS):
         return guess, None
     label: Any = nib.as_closest_canonical(open_volume(item["label"]))
     mask = np.asanyarray(label.dataobj).reshape(label.shape[:3]) > 0

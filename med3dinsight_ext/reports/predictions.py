@@ -9,9 +9,9 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from monai.data import MetaTensor, NibabelReader
-from monai.transforms import LoadImage
+from monai.data import MetaTensor
 
+from med3dinsight_ext.data.volumes import load_volume
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.reports.figures import STYLE, class_colors
 from med3dinsight_ext.reports.formatting import short
@@ -35,9 +35,8 @@ def write_predictions(
     rows: dict[str, list[str]] = {}
     figures: list[Figure] = []
     viewers: dict[str, str] = {}
-    load = LoadImage(image_only=True, ensure_channel_first=True)
     for image, path in files.items():
-        label = load(path, NibabelReader())
+        label = load_volume(path)
         ml = float(label.pixdim.prod()) / 1000
         counts = torch.bincount(label.long().flatten(), minlength=len(label_names))[1:]
         rows[Path(image).name] = [f"{n * ml:.1f}" for n in counts.tolist()]

@@ -99,7 +99,7 @@ class SegmentationReport:
             slices = three_slices(prediction, label, shown)
             self.cases.append(Case(image, scores, counts, slices))
             first = idist.get_rank() == 0 and len(self.viewers) < VIEWED
-            if first and Path(image).is_file():
+            if first and Path(image).exists():
                 self.view(image, prediction, label)
 
     def view(self, image: str, prediction: MetaTensor, label: MetaTensor) -> None:

@@ -59,6 +59,20 @@ def load_encoder(path: str | Path, levels: int = 4) -> Encoder:
         >>> encoder = load_encoder("runs/scans/pretrain")  # doctest: +SKIP
         >>> fine, *_, deep = encoder(torch.zeros(1, 1, 96, 96, 96))  # doctest: +SKIP
     """
+    network, config = trained_network(path)
+    size = tuple(int(n) for n in ConfigParser(config).get_parsed_content("patch_size"))
+    return Encoder(network, size, levels).eval()
+
+
+def trained_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone of a trained network with its weights, and the config of the training.
+
+    Args:
+        path: folder of a training or of a published bundle.
+
+    Raises:
+        ValueError: the folder has no weights, or no config of the network.
+    """
     home = Path(path)
     weights, record = home / "models" / "model.pt", home / "models" / FILE
     published = home / "configs" / "inference.json"
@@ -73,5 +87,4 @@ def load_encoder(path: str | Path, levels: int = 4) -> Encoder:
         config = read_json(record, "record")["config"]
     parser = ConfigParser(config)
     load_weights(parser.get_parsed_content("network_def"), weights)
-    size = tuple(int(n) for n in parser.get_parsed_content("patch_size"))
-    return Encoder(parser.get_parsed_content("backbone"), size, levels).eval()
+    return parser.get_parsed_content("backbone"), config

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from med3dinsight_ext.data.layouts import check_channels, class_numbers, read_dataset
+from med3dinsight_ext.data.layouts import check_trainable, class_numbers, read_dataset
 
 
 def put(root: Path, *names: str, shape: tuple[int, ...] = (6, 7, 8), value: int = 0) -> None:
@@ -88,8 +88,8 @@ def test_images_of_a_patients_folder_belong_together_but_classes_are_no_patients
 @pytest.mark.parametrize(
     ("files", "rule"),
     [
-        ([], "data must hold .nii or .nii.gz files, got no files in"),
-        (["a.dcm", "b.dcm", "c"], "got 2 .dcm, 1 without extension in .* convert DICOM with dcm2"),
+        ([], "data must hold .nii.gz, .nii, .* files or DICOM series, got no files in"),
+        (["a.txt", "b.txt", "c"], "got 2 .txt, 1 without extension in"),
         (["a.png"], r"got 1 .png in .* pictures \(2D\) are not volumes"),
     ],
 )
@@ -102,12 +102,13 @@ def test_a_folder_without_volumes_says_what_is_in_it(
         read_dataset(tmp_path)
 
 
-def test_dicom_and_files_without_extension_beside_nifti_are_noted(tmp_path: Path) -> None:
+def test_dicom_beside_nifti_is_left_out_with_a_note(tmp_path: Path) -> None:
     put(tmp_path, "a.nii.gz")
     for name in ("b.dcm", "c"):
         (tmp_path / name).touch()
-    (note,) = read_dataset(tmp_path).notes
-    assert note == "only NIfTI files are read: 1 .dcm, 1 without extension left out"
+    found = read_dataset(tmp_path)
+    assert found.notes == ["1 DICOM files beside other volumes are left out"]
+    assert [Path(item["image"]).name for item in found.items] == ["a.nii.gz"]
 
 
 def test_one_file_a_missing_folder_and_labels_of_others_are_errors(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_one_file_a_missing_folder_and_labels_of_others_are_errors(tmp_path: Pat
     with pytest.raises(ValueError, match=r"got 1 labels \(x …\) and none named like one of 1 imag"):
         read_dataset(tmp_path / "scans", tmp_path / "masks")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="labels must hold .nii or .nii.gz files, got none"):
+    with pytest.raises(ValueError, match="labels must hold label maps, got no volumes"):
         read_dataset(tmp_path / "scans", tmp_path / "empty")
     with pytest.raises(ValueError, match="labels must be a folder or a list, got .*lost"):
         read_dataset(tmp_path / "scans", tmp_path / "lost")
@@ -130,10 +131,34 @@ def test_labels_without_an_image_are_noted(tmp_path: Path) -> None:
     assert read_dataset(tmp_path).notes == ["1 of 2 labels have no image"]
 
 
-def test_two_channels_of_a_labelled_case_are_an_error(tmp_path: Path) -> None:
+def described(root: Path, channels: list[str], labels: dict[str, int]) -> None:
+    """nnU-Net's dataset.json."""
+    names = {str(i): name for i, name in enumerate(channels)}
+    (root / "dataset.json").write_text(json.dumps({"channel_names": names, "labels": labels}))
+
+
+def test_two_channels_of_a_labelled_case_are_images_of_one_patient_and_not_trainable(
+    tmp_path: Path,
+) -> None:
     put(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz")
+    described(tmp_path, ["CT", "PET"], {"background": 0, "tumour": 1})
+    found = read_dataset(tmp_path)
+    assert [(i["modality"], i["patient"]) for i in found.items] == [("CT", "a"), ("PET", "a")]
     with pytest.raises(ValueError, match="one image a label, got a_0000.nii.gz, a_0001.nii.gz for"):
-        check_channels(read_dataset(tmp_path).labelled())
+        check_trainable(found)
+    (tmp_path / "imagesTr/a_0001.nii.gz").unlink()
+    check_trainable(read_dataset(tmp_path))
+
+
+def test_an_unknown_channel_is_of_any_modality_and_ignored_voxels_are_not_a_class(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    described(tmp_path, ["zscore"], {"background": 0, "tumour": 1, "ignore": 2})
+    found = read_dataset(tmp_path)
+    assert found.items[0]["modality"] == "auto"
+    with pytest.raises(ValueError, match="must not be partial, got a label ignore in the dataset"):
+        check_trainable(found)
 
 
 def test_class_numbers_must_count_up(tmp_path: Path) -> None:
@@ -145,3 +170,24 @@ def test_class_numbers_must_count_up(tmp_path: Path) -> None:
     (tmp_path / "labels/a.nii.gz").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"label must be readable, got .*labels/a.nii.gz; repair"):
         class_numbers(read_dataset(tmp_path).items)
+
+
+def test_every_format_is_an_image_and_a_label_map_may_have_any_but_dicom(tmp_path: Path) -> None:
+    names = ["a.nii", "b.nrrd", "c.mha", "d.mhd"]
+    files = [f"{folder}/{name}" for folder in ("images", "labels") for name in names]
+    for name in (
+        *files,
+        "images/d.raw",
+        "images/.e.nrrd",
+        "images/p1/s1/1.dcm",
+        "labels/p1/s1.nrrd",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "images/p2").mkdir()
+    (tmp_path / "images/p2/IM1").write_bytes(bytes(128) + b"DICM")
+    found = read_dataset(tmp_path)
+    images = [str(Path(item["image"]).relative_to(tmp_path / "images")) for item in found.items]
+    assert images == [*names, "p1/s1", "p2"]
+    labels = [Path(str(item.get("label"))).name for item in found.items]
+    assert labels == [*names, "s1.nrrd", "None"]

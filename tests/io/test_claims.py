@@ -18,7 +18,8 @@ from fakes import volume
 from running import environment
 
 from med3dinsight_ext.data.volumes import CheckClaimd, read_volume
-from med3dinsight_ext.io.claims import npz_array, open_volume
+from med3dinsight_ext.io.claims import npz_array
+from med3dinsight_ext.io.images import open_volume
 
 SIDE = 30_000  # 3e4 cubed voxels of float32 are 1e14 bytes
 READ = """
@@ -238,5 +239,5 @@ def test_the_limit_can_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         read_volume(path)
 
 
-def test_what_is_no_nifti_file_is_left_to_the_reader(tmp_path: Path) -> None:
-    assert CheckClaimd("image")({"image": str(tmp_path)})
+def test_what_has_no_name_of_a_volume_is_left_to_the_reader(tmp_path: Path) -> None:
+    assert CheckClaimd("image")({"image": str(tmp_path / "a.npz")})

@@ -1,0 +1,67 @@
+"""Which files are volumes, and which files a volume consists of: by names, without reading them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+DICOM_ENDINGS = (".dcm", ".ima")
+NEVER_DICOM = (*VOLUME_ENDINGS, ".csv", ".html", ".jpg", ".json", ".jsonl", ".md", ".npz", ".pdf",
+               ".png", ".py", ".raw", ".tsv", ".txt", ".xml", ".yaml", ".zip", ".zraw",
+               "dicomdir")  # fmt: skip
+DATA_FILE = re.compile(rb"^ElementDataFile\s*=\s*(.*?)\s*$", re.MULTILINE)
+MHD_HEADER = 2**16  # bytes; a header has a few hundred
+
+
+def find_volumes(root: Path) -> list[Path]:
+    """Files with one of ``VOLUME_ENDINGS`` and folders with a DICOM series, sorted; none hidden.
+
+    DICOM files beside other volumes are left out: they are often what these were converted from.
+    """
+    found = []
+    for folder, _, names in os.walk(root):
+        shown = sorted(name for name in names if name[0] != ".")
+        files = [Path(folder, name) for name in shown if name.endswith(VOLUME_ENDINGS)]
+        found += files or ([Path(folder)] if _holds_series(folder, shown) else [])
+    return sorted(path for path in found if path.exists())  # a link may lead nowhere
+
+
+def _holds_series(folder: str, names: Sequence[str]) -> bool:
+    """Whether a name ends as DICOM's do, or the first file of no other kind begins as DICOM."""
+    if any(name.lower().endswith(DICOM_ENDINGS) for name in names):
+        return True
+    other = (name for name in names if not name.lower().endswith(NEVER_DICOM))
+    return is_dicom(os.path.join(folder, next(other, "")))
+
+
+def is_dicom(path: str) -> bool:
+    """Whether a file is DICOM, by its ending or its first bytes."""
+    if not os.path.isfile(path) or path.lower().endswith(NEVER_DICOM):
+        return False
+    if path.lower().endswith(DICOM_ENDINGS):
+        return True
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def series_files(folder: str) -> list[str]:
+    """The DICOM files of a folder, sorted by name; not those of folders in it."""
+    paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name[0] != ".")
+    return [path for path in paths if is_dicom(path)]
+
+
+def files_of(path: str) -> list[str]:
+    """All files that a volume consists of: several for a DICOM series and for .mhd."""
+    if os.path.isdir(path):
+        return series_files(path) or [path]
+    if path.endswith(".mhd") and os.path.isfile(path):
+        with open(path, "rb") as file:
+            named = DATA_FILE.search(file.read(MHD_HEADER))
+        name = named.group(1).decode("utf-8", "surrogateescape") if named else ""
+        beside = os.path.join(os.path.dirname(path), name)
+        if name and os.path.basename(name) == name and os.path.isfile(beside):
+            return [path, beside]
+    return [path]

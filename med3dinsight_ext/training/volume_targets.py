@@ -1,0 +1,78 @@
+"""Volume-level teaching: the pooled features of a frozen 2D encoder as targets of whole volumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from med3dinsight_ext.io.console import Bar
+from med3dinsight_ext.io.files import HashMemo, write_atomic
+from med3dinsight_ext.models.teacher_classifier import TeacherFeatures
+
+logger = logging.getLogger(__name__)
+FORMAT = 1  # raise it when this file changes what is stored
+
+
+class VolumeTargets:
+    """``TeacherFeatures`` of each volume, standardised over all, kept in files.
+
+    Args:
+        root: of the files, one a volume.
+        features: of a volume as the network gets it.
+        load: reads the volume of an item to (1, x, y, z) in [0, 1], without chance.
+        settings: of ``load``, whatever changes its result: part of a file's name.
+        device: where the encoder runs.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        features: TeacherFeatures,
+        load: Callable[[dict[str, Any]], dict[str, Any]],
+        settings: Sequence[Any],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.root, self.features, self.load = Path(root), features, load
+        self.device = torch.device(device)
+        self._made = [FORMAT, features.fingerprint().hex(), settings]
+        self._hashes = HashMemo(self.root / "files.jsonl")
+
+    def fill(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The items, each with ``label``: its features (d,), of mean 0 and variance 1 over all.
+
+        Raises:
+            ValueError: fewer than two items; one volume has no variance.
+        """
+        if len(items) < 2:
+            raise ValueError(
+                f"volumes must be two or more for volume-level teaching, got {len(items)}; add some"
+            )
+        paths = [self._path(item) for item in items]
+        with idist.one_rank_first():
+            missing = [(i, p) for i, p in zip(items, paths, strict=True) if not p.exists()]
+            for item, path in Bar(missing, "encode", unit="volume", disable=not missing):
+                self._write(item, path)
+        rows = torch.stack([load_file(path)["features"] for path in paths])
+        rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
+        return [{**item, "label": row} for item, row in zip(items, rows, strict=True)]
+
+    def _path(self, item: dict[str, Any]) -> Path:
+        file, _, member = str(item["image"]).partition("::")
+        made = [*self._made, self._hashes(file), member, item.get("modality")]
+        key = hashlib.sha256(json.dumps(made).encode("utf-8", "backslashreplace")).hexdigest()[:32]
+        return self.root / "volumes" / key[:2] / f"{key}.safetensors"
+
+    @torch.no_grad()
+    def _write(self, item: dict[str, Any], path: Path) -> None:
+        volume = self.load(item)["image"].as_subclass(Tensor).to(self.device)
+        found = {"features": self.features(volume[None])[0].float().cpu().contiguous()}
+        write_atomic(path, lambda draft: save_file(found, draft))
