@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -30,7 +30,7 @@ from med3dinsight_ext.planning.run_folder import (
 from med3dinsight_ext.reports.predictions import write_predictions
 from med3dinsight_ext.training.launch import launch
 
-PAGE = "predictions.html"
+PAGE, INPUTS = "predictions.html", "inputs.json"
 
 
 def plan(
@@ -198,12 +198,8 @@ def predict(
             f"out must be a folder without these predictions, got {folder} with {there[0]} and "
             f"{len(there) - 1} more; name another with --out, or move them away"
         )
-    listed = folder / "inputs.json"
-    text = json.dumps([{"image": image} for image in images], indent=1)
-    write_atomic(listed, lambda draft: draft.write_text(text))
-    settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
-    launch(bundle, ["inference.json", *overlays], settings | overrides, quiet, verbose)
-    written = sorted(path for path in folder.iterdir() if path != listed)
+    infer(home, bundle, overlays, images, folder, overrides, quiet, verbose)
+    written = sorted(path for path in folder.iterdir() if path.name != INPUTS)
     if kind_of(bundle) == "segmentation":
         config = home / PLAN if overlays else bundle / "configs" / "inference.json"
         names = read_plan(config)["label_names"]  # JSON is YAML
@@ -213,6 +209,35 @@ def predict(
     if not quiet:
         print(f"\nwrote {len(written)} files to {folder}; look at {written[-1]}")
     return written
+
+
+def infer(
+    home: Path,
+    bundle: Path,
+    overlays: list[str],
+    images: Sequence[str],
+    folder: Path,
+    overrides: Mapping[str, Any],
+    quiet: bool,
+    verbose: bool = False,
+) -> None:
+    """Run the inference config of a trained network on some images.
+
+    Args:
+        home: folder of the network; with ``bundle`` and ``overlays`` from ``trained``.
+        bundle: its bundle.
+        overlays: of the config.
+        images: paths.
+        folder: to write.
+        overrides: keys of the config.
+        quiet: print warnings and errors alone.
+        verbose: print the messages of ignite and MONAI too.
+    """
+    listed = folder / INPUTS
+    text = json.dumps([{"image": image} for image in images], indent=1)
+    write_atomic(listed, lambda draft: draft.write_text(text))
+    settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
+    launch(bundle, ["inference.json", *overlays], settings | dict(overrides), quiet, verbose)
 
 
 def evaluate(
