@@ -118,18 +118,36 @@ def finetuning(rows: Rows) -> str:
     return "\n\n".join(parts)
 
 
+def scratch_mean(rows: Rows, names: Sequence[str], steps: int) -> tuple[float, int] | None:
+    """Mean Dice from scratch over draws of labelled cases, and their number."""
+    chosen = [
+        r
+        for r in rows
+        if r["kind"] == "finetune"
+        and (arm_of(r), r["steps"]) == ("scratch", steps)
+        and r["labelled"] in names
+    ]
+    means = [fmean(r["dice"] for r in draw) for draw in by_draw(chosen).values()]
+    return (fmean(means), len(means)) if means else None
+
+
 def room(rows: Rows) -> str:
     """What more labels and more steps give from scratch: the room that teaching could use."""
-    scratch = [r for r in rows if r["kind"] == "finetune" and arm_of(r) == "scratch"]
     lines = []
     for count, names in (("2", TWO), ("5", DRAWS), ("84", ("all",))):
-        line = [count]
-        for steps in (600, 1200):
-            part = by_draw([r for r in scratch if r["steps"] == steps and r["labelled"] in names])
-            means = [fmean(r["dice"] for r in draw) for draw in part.values()]
-            line.append(f"{fmean(means):.3f} ({len(means)})" if means else "–")
-        lines.append(line)
+        found = [scratch_mean(rows, names, steps) for steps in (600, 1200)]
+        lines.append([count, *(f"{x[0]:.3f} ({x[1]})" if x else "–" for x in found)])
     return table("labelled patients | 600 steps (draws) | 1,200 steps (draws)", lines)
+
+
+def room_gain(rows: Rows) -> str:
+    """Points of all labels above five, at each number of steps."""
+    gains = []
+    for steps in (600, 1200):
+        every, five = (scratch_mean(rows, names, steps) for names in (("all",), DRAWS))
+        if every and five:
+            gains.append(f"{100 * (every[0] - five[0]):.1f}")
+    return " and ".join(gains)
 
 
 def readouts(rows: Rows) -> str:
@@ -189,6 +207,7 @@ def readme() -> str:
     return Template((HERE / "page.md").read_text("utf-8")).substitute(
         finetuning=finetuning(rows),
         room=room(rows),
+        room_gain=room_gain(rows),
         readouts=readouts(rows),
         pretraining=pretraining(rows),
         speed=speed(cost),

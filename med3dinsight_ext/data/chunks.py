@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,22 @@ FIELD = "about"
 
 class BrokenChunks(ValueError):
     """A file of chunks is missing, cut or changed."""
+
+
+class CannotWrite(ValueError):
+    """The folder of a prepared copy is read-only, or its disk is full."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what a full disk and a read-only folder raise into a ``CannotWrite``."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # blosc2 has only the latter
+        raise CannotWrite(
+            f"prepared must be a folder that can be written, got {error} in {folder}; free space "
+            "or correct its rights, and start again: it goes on with the next volume"
+        ) from error
 
 
 def _blosc2() -> Any:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,19 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader, Dataset
 
-from med3dinsight_ext.data.chunks import BrokenChunks, ChunkFile, write_chunks
+from med3dinsight_ext.data.chunks import (
+    BrokenChunks,
+    CannotWrite,
+    ChunkFile,
+    write_chunks,
+    writing,
+)
 from med3dinsight_ext.data.labels import label_values
+from med3dinsight_ext.data.settings import described
 from med3dinsight_ext.data.volumes import good_ones
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo
+from med3dinsight_ext.io.packages import NotHere
 
 log = logging.getLogger(__name__)
 FORMAT = 1  # raise it when entries change
@@ -69,7 +76,7 @@ class PreparedCopy:
 
     def __init__(self, root: str | Path, transforms: Sequence[Any], workers: int = 0) -> None:
         self.root, self.transforms, self.workers = Path(root), list(transforms), workers
-        self._settings = json.dumps([FORMAT, _described(self.transforms)])
+        self._settings = json.dumps([FORMAT, described(self.transforms)])
         keys = [key for t in self.transforms for key in getattr(t, "keys", ())]
         self.keys = [key for key in ("image", "label") if key in keys]
         self._load_index()
@@ -120,17 +127,18 @@ class PreparedCopy:
             The record of each good item, by ``id``.
 
         Raises:
-            ValueError: volumes are bad; names all of them, after the good ones are prepared.
+            ValueError: volumes are bad; names all of them, after the good ones are prepared. Or
+                the folder cannot be written, as when the disk is full.
         """
         records = {id(item): self._record(item) for item in items}
         if missing := [item for item in items if records[id(item)] is None]:
             log.info(f"{len(missing)} of {len(items)} volumes are not in {self.root}: preparing")
-            self.root.mkdir(parents=True, exist_ok=True)
             made = DataLoader(_Makers(self, missing), None, num_workers=self.workers)
-            for _ in Bar(made, "Preparing volumes", len(missing)):
-                pass
+            for index, new in Bar(made, "Preparing volumes", len(missing)):
+                if new is None:
+                    self.make(missing[index])  # raises what a worker could not
+                records[id(missing[index])] = new
             self._load_index()
-            records |= {id(item): self._records[self.entry(item)] for item in missing}
 
         found: list[Record | ValueError] = []
         for item in items:
@@ -153,8 +161,18 @@ class PreparedCopy:
         print(f"{len(good):,} of {len(items):,} volumes are in {self.root}: {size / 1e9:.3g} GB")
         print(f"train from it: --prepared {self.root}")
 
+    def missing(self, items: Sequence[dict]) -> list[dict]:
+        """Items that the copy has no verdict of, and no entry."""
+        return [item for item in items if self._record(item) is None]
+
     def make(self, item: Mapping[str, Any]) -> Record:
-        """Prepare one volume and add its line to the index."""
+        """Prepare one volume and add its line to the index.
+
+        Raises:
+            CannotWrite: the folder cannot be written.
+        """
+        with writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
         entry = self.entry(item)
         record: Record = {"entry": entry, "image": str(item["image"]), "fault": None}
         try:
@@ -162,12 +180,15 @@ class PreparedCopy:
             for transform in self.transforms:
                 data = transform(data)
             arrays = {key: data[key] for key in self.keys}
+        except NotHere as error:
+            return record | {"fault": str(error)}
         except ValueError as error:
             record["fault"] = str(error)
         else:
             for key in reversed(self.keys):  # the image marks the entry complete
-                record |= self._write(self.path(entry, key), key, arrays[key])
-        with (self.root / "index.jsonl").open("a", encoding="utf-8") as index:
+                with writing(self.root):
+                    record |= self._write(self.path(entry, key), key, arrays[key])
+        with writing(self.root), (self.root / "index.jsonl").open("a", encoding="utf-8") as index:
             index.write("\n" + json.dumps(record))
         return record
 
@@ -222,9 +243,11 @@ class _Makers(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> int:
-        self.copy.make(self.items[index])
-        return index
+    def __getitem__(self, index: int) -> tuple[int, Record | None]:
+        try:
+            return index, self.copy.make(self.items[index])
+        except CannotWrite:  # the traceback of a worker would be its message
+            return index, None
 
 
 class ReadPreparedd(MapTransform):
@@ -324,24 +347,3 @@ def loading(
     if crop is None:
         return [ReadPreparedd(copy, pads), *augment]
     return [RandReadPreparedd(copy, pads, crop), *augment[1:]]
-
-
-def _described(value: Any) -> Any:
-    """A JSON value that differs whenever a transform's settings do."""
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    if isinstance(value, Enum):
-        return str(value.value)
-    if isinstance(value, (np.ndarray, torch.Tensor, range)):
-        return [str(x) for x in np.asarray(value).flatten().tolist()]
-    if isinstance(value, Mapping):
-        return {str(key): _described(value[key]) for key in sorted(value, key=str)}
-    if isinstance(value, (list, tuple)):
-        return [_described(x) for x in value]
-    if isinstance(value, (set, frozenset)):  # whose order differs between processes
-        return sorted(map(str, value))
-    if hasattr(value, "__qualname__"):  # a function or class
-        return f"{value.__module__}.{value.__qualname__}"
-    if not hasattr(value, "__dict__"):
-        return str(value)
-    return [f"{type(value).__module__}.{type(value).__qualname__}", _described(vars(value))]

@@ -21,6 +21,7 @@ import torch
 
 from med3dinsight_ext.captions.captioner import Captioner, SlicedVolume
 from med3dinsight_ext.captions.sources import shape_of
+from med3dinsight_ext.data.costs import measure
 from med3dinsight_ext.data.slicing import PLANES, plane_number
 from med3dinsight_ext.embeddings.entry import EntryMaker, SliceChoice
 from med3dinsight_ext.embeddings.shards import merge_ranks, part_of, rank_share
@@ -231,7 +232,7 @@ class Store:
         print(f"view their captions: python -m med3dinsight_ext captions {self.root}")
 
     def plan(self, items: Sequence[dict[str, Any]], shard: str | None = None) -> dict[str, float]:
-        """Print and return the amount of work for ``fill``, without reading a volume.
+        """Print and return the amount of work for ``fill``, which reads three volumes.
 
         Slices and calls are upper bounds from the headers of at most 200 volumes, since nearly
         empty slices are left out later. A volume that no run has read yet counts as missing.
@@ -241,7 +242,8 @@ class Store:
             shard: as in ``fill``.
 
         Returns:
-            Numbers of ``volumes``, ``missing`` ones, ``slices`` and model ``calls``; ``gigabytes``.
+            Numbers of ``volumes``, ``missing`` ones, ``slices`` and model ``calls``; ``gigabytes``;
+            ``hours`` without the model's calls, and gigabytes of ``memory`` of a reader.
         """
         self.captioner.check_items(items)
         items = part_of(items, shard)
@@ -265,17 +267,26 @@ class Store:
         dims = self.embedding_dims
         width = 2 * dims["joint"] if "joint" in dims else sum(dims.values())
         size = scale * (slices * (2 * width + BYTES_A_SLICE) + len(sample) * BYTES_A_VOLUME)
+        cut: list[SlicedVolume] = []
+        reading = measure(lambda i: cut.append(self.entries.cut(i, self.root, None)), missing)
+        embedding = measure(lambda volume: self.teacher.encode_image(volume.slices), cut)
+        seconds = max(reading.seconds / self.readers, embedding.seconds)
         found = {
             "volumes": len(items),
             "missing": len(missing),
             "slices": round(scale * slices),
             "calls": round(scale * calls),
             "gigabytes": size / 1e9,
+            "hours": len(missing) * seconds / 3600,
+            "memory": reading.gigabytes,
         }
         print(
             f"{found['volumes']:,} volumes, {found['missing']:,} of them not in {self.root}: "
             f"at most {found['slices']:,} slices, {found['calls']:,} model calls, "
-            f"{found['gigabytes']:.3g} GB; nothing was made"
+            f"{found['gigabytes']:.3g} GB; {found['hours']:.2g} hours beside the model's with "
+            f"{self.readers} readers of {found['memory']:.2g} GB, as {reading.volumes} volumes "
+            f"took {reading.seconds:.2g} s to read and {embedding.seconds:.2g} s to embed; nothing "
+            "was made"
             + (f"; {unreadable} of {len(sample)} sampled cannot be read" if unreadable else "")
         )
         return found

@@ -12,7 +12,7 @@ import numpy as np
 
 from med3dinsight_ext.io.claims import check_claim
 from med3dinsight_ext.io.errors import first_line
-from med3dinsight_ext.io.packages import package
+from med3dinsight_ext.io.packages import NotHere, package
 from med3dinsight_ext.io.volume_files import series_files
 
 UNEVEN = 0.1  # of the median distance between slices, by which one may differ
@@ -138,7 +138,8 @@ def _check_decoder(folder: str, pydicom: Any, uid: Any) -> None:
         found = False
     if not found:
         fix = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or decompress it"
-        raise _fault(folder, "have a compression that is decoded here", uid.name, fix)
+        rule = "have a compression that is decoded here"
+        raise NotHere(str(_fault(folder, rule, uid.name, fix)))
 
 
 def _fault(folder: str, rule: str, value: object, fix: str) -> ValueError:

@@ -6,6 +6,10 @@ from importlib import import_module
 from typing import Any
 
 
+class NotHere(ValueError):
+    """A volume cannot be read on this machine, as it is now: no verdict on the volume."""
+
+
 def package(name: str, path: str, extra: str = "formats") -> Any:
     """Import a package of an extra.
 
@@ -15,12 +19,12 @@ def package(name: str, path: str, extra: str = "formats") -> Any:
         extra: of this project.
 
     Raises:
-        ValueError: it is not installed.
+        NotHere: it is not installed.
     """
     try:
         return import_module(name)
     except ImportError as error:
-        raise ValueError(
+        raise NotHere(
             f"{path} must be read with the package {name}, got none; "
             f"pip install 'med3dinsight-ext[{extra}]'"
         ) from error

@@ -19,6 +19,7 @@ from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.training.weights import not_finite
 
 logger = logging.getLogger(__name__)
+POSITION = "position"  # of a checkpoint within an epoch
 
 
 class KeepingDiskSaver(DiskSaver):
@@ -77,7 +78,8 @@ def resume(path: str | Path, objects: Mapping[str, Any], trainer: Engine) -> Non
         raise ValueError(f"checkpoint must be readable, got {path}: {error}; {advice}") from error
     epochs = trainer.state.max_epochs
     try:
-        Checkpoint.load_objects(dict(objects), saved)
+        wanted = {k: v for k, v in objects.items() if k != POSITION or k in saved}
+        Checkpoint.load_objects(wanted, saved)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"checkpoint must fit this run, got {path}: {error}; {advice}") from error
     trainer.state.max_epochs = epochs

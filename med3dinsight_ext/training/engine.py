@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from med3dinsight_ext.io.errors import TRACEBACK, root_cause, wrong_input
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.training import incremental
-from med3dinsight_ext.training.checkpoints import checkpoint, resume
+from med3dinsight_ext.training.checkpoints import POSITION, checkpoint, resume
 from med3dinsight_ext.training.history import scalar_metrics
+from med3dinsight_ext.training.position import EveryMinutes, Position
 from med3dinsight_ext.training.record import recorded
 from med3dinsight_ext.training.weights import not_finite
 
 logger = logging.getLogger(__name__)
+CHECK_STEPS = 20  # between two waits for the device, for losses and for clocks
 
 
 def cause_last() -> None:
@@ -57,7 +59,7 @@ class StopOnNan:
         interval: steps between two readings.
     """
 
-    def __init__(self, interval: int = 20) -> None:
+    def __init__(self, interval: int = CHECK_STEPS) -> None:
         self.interval = interval
         self._waiting: list[tuple[int, str, Tensor]] = []  # step, volumes, loss
 
@@ -69,13 +71,7 @@ class StopOnNan:
     def check_weights(self, engine: Engine) -> None:
         """Check the losses, then the weights: no loss follows the last step of an epoch."""
         self._check_losses(engine)
-        parts = (engine.network, engine.loss_function)
-        modules = [part for part in parts if isinstance(part, nn.Module)]
-        if bad := [name for module in modules for name in not_finite(module.state_dict())]:
-            raise ValueError(
-                f"weights must be finite, got NaN or infinity in {len(bad)} of them ({bad[0]}) "
-                f"after epoch {engine.state.epoch}; lower learning_rate"
-            )
+        check_weights(engine)
 
     def __call__(self, engine: Engine) -> None:
         meta = getattr(engine.state.batch["image"], "meta", {})
@@ -95,8 +91,20 @@ class StopOnNan:
                 raise ValueError(
                     f"loss must be finite, got {loss} in epoch {engine.state.epoch} at step "
                     f"{step} on {names}; lower learning_rate, or look at these volumes; "
-                    "last.ckpt holds the epoch before"
+                    "last.ckpt holds an earlier step"
                 )
+
+
+def check_weights(engine: Engine) -> None:
+    """Raise a ValueError if a weight of the network or the loss is not finite."""
+    parts = (engine.network, engine.loss_function)
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    if bad := [name for module in modules for name in not_finite(module.state_dict())]:
+        raise ValueError(
+            f"weights must be finite, got NaN or infinity in {len(bad)} of them ({bad[0]}) "
+            f"after step {engine.state.iteration}, in epoch {engine.state.epoch}; lower "
+            "learning_rate"
+        )
 
 
 class Validation(ValidationHandler):
@@ -133,6 +141,7 @@ def run(
     state: Mapping[str, Any],
     ckpt_dir: str | Path,
     handlers: Sequence[Any] = (),
+    minutes: float | None = None,
 ) -> None:
     """Train, from ``last.ckpt`` if there is one, writing it after every epoch.
 
@@ -146,13 +155,15 @@ def run(
         state: all that a resumed run needs, the trainer and the savers among it.
         ckpt_dir: folder of ``last.ckpt``.
         handlers: of the trainer.
+        minutes: after which ``last.ckpt`` is written within an epoch, too; None never does.
     """
     if loaders := [handler for handler in handlers if isinstance(handler, CheckpointLoader)]:
         incremental.run(trainer, evaluator, best, state, loaders, ckpt_dir)
         return
     path = Path(ckpt_dir) / "last.ckpt"
     scaler = getattr(trainer, "scaler_", None)
-    state = {**state, "scaler": scaler} if scaler else state
+    state = {**state, "scaler": scaler} if scaler else dict(state)
+    state[POSITION] = position = Position(trainer)
     resume(path, state, trainer)
     if trainer.state.epoch >= trainer.state.max_epochs:  # ignite would start again at epoch 0
         logger.info(
@@ -162,7 +173,17 @@ def run(
     for saver in best:
         (evaluator or trainer).add_event_handler(Events.EPOCH_COMPLETED, saver)
     record = recorded(trainer, evaluator, best, ckpt_dir)
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint(state, ckpt_dir, path.name))
+    save = checkpoint(state, ckpt_dir, path.name)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, save)
+    if minutes is not None:
+
+        def save_sound(engine: Engine) -> None:
+            check_weights(engine)
+            save(engine)
+
+        interval = CHECK_STEPS * getattr(trainer, "accumulation_steps", 1)
+        EveryMinutes(save_sound, minutes, interval).attach(trainer)
+    position.go_on()
     trainer.run()
     for saver in best:
         if not saver._saved:  # the validation is disabled

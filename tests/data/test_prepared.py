@@ -24,6 +24,7 @@ from monai.transforms import (
 from med3dinsight_ext.data import prepared
 from med3dinsight_ext.data.labels import ReadCased, check_labels
 from med3dinsight_ext.data.prepared import PreparedCopy, ReadPreparedd, loading, prepared_copy
+from med3dinsight_ext.data.settings import described
 from med3dinsight_ext.data.volumes import ReadVolumed, ScaleByModalityd, check_parts
 
 NAMES = ["background", "organ"]
@@ -156,7 +157,7 @@ def test_an_archive_is_keyed_by_content_and_member(tmp_path: Path) -> None:
 def test_the_order_of_a_set_changes_no_entry() -> None:
     transform = images()[1]
     transform.names = {"a", "b", "c"}
-    assert prepared._described([transform])[0][1]["names"] == ["a", "b", "c"]
+    assert described([transform])[0][1]["names"] == ["a", "b", "c"]
 
 
 def test_a_replaced_volume_is_prepared_anew(tmp_path: Path) -> None:

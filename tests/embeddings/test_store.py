@@ -174,8 +174,12 @@ def test_a_plan_counts_only_the_answers_that_are_missing(
     assert asking.plan(items)["calls"] == 31
 
 
-def test_a_plan_reads_no_volume_and_hashes_none(items: list[dict], store: Store) -> None:
-    store.plan(items)
+def test_a_plan_hashes_no_volume_and_measures_what_some_take(
+    items: list[dict], store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert 0 < store.plan(items)["hours"] < 0.1
+    assert "hours beside the model's with 1 readers of" in (out := capsys.readouterr().out)
+    assert "as 3 volumes took" in out and "nothing was made" in out
     assert not (store.root / "files.jsonl").exists()
 
 
