@@ -13,7 +13,7 @@ from torch import Tensor
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import read_json
-from med3dinsight_ext.planning.run_folder import PROGRAM, trained
+from med3dinsight_ext.planning.run_folder import PROGRAM, results, trained
 from med3dinsight_ext.training.record import FILE
 from med3dinsight_ext.workflows import infer
 
@@ -25,7 +25,8 @@ def embed(model: str, volume: str, quiet: bool = True, **overrides: Any) -> dict
     """Slice tokens of a volume: vectors in the spaces of the teacher's image and text embeddings.
 
     Args:
-        model: folder of a pre-training, or of its published bundle.
+        model: folder of a pre-training or of its published bundle, or owner/name of a repository of
+            Hugging Face.
         volume: file, or folder of a DICOM series.
         quiet: print warnings and errors alone.
         overrides: keys of the inference config, as ``grid_per_plane``, the slices of a plane (32).
@@ -58,7 +59,7 @@ def ask(
     """Score texts along the axes of a volume by a pre-trained network, with a page to look at.
 
     Args:
-        model: folder of a pre-training with captions, or of its published bundle.
+        model: as for ``embed``; pre-trained with captions.
         volume: file, or folder of a DICOM series.
         texts: what to look for, as "the left kidney".
         out: folder to write; default: answers in ``model``.
@@ -78,7 +79,7 @@ def ask(
         )
     if wrong := [text for text in map(str, texts) if not text or text[0] in EVALUATED]:
         raise ValueError(f"texts must begin with a letter or digit, got {wrong[0]!r}; reword it")
-    folder = Path(out) if out else trained(model)[0] / "answers"
+    folder = Path(out) if out else results(model, trained(model)[0], "answers")
     overrides["prompts"] = [str(text) for text in texts]
     stem = _inferred(model, volume, folder, quiet, overrides)
     found = json.loads(Path(f"{stem}_text.json").read_text("utf-8"))["prompts"]

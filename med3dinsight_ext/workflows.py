@@ -22,6 +22,7 @@ from med3dinsight_ext.planning.run_folder import (
     images_of,
     overlay,
     prepare,
+    results,
     settle,
     trained,
     weights_of,
@@ -126,8 +127,8 @@ def finetune(
     Args:
         data: as for ``plan``.
         labels: as for ``plan``.
-        pretrained: folder of a pre-training or a weights file; without it training starts from
-            scratch.
+        pretrained: folder of a pre-training, owner/name of a repository of Hugging Face, or a
+            weights file; without it training starts from scratch.
         out: folder of the training; default: runs/<name of data>/finetune.
         plan: file of the command plan; default: that of ``pretrained``, or one is made.
         quiet: print warnings and errors alone.
@@ -171,7 +172,8 @@ def predict(
     """Apply a trained network to volumes; segmentations are on the grids of their images.
 
     Args:
-        model: folder of a training, or of a published bundle.
+        model: folder of a training or of a published bundle, or owner/name of a repository of
+            Hugging Face.
         files: volumes (NIfTI, NRRD, MetaImage, folders of a DICOM series), or folders of them.
         out: folder to write; default: predictions in ``model``.
         quiet: print warnings and errors alone.
@@ -192,7 +194,7 @@ def predict(
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise ValueError(f"files must have different names, got {twice} twice; predict them apart")
-    folder = Path(out) if out else home / "predictions"
+    folder = Path(out) if out else results(model, home, "predictions")
     if there := [stem for stem in stems if any(folder.glob(f"{stem}_*"))]:
         raise ValueError(
             f"out must be a folder without these predictions, got {folder} with {there[0]} and "
@@ -255,7 +257,7 @@ def evaluate(
     kept for validation if ``data`` is what it was trained on; else all.
 
     Args:
-        model: folder of a training, or of a published bundle.
+        model: as for ``predict``.
         data: as for ``plan``.
         labels: as for ``plan``.
         out: folder to write; default: evaluation-<name of data> in ``model``.
@@ -276,7 +278,7 @@ def evaluate(
         dataset = dataset._replace(items=dataset.labelled())
     if not dataset.items:
         raise ValueError(f"data must have labels, got none in {data}; name them with --labels")
-    folder = Path(out) if out else home / f"evaluation-{_name(data)}"
+    folder = Path(out) if out else results(model, home, f"evaluation-{_name(data)}")
     if (folder / DATALIST).exists():
         raise ValueError(f"out must be a new folder, got {folder}; name another with --out")
     settings: dict[str, Any] = {"bundle_root": str(home), "output_dir": str(folder)}
