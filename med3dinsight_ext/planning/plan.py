@@ -183,7 +183,10 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
             + ("the whole volume" if whole else "a quarter of the volume"),
         )
         put("patch_size", patch, f"proportions of the median volume, {size:,} voxels")
-        put("backbone", unet(filters, limits.levels, strides), f"residual U-Net, {filters} filters")
+        # Instance norm sets each channel's mean to zero, which hides sizes from a classifier.
+        norm = "BATCH" if whole else "INSTANCE"
+        reason = f"residual U-Net, {filters} filters" + (", batch norm" if whole else "")
+        put("backbone", unet(filters, limits.levels, strides, norm), reason)
         put("batch_size", batch, "patches in a step")
         patch, batch = plan.settings["patch_size"], plan.settings["batch_size"]
         try:
