@@ -15,20 +15,13 @@ from typing import Any
 import fakes
 import pytest
 from embeddings.test_store_laws import entries
+from ray_store import build
 from running import command, environment, settings
 
-from med3dinsight_ext.captions.sources import TemplateCaptions
 from med3dinsight_ext.embeddings import cluster
 from med3dinsight_ext.embeddings.cluster import Filler, fill
-from med3dinsight_ext.embeddings.store import Store
 
 VOLUMES = 12
-
-
-def build(root: Path, pids: Path | None = None) -> Store:
-    if pids is not None:
-        (pids / str(os.getpid())).touch()
-    return Store(root, fakes.teacher(), TemplateCaptions(), per_plane=2)
 
 
 @pytest.fixture
