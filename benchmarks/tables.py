@@ -478,15 +478,9 @@ def fuzz(result: Result) -> str:
         found = row["outcomes"]
         bad = sum(found.values()) - found.get("value", 0) - found.get("refused", 0)
         forbidden += bad
-        counts = [
-            row["inputs"],
-            row["seconds"],
-            found.get("value", 0),
-            found.get("refused", 0),
-            bad,
-        ]
-        expected = 60 * limits["issue_minutes"] * row["per_second"]
-        lines.append([f"`{name}`", *(f"{n:,}" for n in counts), f"{expected:,.0f}"])
+        share = f"{100 * row['seconds'] / (60 * limits['issue_minutes']):.1f} %"
+        counts = [row["inputs"], found.get("value", 0), found.get("refused", 0), bad]
+        lines.append([f"`{name}`", *(f"{n:,}" for n in counts), f"{row['seconds']:,.0f}", share])
     return fill(
         "fuzz",
         where=where(result),

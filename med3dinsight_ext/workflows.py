@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from med3dinsight_ext.data.layouts import read_dataset
+from med3dinsight_ext.data.layouts import check_trainable, read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
@@ -22,6 +22,7 @@ from med3dinsight_ext.planning.run_folder import (
     images_of,
     overlay,
     prepare,
+    results,
     settle,
     trained,
     weights_of,
@@ -30,7 +31,7 @@ from med3dinsight_ext.planning.run_folder import (
 from med3dinsight_ext.reports.predictions import write_predictions
 from med3dinsight_ext.training.launch import launch
 
-PAGE = "predictions.html"
+PAGE, INPUTS = "predictions.html", "inputs.json"
 
 
 def plan(
@@ -38,6 +39,7 @@ def plan(
     labels: str | None = None,
     out: str | None = None,
     base: str | None = None,
+    nnunet: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Look at a dataset and write settings for it and this machine as a config overlay.
@@ -48,6 +50,8 @@ def plan(
         labels: folder of labels that are named like the images, or a list with image and label.
         out: YAML file to write; default: runs/<name of data>/plan.yaml.
         base: plan to take settings from: another file, or the folder of a training.
+        nnunet: nnU-Net's plan of this dataset, as nnUNetResEncUNetMPlans.json, to take network,
+            spacing and patch from, so that ``export --to nnunet`` fits it.
         quiet: print nothing.
 
     Returns:
@@ -60,7 +64,9 @@ def plan(
     path = Path(out) if out else OUT / _name(data) / PLAN
     if path.exists():
         raise ValueError(f"out must be a new file, got {path}; edit it, delete it or name another")
-    settings = settle(dataset, path, base, quiet)
+    if base and nnunet:
+        raise ValueError("plan must have base or nnunet, got both; leave one out")
+    settings = settle(dataset, path, base, quiet, nnunet)
     if not quiet:
         print(f"next: {PROGRAM} pretrain {quote(data)} --plan {path}")
     return settings
@@ -121,8 +127,8 @@ def finetune(
     Args:
         data: as for ``plan``.
         labels: as for ``plan``.
-        pretrained: folder of a pre-training or a weights file; without it training starts from
-            scratch.
+        pretrained: folder of a pre-training, owner/name of a repository of Hugging Face, or a
+            weights file; without it training starts from scratch.
         out: folder of the training; default: runs/<name of data>/finetune.
         plan: file of the command plan; default: that of ``pretrained``, or one is made.
         quiet: print warnings and errors alone.
@@ -140,6 +146,7 @@ def finetune(
             "their folder or list with --labels"
         )
     dataset = dataset._replace(items=labelled)
+    check_trainable(dataset)
     folder = Path(out) if out else OUT / _name(data) / "finetune"
     more: dict[str, Any] = {}
     if pretrained:
@@ -165,7 +172,8 @@ def predict(
     """Apply a trained network to volumes; segmentations are on the grids of their images.
 
     Args:
-        model: folder of a training, or of a published bundle.
+        model: folder of a training or of a published bundle, or owner/name of a repository of
+            Hugging Face.
         files: volumes (NIfTI, NRRD, MetaImage, folders of a DICOM series), or folders of them.
         out: folder to write; default: predictions in ``model``.
         quiet: print warnings and errors alone.
@@ -186,18 +194,14 @@ def predict(
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise ValueError(f"files must have different names, got {twice} twice; predict them apart")
-    folder = Path(out) if out else home / "predictions"
+    folder = Path(out) if out else results(model, home, "predictions")
     if there := [stem for stem in stems if any(folder.glob(f"{stem}_*"))]:
         raise ValueError(
             f"out must be a folder without these predictions, got {folder} with {there[0]} and "
             f"{len(there) - 1} more; name another with --out, or move them away"
         )
-    listed = folder / "inputs.json"
-    text = json.dumps([{"image": image} for image in images], indent=1)
-    write_atomic(listed, lambda draft: draft.write_text(text))
-    settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
-    launch(bundle, ["inference.json", *overlays], settings | overrides, quiet, verbose)
-    written = sorted(path for path in folder.iterdir() if path != listed)
+    infer(home, bundle, overlays, images, folder, overrides, quiet, verbose)
+    written = sorted(path for path in folder.iterdir() if path.name != INPUTS)
     if kind_of(bundle) == "segmentation":
         config = home / PLAN if overlays else bundle / "configs" / "inference.json"
         names = read_plan(config)["label_names"]  # JSON is YAML
@@ -207,6 +211,35 @@ def predict(
     if not quiet:
         print(f"\nwrote {len(written)} files to {folder}; look at {written[-1]}")
     return written
+
+
+def infer(
+    home: Path,
+    bundle: Path,
+    overlays: list[str],
+    images: Sequence[str],
+    folder: Path,
+    overrides: Mapping[str, Any],
+    quiet: bool,
+    verbose: bool = False,
+) -> None:
+    """Run the inference config of a trained network on some images.
+
+    Args:
+        home: folder of the network; with ``bundle`` and ``overlays`` from ``trained``.
+        bundle: its bundle.
+        overlays: of the config.
+        images: paths.
+        folder: to write.
+        overrides: keys of the config.
+        quiet: print warnings and errors alone.
+        verbose: print the messages of ignite and MONAI too.
+    """
+    listed = folder / INPUTS
+    text = json.dumps([{"image": image} for image in images], indent=1)
+    write_atomic(listed, lambda draft: draft.write_text(text))
+    settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
+    launch(bundle, ["inference.json", *overlays], settings | dict(overrides), quiet, verbose)
 
 
 def evaluate(
@@ -224,7 +257,7 @@ def evaluate(
     kept for validation if ``data`` is what it was trained on; else all.
 
     Args:
-        model: folder of a training, or of a published bundle.
+        model: as for ``predict``.
         data: as for ``plan``.
         labels: as for ``plan``.
         out: folder to write; default: evaluation-<name of data> in ``model``.
@@ -245,7 +278,7 @@ def evaluate(
         dataset = dataset._replace(items=dataset.labelled())
     if not dataset.items:
         raise ValueError(f"data must have labels, got none in {data}; name them with --labels")
-    folder = Path(out) if out else home / f"evaluation-{_name(data)}"
+    folder = Path(out) if out else results(model, home, f"evaluation-{_name(data)}")
     if (folder / DATALIST).exists():
         raise ValueError(f"out must be a new folder, got {folder}; name another with --out")
     settings: dict[str, Any] = {"bundle_root": str(home), "output_dir": str(folder)}

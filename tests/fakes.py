@@ -152,3 +152,29 @@ def write_volumes(folder: Path, count: int, size: tuple[int, int, int] = (28, 32
     (folder / "segmentation.json").write_text(json.dumps({"training": masks}))
     (folder / "classification.json").write_text(json.dumps(classes))
     return folder
+
+
+def nnunet_plan() -> dict[str, Any]:
+    """The part of an nnU-Net plan that is read here; its first axis is coarse."""
+    arguments = {
+        "n_stages": 3, "features_per_stage": [4, 6, 8], "n_blocks_per_stage": [1, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1],
+        "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+        "conv_op": "torch.nn.modules.conv.Conv3d", "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True}, "dropout_op": None,
+        "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }  # fmt: skip
+    name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    needed = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    return {
+        "image_reader_writer": "SimpleITKIO", "transpose_forward": [0, 1, 2],
+        "foreground_intensity_properties_per_channel": {"0": {}},
+        "configurations": {"3d_fullres": {
+            "spacing": [3.0, 1.0, 0.8], "patch_size": [8, 24, 32],
+            "architecture": {"network_class_name": name, "arch_kwargs": arguments,
+                             "_kw_requires_import": needed},
+        }},
+    }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.data.volumes import check_each
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.images import open_volume
-from med3dinsight_ext.io.reading import read_json
+from med3dinsight_ext.io.reading import read_json, readable
 from med3dinsight_ext.io.volume_files import DICOM_ENDINGS, VOLUME_ENDINGS, find_volumes
 
 CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net's number of a channel
@@ -84,8 +85,8 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     else:
         items = _folder_items(source, Path(labels) if labels else None, notes)
         if described.is_file():
-            modality = _modality(described)
-            items = [item | {"modality": modality} for item in items]
+            kinds = _modalities(described)
+            items = [i | {"modality": kinds.get(_channel(i["image"]), "auto")} for i in items]
     split, captions = root / "split.json", root / "captions.jsonl"
     found = [path if path.is_file() else None for path in (split, captions)]
     return Dataset(root, items, names, found[0], found[1], notes)
@@ -138,14 +139,22 @@ def _folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[d
     return items
 
 
-def _modality(path: Path) -> str:
-    """Modality of the first channel in a dataset.json; "auto" if it is not written or unknown."""
+def _modalities(path: Path) -> dict[int, str]:
+    """Modality of each channel in a dataset.json; "auto" for an unknown one."""
     content = read_json(path, "dataset.json", "correct it or move it away")
-    kinds = content.get("modality") or content.get("channel_names") or {}
-    try:
-        return modality_name(next(iter(dict(kinds).values()), None))
-    except ValueError:
-        return "auto"
+    with readable("dataset.json", path, "correct it or move it away"):
+        kinds = dict(content.get("modality") or content.get("channel_names") or {})
+        found = {int(channel): "auto" for channel in kinds}
+    for channel, kind in kinds.items():
+        with suppress(ValueError):
+            found[int(channel)] = modality_name(kind)
+    return found
+
+
+def _channel(image: str) -> int:
+    """Number of an image's channel in nnU-Net's names; 0 without one."""
+    found = CHANNEL.search(volume_stem(image))
+    return int(found[0][1:]) if found else 0
 
 
 def _labels(source: Path, labels: Path | None) -> dict[Key, str]:
@@ -171,12 +180,14 @@ def _key(path: Path, root: Path) -> Key:
     return folders, stem.removesuffix(ending)
 
 
-def check_channels(items: Sequence[dict[str, Any]]) -> None:
-    """Stop if several images share a label: networks here take one channel.
+def check_trainable(dataset: Dataset) -> None:
+    """Stop if segmentation cannot be trained as the labels are meant.
 
     Raises:
-        ValueError: names the cases.
+        ValueError: several images share a label, but networks here take one channel; or a class is
+            nnU-Net's ``ignore``, which would be learned.
     """
+    items = dataset.labelled()
     count = Counter(item["label"] for item in items if str(item["label"]).endswith(VOLUME_ENDINGS))
     if shared := [label for label, n in count.items() if n > 1]:
         names = sorted(Path(i["image"]).name for i in items if i["label"] == shared[0])
@@ -184,6 +195,11 @@ def check_channels(items: Sequence[dict[str, Any]]) -> None:
             f"cases must have one image a label, got {', '.join(names)} for {shared[0]} and "
             f"{len(shared) - 1} more such; keep one channel in the folder, or name the images in a "
             "list with image and label"
+        )
+    if "ignore" in (dataset.names or ()):
+        raise ValueError(
+            f"labels must not be partial, got a label ignore in the dataset.json of {dataset.root};"
+            " train on cases that are annotated completely"
         )
 
 

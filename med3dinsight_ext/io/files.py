@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -46,10 +47,20 @@ def move(draft: Path, path: Path) -> None:
     """Flush a file, or a folder with its files, to the disk and rename it in one step.
 
     Without the flush a power cut may leave the new name with an empty file.
+
+    Raises:
+        ValueError: another process has written a folder of that name meanwhile.
     """
     for part in (*draft.rglob("*"), draft):
         sync(part)
-    os.replace(draft, path)
+    try:
+        os.replace(draft, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise ValueError(
+            f"folder must be new, got {path} by another process; choose another"
+        ) from (error)
     with suppress(OSError):  # some network file systems flush no folders
         sync(path.parent)
 
@@ -69,7 +80,10 @@ def write_atomic(path: Path, write: Any) -> None:
 
 
 class HashMemo:
-    """Content hashes of files, cached by path, size and time of change.
+    """Content hashes of files, cached by path, size and times of change.
+
+    The time of the last write can be set, and archives often set one for all their files; that of
+    the last change of the file's entry on the disk cannot.
 
     Args:
         path: JSONL file; each hash is written there at once, as hashing many scans takes hours.
@@ -124,11 +138,10 @@ def _identity(file: str | Path) -> tuple[str, int, int]:
             raise OSError("a pipe or device")  # would be read without an end
     except OSError as error:
         raise ValueError(f"image must be a file, got {file}; correct the datalist") from error
-    path = os.path.abspath(file)
+    path, changed = os.path.abspath(file), [stat.st_mtime_ns + stat.st_ctime_ns for stat in stats]
     if len(files) == 1:
-        return path, stats[0].st_size, stats[0].st_mtime_ns
-    times = [
-        (part, stat.st_size, stat.st_mtime_ns) for part, stat in zip(files, stats, strict=True)
-    ]
-    digest = hashlib.sha256(repr(times).encode("utf-8", "backslashreplace")).hexdigest()
-    return path, sum(stat.st_size for stat in stats), int(digest[:15], 16)
+        return path, stats[0].st_size, changed[0]
+    sizes = [stat.st_size for stat in stats]
+    text = repr(list(zip(files, sizes, changed, strict=True)))
+    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+    return path, sum(sizes), int(digest[:15], 16)

@@ -16,6 +16,7 @@ RUN_ARGUMENTS = (  # of ``monai.bundle run`` itself
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
     "args_file", "workflow_name", "workflow_type",
 )  # fmt: skip
+MLFLOW = "shared/mlflow.json"  # settings of --tracking, in bundles/
 
 
 def check_overrides(arguments: Sequence[str] | None = None) -> None:
@@ -30,8 +31,8 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: names the key, and the nearest one or what it takes; or a file that the bundles
-            share and ``config_file`` lacks. Not an error type, so that MONAI does not wrap it in
-            "Failed to evaluate".
+            share and ``config_file`` lacks; or MONAI's own settings of ``tracking``. Not an error
+            type, so that MONAI does not wrap it in "Failed to evaluate".
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     given: dict[str, Any] = {}
@@ -51,6 +52,7 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
     if missing := missing_shared(config):
         names = " and ".join(f"bundles/shared/{name}" for name in missing)
         raise SystemExit(f"config_file must name {names} after configs/train.json, got {files}")
+    config = {**_tracking_keys(given.get("tracking")), **config}
     for name, value in given.items():
         if name in RUN_ARGUMENTS:
             continue
@@ -73,6 +75,18 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
         else:
             value = DefaultParseValue(value) if isinstance(value, str) else value
             _check_list("override", f"--{name} {value}", name, value, node)
+
+
+def _tracking_keys(settings: object) -> dict[str, Any]:
+    """Keys that a file of tracking settings adds to a config."""
+    if not isinstance(settings, str):
+        return {}
+    if settings == "mlflow":
+        raise SystemExit(
+            f"tracking must be bundles/{MLFLOW}, got mlflow: MONAI's own settings read the loss "
+            "from a list, and trainers here give one dict; name that file"
+        )
+    return dict(ConfigParser.load_config_file(settings).get("configs", {}))
 
 
 def _check_overlays(files: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from med3dinsight_ext.data.laterality import mirror
-from med3dinsight_ext.data.layouts import Dataset, check_channels, class_numbers
+from med3dinsight_ext.data.layouts import Dataset, class_numbers
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.planning.dry_step import build, step_cost, usable_memory
@@ -27,6 +27,7 @@ from med3dinsight_ext.planning.survey import Survey, survey
 BATCH = 4  # patches in a step
 SHARE = 0.7  # of the free memory that a step may take
 SMALLEST = 16**3  # voxels of a patch
+WIDTHS = ("channels", "features_per_stage")  # of a backbone: what is shown of it
 WIDTH = 100  # characters of a line on the screen
 TASK = ("label_names", "class_names", "mirror_axes", "mirror_pairs", "patches_per_volume")
 
@@ -140,7 +141,6 @@ def _put_classes(put: Any, dataset: Dataset) -> None:
         classes = sorted({str(item["label"]) for item in labelled})
         put("class_names", classes, "all labels of the list")
         return
-    check_channels(labelled)
     names = dataset.names
     reason = "from dataset.json"
     if names is None:
@@ -168,6 +168,7 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
     native = target_spacing(found.spacings, found.shapes)
     extent = np.median(found.shapes * found.spacings, 0)
     free, voxels, batch = usable_memory(device), limits.voxels, BATCH
+    tried: list[int] = []
     while True:
         spacing = covering_spacing(extent / native, native, voxels, 1.0 if whole else 0.25)
         patch, strides = fitting_patch(extent / spacing, spacing, voxels, limits.levels)
@@ -182,7 +183,10 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
             + ("the whole volume" if whole else "a quarter of the volume"),
         )
         put("patch_size", patch, f"proportions of the median volume, {size:,} voxels")
-        put("backbone", unet(filters, limits.levels, strides), f"residual U-Net, {filters} filters")
+        # Instance norm sets each channel's mean to zero, which hides sizes from a classifier.
+        norm = "BATCH" if whole else "INSTANCE"
+        reason = f"residual U-Net, {filters} filters" + (", batch norm" if whole else "")
+        put("backbone", unet(filters, limits.levels, strides, norm), reason)
         put("batch_size", batch, "patches in a step")
         patch, batch = plan.settings["patch_size"], plan.settings["batch_size"]
         try:
@@ -194,12 +198,14 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
             break
         if batch > 2:
             batch = 2
-        elif (voxels := voxels // 2) < SMALLEST:
+        elif (voxels := voxels // 2) < SMALLEST or patch == tried:  # it is a given one
             raise ValueError(
                 f"memory must hold a training step, got {free / 2**30:.1f} GiB free and "
-                f"{used / 2**30:.1f} GiB needed by the smallest patch; free memory, or give a "
-                "smaller backbone in a plan"
+                f"{used / 2**30:.1f} GiB needed by a patch of {_times(patch)} voxels; free memory, "
+                "or give a smaller patch_size or backbone in a plan"
             )
+        else:
+            tried = patch
     plan.reasons["batch_size"] += (
         f"; a step takes {used / 2**30:.1f} of {free / 2**30:.0f} GiB and {seconds:.1f} s here"
     )
@@ -219,7 +225,9 @@ def shown(plan: Plan, width: int = WIDTH) -> str:
     """
     lines = [*plan.seen, ""]
     for key, value in plan.settings.items():
-        text = _flow(value["channels"] if key == "backbone" and "channels" in value else value)
+        if key == "backbone":
+            value = next((value[name] for name in WIDTHS if name in value), value)
+        text = _flow(value)
         lines.append(f"{key:<19}{_cut(text, 26):<27}{plan.reasons[key]}")
     return "\n".join(f"  {_cut(line, width - 2)}".rstrip() for line in lines)
 

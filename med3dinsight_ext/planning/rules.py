@@ -94,7 +94,9 @@ def covering_spacing(
     return [round(float(x), 2) for x in mm]
 
 
-def unet(filters: int, levels: int, strides: list[list[int]]) -> dict[str, Any]:
+def unet(
+    filters: int, levels: int, strides: list[list[int]], norm: str = "INSTANCE"
+) -> dict[str, Any]:
     """Config of a residual U-Net whose width doubles at each level, up to 320."""
     widths = [min(filters * 2**i, 320) for i in range(levels + 1)]
     return {
@@ -105,7 +107,7 @@ def unet(filters: int, levels: int, strides: list[list[int]]) -> dict[str, Any]:
         "channels": widths,
         "strides": strides,
         "num_res_units": 2,
-        "norm": "INSTANCE",
+        "norm": norm,
     }
 
 

@@ -1,4 +1,7 @@
-"""A bundle's network as TorchScript and ONNX, each compared with PyTorch before it is kept."""
+"""A bundle's network as TorchScript and ONNX, each compared with PyTorch before it is kept.
+
+Weights for nnU-Net are written by ``publishing.nnunet``.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 
 from med3dinsight_ext.io.errors import summary
 from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.publishing.nnunet import export_nnunet
 from med3dinsight_ext.training.checkpoints import load_weights
 from med3dinsight_ext.training.record import read_record, state_hash
 
@@ -35,8 +39,11 @@ class Differs(Exception):
     """An exported network that runs and differs from PyTorch."""
 
 
-def export(folder: str) -> None:
-    """Write models/model.ts, models/model.onnx and models/exports.json of a bundle folder.
+def export(folder: str, to: str | None = None) -> None:
+    """Write a network as TorchScript and ONNX, or as weights for nnU-Net.
+
+    They are models/model.ts, models/model.onnx and models/exports.json of a bundle folder; with
+    ``--to nnunet`` models/nnunet.pth alone, also in the folder of a training.
 
     MONAI's ``ckpt_export`` and ``onnx_export`` make the files. Each is read back, run under
     TorchScript or onnxruntime on the CPU on one seeded random input of the config's ``patch_size``,
@@ -45,12 +52,18 @@ def export(folder: str) -> None:
 
     Args:
         folder: a bundle with configs/inference.json and models/model.pt.
+        to: None, or nnunet.
 
     Raises:
         ModuleNotFoundError: onnx, onnxruntime or onnxscript is missing.
         ValueError: there is no such bundle, its weights are those of another network, or a file
             differs from PyTorch.
     """
+    if to is not None:
+        if to != "nnunet":
+            raise ValueError(f"to must be nnunet, got {to}; leave it out for TorchScript and ONNX")
+        export_nnunet(folder)
+        return
     versions = _versions()
     root = Path(folder).resolve()
     config = root / "configs" / "inference.json"

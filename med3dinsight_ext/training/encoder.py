@@ -8,6 +8,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
+from med3dinsight_ext.io.hub import local_folder
 from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.models.pyramid import find_pyramid, pyramid_of
 from med3dinsight_ext.training.checkpoints import load_weights
@@ -49,7 +50,8 @@ def load_encoder(path: str | Path, levels: int = 4) -> Encoder:
     """A trained network with its weights, as an encoder on the CPU in eval mode.
 
     Args:
-        path: folder of a training or of a published bundle; models/model.pt is in it.
+        path: folder of a training or of a published bundle; models/model.pt is in it. Or owner/name
+            of a repository of Hugging Face.
         levels: of features, at most.
 
     Raises:
@@ -59,7 +61,21 @@ def load_encoder(path: str | Path, levels: int = 4) -> Encoder:
         >>> encoder = load_encoder("runs/scans/pretrain")  # doctest: +SKIP
         >>> fine, *_, deep = encoder(torch.zeros(1, 1, 96, 96, 96))  # doctest: +SKIP
     """
-    home = Path(path)
+    network, config = trained_network(path)
+    size = tuple(int(n) for n in ConfigParser(config).get_parsed_content("patch_size"))
+    return Encoder(network, size, levels).eval()
+
+
+def trained_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone of a trained network with its weights, and the config of the training.
+
+    Args:
+        path: folder of a training or of a published bundle, or a repository.
+
+    Raises:
+        ValueError: the folder has no weights, or no config of the network.
+    """
+    home = local_folder(path)
     weights, record = home / "models" / "model.pt", home / "models" / FILE
     published = home / "configs" / "inference.json"
     if not weights.is_file() or not (published.is_file() or record.is_file()):
@@ -73,5 +89,4 @@ def load_encoder(path: str | Path, levels: int = 4) -> Encoder:
         config = read_json(record, "record")["config"]
     parser = ConfigParser(config)
     load_weights(parser.get_parsed_content("network_def"), weights)
-    size = tuple(int(n) for n in parser.get_parsed_content("patch_size"))
-    return Encoder(parser.get_parsed_content("backbone"), size, levels).eval()
+    return parser.get_parsed_content("backbone"), config

@@ -14,7 +14,7 @@ from monai.bundle import ConfigWorkflow
 
 from med3dinsight_ext.io.bundles import bundles_dir
 from med3dinsight_ext.io.configs import with_shared
-from med3dinsight_ext.io.overrides import check_overrides
+from med3dinsight_ext.io.overrides import MLFLOW, check_overrides
 
 
 def bundle_run(bundle: str | Path, overlays: Sequence[str], **overrides: Any) -> ConfigWorkflow:
@@ -35,7 +35,7 @@ def launch(
         bundle: its folder, or its name in bundles/.
         overlays: config files in its configs/ or with an absolute path; the later ones win. The
             files that bundles share follow train.json.
-        overrides: key to value.
+        overrides: key to value; ``tracking`` may be "mlflow" for the settings of these bundles.
         quiet: print warnings and errors alone.
         verbose: print the messages of ignite and MONAI too.
 
@@ -44,6 +44,8 @@ def launch(
     """
     configs = (Path(bundle) if Path(bundle).is_dir() else bundles_dir() / bundle) / "configs"
     files = [path for name in overlays for path in with_shared(str(configs / name))]
+    if overrides.get("tracking") == "mlflow":
+        overrides = {**overrides, "tracking": str(bundles_dir() / MLFLOW)}
     short = [os.path.relpath(file) for file in files]
     config = short[0] if len(files) == 1 else str(short).replace(" ", "")
     words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from med3dinsight_ext.data.layouts import check_channels, class_numbers, read_dataset
+from med3dinsight_ext.data.layouts import check_trainable, class_numbers, read_dataset
 
 
 def put(root: Path, *names: str, shape: tuple[int, ...] = (6, 7, 8), value: int = 0) -> None:
@@ -131,10 +131,34 @@ def test_labels_without_an_image_are_noted(tmp_path: Path) -> None:
     assert read_dataset(tmp_path).notes == ["1 of 2 labels have no image"]
 
 
-def test_two_channels_of_a_labelled_case_are_an_error(tmp_path: Path) -> None:
+def described(root: Path, channels: list[str], labels: dict[str, int]) -> None:
+    """nnU-Net's dataset.json."""
+    names = {str(i): name for i, name in enumerate(channels)}
+    (root / "dataset.json").write_text(json.dumps({"channel_names": names, "labels": labels}))
+
+
+def test_two_channels_of_a_labelled_case_are_images_of_one_patient_and_not_trainable(
+    tmp_path: Path,
+) -> None:
     put(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz")
+    described(tmp_path, ["CT", "PET"], {"background": 0, "tumour": 1})
+    found = read_dataset(tmp_path)
+    assert [(i["modality"], i["patient"]) for i in found.items] == [("CT", "a"), ("PET", "a")]
     with pytest.raises(ValueError, match="one image a label, got a_0000.nii.gz, a_0001.nii.gz for"):
-        check_channels(read_dataset(tmp_path).labelled())
+        check_trainable(found)
+    (tmp_path / "imagesTr/a_0001.nii.gz").unlink()
+    check_trainable(read_dataset(tmp_path))
+
+
+def test_an_unknown_channel_is_of_any_modality_and_ignored_voxels_are_not_a_class(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    described(tmp_path, ["zscore"], {"background": 0, "tumour": 1, "ignore": 2})
+    found = read_dataset(tmp_path)
+    assert found.items[0]["modality"] == "auto"
+    with pytest.raises(ValueError, match="must not be partial, got a label ignore in the dataset"):
+        check_trainable(found)
 
 
 def test_class_numbers_must_count_up(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from running import BACKBONES, BUNDLES, configs
+from running import BACKBONES, BUNDLES, ROOT, configs
 
 from med3dinsight_ext.io.configs import with_shared
-from med3dinsight_ext.io.overrides import check_overrides
+from med3dinsight_ext.io.overrides import MLFLOW, check_overrides
 
 
 @pytest.fixture
@@ -160,3 +160,14 @@ def test_args_file_is_checked_too(config: str, tmp_path: Path) -> None:
 def test_other_programs_are_left_alone() -> None:
     check_overrides(["tests/test_workflow.py", "--verbose"])
     check_overrides([])
+
+
+def test_settings_of_tracking_may_be_overridden_and_monais_own_are_refused(config: str) -> None:
+    words = ["run", "--config_file", config]
+    more = ["--experiment_name", "organs"]
+    path = str(ROOT / "bundles" / MLFLOW)
+    check_overrides([*words, "--tracking", path, *more])
+    with pytest.raises(SystemExit, match="override must name a key .* --experiment_name"):
+        check_overrides([*words, *more])
+    with pytest.raises(SystemExit, match="tracking must be bundles/shared/mlflow.json, got mlflow"):
+        check_overrides([*words, "--tracking", "mlflow"])

@@ -77,6 +77,7 @@ def test_a_list_of_classes_gets_class_names_and_a_patch_of_the_whole_volume(
     monkeypatch.setattr(planning, "CPU", planning.Machine(12**3, 0, 2, 1e5, 2, 50))
     dataset = read_dataset(folder, folder / "classification.json")
     settings = make_plan(dataset, device=CPU).settings
+    assert settings["backbone"]["norm"] == "BATCH"
     assert settings["class_names"] == ["even", "odd"] and "label_names" not in settings
     extent = np.array(settings["patch_size"]) * settings["spacing"]
     assert (extent >= np.array([28, 32, 26]) * 2 * 0.9).all()

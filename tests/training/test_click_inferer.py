@@ -116,6 +116,31 @@ def test_a_history_computes_only_new_clicks_and_takes_clicks_back() -> None:
     assert len(network.seen) == 4
 
 
+def test_a_long_history_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("med3dinsight_ext.training.click_inferer.MOST_STEPS", 2)
+    network, kept = Network(), inferer()
+    kept.history = History()
+    calls = []
+    for x in (6, 7, 6, 8, 6, 7, 6):  # of the automatic answer and of each new click
+        kept(volume((1, x, 6, 6)), network)
+        calls.append(len(network.seen))
+    assert calls == [2, 3, 3, 4, 5, 6, 6]  # the third click is one too many: forgotten at the next
+
+
+def test_a_click_is_a_disc_of_three_voxels_in_a_ball_of_sixteen_by_default() -> None:
+    networks = [Network(), Network(), Network()]
+    given: list[dict[str, Any]] = [{}, {"radius": 3.0, "refine_radius": 16.0, "shape": "disc"}]
+    found = [
+        ClickInferer(SimpleInferer(), NAMES, (40, 24, 20), **more)(volume((1, 20, 12, 10)), network)
+        for more, network in zip([*given, {"radius": 6.0}], networks, strict=True)
+    ]
+    assert torch.equal(found[0], found[1])
+    one, same, wider = (network.seen[-1] for network in networks)
+    assert torch.equal(one, same) and wider[:, 2].sum() > one[:, 2].sum()
+    away = found[0][0].argmax(0).nonzero() - torch.tensor([20, 12, 10])
+    assert away.abs().amax(0)[0] == 16
+
+
 def test_a_repeated_click_is_answered() -> None:
     once, twice = (inferer()(volume(*[(1, 6, 6, 6)] * n), Network()) for n in (1, 2))
     assert torch.equal(once, twice)
