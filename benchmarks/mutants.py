@@ -6,6 +6,7 @@ Strings, annotations, decorators and the texts of errors and logs stay as they a
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,10 +36,14 @@ SPEECH = {"info", "warning", "print", "debug"}
 
 
 class Mutant(NamedTuple):
-    """A changed module: stable key, first line, lines whose tests are run, function, code."""
+    """A changed module: stable key, first line, lines whose tests are run, function, code.
+
+    ``source`` is a hash of the unchanged function around it, or of the statement outside functions.
+    """
 
     key: str
     line: int
+    source: str
     lines: set[int]
     function: tuple[str, int] | None  # name and first line, to exchange its code alone
     code: CodeType
@@ -158,7 +163,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
     seen: Counter[str] = Counter()
     for node, put, ancestors in slots(tree):
         shown = context(node, ancestors)
-        before = line_of(shown)
+        before, source = line_of(shown), digest(node, ancestors)
         for new in changes(node):
             put(ast.fix_missing_locations(ast.copy_location(new, node)))
             code = compile(tree, str(path), "exec", dont_inherit=True)
@@ -170,7 +175,16 @@ def mutants(path: Path) -> Iterator[Mutant]:
             seen[key] += 1
             number = f" ({seen[key]})" if seen[key] > 1 else ""
             lines, function = reach(node, ancestors)
-            yield Mutant(key + number, getattr(node, "lineno", 0), lines, function, code)
+            line = getattr(node, "lineno", 0)
+            yield Mutant(key + number, line, source, lines, function, code)
+
+
+def digest(node: ast.AST, path: tuple[ast.AST, ...]) -> str:
+    """Hash of the outermost function around a node, or of the innermost statement without one."""
+    chain = (*path, node)
+    functions = [n for n in chain if isinstance(n, FUNCTION)]
+    statement = functions[0] if functions else [n for n in chain if isinstance(n, ast.stmt)][-1]
+    return hashlib.sha256(ast.unparse(statement).encode()).hexdigest()[:12]
 
 
 def context(node: ast.AST, ancestors: tuple[ast.AST, ...]) -> ast.AST:

@@ -6,17 +6,20 @@
 A mutant runs in a process forked after the imports, against the tests that reach its line, the
 fastest first; mutmut and cosmic-ray start a process a mutant, which imports for ten seconds. Writes
 results/mutation.json. mutation.yaml names the tests of each module and the mutants that no test can
-kill, each with its reason. In the log a killed mutant counts while its module is unchanged, a
+kill, each with its reason. In the log a killed mutant counts while its function is unchanged, a
 survivor only while the tests are unchanged too.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import gc
 import hashlib
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -44,6 +47,8 @@ MODULES = yaml.safe_load(Path(__file__).with_name("mutation.yaml").read_text())
 HEAVY = ("monai.bundle", "monai.engines", "monai.transforms", "monai.networks.nets", "monai.losses",
          "monai.metrics", "monai.inferers", "monai.handlers", "ignite.engine", "transformers",
          "matplotlib.pyplot", "nibabel", "scipy.stats", "ot", "einops")  # fmt: skip
+LIBRARIES = sys.stdlib_module_names | set(importlib.metadata.packages_distributions())
+LIBRARIES -= {"med3dinsight_ext"}
 EXAMPLES = "tests/test_docstring_examples.py::test_examples_in_docstrings_are_right"
 MEMORY = 24 * 2**30  # of a process, in bytes of address space
 
@@ -139,7 +144,8 @@ class Run:
         name: of the module, within the package.
         log: JSONL file, a line for each mutant that was tried.
         until: time at which to stop.
-        most: mutants to try, drawn at random but always the same ones; None tries all.
+        most: mutants to try, drawn at random but always the same ones; None tries all. Those in
+            the log are tried again in any case.
     """
 
     def __init__(self, name: str, log: Path, until: float, most: int | None = None) -> None:
@@ -156,12 +162,12 @@ class Run:
             words.append(f"{EXAMPLES}[{self.module}]")
         self.tests = " ".join(words)
         self.file, self.mutants = str(path), list(mutants(path))
-        self.source = digest([path])
         self.state = digest(paths)
         self.results: dict[str, dict[str, str]] = {}
+        sources = {mutant.key: mutant.source for mutant in self.mutants}
         for line in log.read_text().splitlines() if log.exists() else ():
             row = json.loads(line)
-            if (row["module"], row["source"]) == (name, self.source):
+            if row["module"] == name and row["source"] == sources.get(row["mutant"]):
                 self.results[row["mutant"]] = row
 
     def open(self) -> list[Mutant]:
@@ -174,14 +180,15 @@ class Run:
         drawn = sorted(
             self.mutants, key=lambda mutant: hashlib.sha256(mutant.key.encode()).digest()
         )
-        return [mutant for mutant in drawn[: self.most] if mutant.key not in done]
+        chosen = {mutant.key for mutant in drawn[: self.most]} | self.results.keys()
+        return [mutant for mutant in drawn if mutant.key in chosen - done]
 
     def record(self, mutant: Mutant, status: str) -> None:
         row = {
             "module": self.name,
             "mutant": mutant.key,
             "status": status,
-            "source": self.source,
+            "source": mutant.source,
             "tests": self.state,
         }
         with self.log.open("a") as file:
@@ -205,12 +212,13 @@ class Run:
         times: dict[str, Any] = {}
 
         def within(session: Session) -> None:
-            status = forked(
-                lambda: bool(traced.write_text(json.dumps(session.trace(self.file)))), 1800
-            )
-            if status != "survived":
+            def trace() -> bool:
+                found = {"times": session.trace(self.file), "modules": list(sys.modules)}
+                return bool(traced.write_text(json.dumps(found)))
+
+            if forked(trace, 1800) != "survived":
                 raise ValueError(f"tests of {self.name} must pass on the unchanged module")
-            times.update(json.loads(traced.read_text()))
+            times.update(load(traced))
             session.items.sort(key=lambda item: times[item.nodeid][0])
             left = []
             for mutant in self.open():
@@ -233,7 +241,7 @@ class Run:
         forked(outer, 1e6)
         if not anew.exists():
             raise SystemExit(f"tests of {self.name} must pass unchanged; run {self.tests}")
-        times = json.loads(traced.read_text())
+        times = load(traced)
         left = json.loads(anew.read_text())
         seconds = {i: time_ for i, (time_, _) in times.items()}
         for mutant in [m for m in self.mutants if m.key in left]:
@@ -247,9 +255,20 @@ class Run:
             self.attempt(mutant, times, work, 60)
 
 
+def load(traced: Path) -> dict[str, Any]:
+    """Times and lines of the tests; imports what they import, so that no mutant has to."""
+    found = json.loads(traced.read_text())
+    for name in found["modules"]:
+        if name not in sys.modules and name.partition(".")[0] in LIBRARIES:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    return dict(found["times"])
+
+
 def digest(paths: list[Path]) -> str:
-    """Hash of files' contents."""
-    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(paths))).hexdigest()[:12]
+    """Hash of Python files, whatever their layout and comments."""
+    trees = (ast.unparse(ast.parse(p.read_bytes())) for p in sorted(paths))
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:12]
 
 
 def summary(run: Run, equivalents: dict[str, str]) -> dict[str, Any]:

@@ -12,34 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from med3dinsight_ext.data.slicing import MODALITIES
+from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.io.claims import npz_array
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import parse_json, read_rows, readable
-from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes
+from med3dinsight_ext.io.remote import check_servers, is_remote
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes, real_path
 
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 VAL_FRACTION, FEW = 0.2, 10  # held out by default, of at least so many cases
-MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | dict.fromkeys(
-    ("MR", "T1", "T2", "FLAIR", "PD", "ADC", "DWI"), "MR"
-)
-
-
-def modality_name(name: object) -> str:
-    """CT, MR, PET or auto for the modality names of datasets.
-
-    Examples:
-        >>> [modality_name(name) for name in ("MRI", "FLAIR", "PT", None)]
-        ['MR', 'MR', 'PET', 'auto']
-    """
-    text = str(name or "auto").upper()
-    for prefix, modality in MODALITY_PREFIXES.items():
-        if text.startswith(prefix):
-            return modality
-    raise ValueError(
-        f"modality must be {', '.join(MODALITIES)} or auto, got {name!r}; "
-        "set modality to the closest one"
-    )
 
 
 def datalist(
@@ -66,8 +47,8 @@ def datalist(
             stays where it has none: see ``volumes.guess_modality``.
 
     Returns:
-        Items with an absolute ``image``, a ``modality``, and other fields as given. An image in an
-        .npz is named ``file.npz::train_images::12``.
+        Items with an absolute ``image`` (an address such as s3://… stays as it is), a ``modality``,
+        and other fields as given. An image in an .npz is named ``file.npz::train_images::12``.
     """
     source = Path(source)
     root = Path(root or (source if source.is_dir() else source.parent))
@@ -81,9 +62,19 @@ def datalist(
     given = modality_name(modality)
     with readable("items", source, "correct the list"):
         items = [_item(row, source, root, given) for row in sections[section]]
-        count = Counter(os.path.realpath(item["image"]) for item in items)
+        paths = [str(item["image"]) for item in items]
+        remote = [path for path in paths if is_remote(path)]
+        count = Counter(path if is_remote(path) else real_path(path) for path in paths)
+    check_servers(remote)
     for rule, bad in (
-        ("exist", [path for path in count if not os.path.exists(path.split("::")[0])]),
+        (
+            "exist",
+            [
+                path
+                for path in count
+                if not (is_remote(path) or os.path.exists(path.split("::")[0]))
+            ],
+        ),
         ("be listed once", [path for path, times in count.items() if times > 1]),
     ):
         if bad:
@@ -182,6 +173,8 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
             "name it in a field or column 'image'"
         )
     for key in item.keys() & {"image", "label"}:
+        if is_remote(item[key]):
+            continue
         if key == "image" or str(item[key]).endswith(VOLUME_ENDINGS):
             item[key] = os.path.abspath(root / item[key])
     item["modality"] = modality_name(item.get("modality")) if modality == "auto" else modality

@@ -13,6 +13,7 @@ from monai.transforms import MapTransform, Orientation
 
 from med3dinsight_ext.data.volumes import check_each, load_volume, read_volume
 from med3dinsight_ext.io.images import open_volume
+from med3dinsight_ext.io.remote import is_remote
 
 TOLERANCE = 0.5  # voxels between the same corner of image and label
 Grid = tuple[tuple[int, ...], np.ndarray]  # shape and affine
@@ -86,7 +87,7 @@ def read_case(item: dict[str, Any], names: Sequence[str]) -> tuple[MetaTensor, M
     path = item.get("label")
     place = f"{path} of {item['image']}" if path else item["image"]
     volume = read_volume(item["image"])
-    if not isinstance(path, str) or not Path(path).is_file():
+    if not isinstance(path, str) or not (is_remote(path) or Path(path).is_file()):
         raise _fault("be a file", repr(path), place, "add it, or leave this image out")
     image = open_volume(item["image"])
     try:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from med3dinsight_ext.data.cohort import decathlon_names
-from med3dinsight_ext.data.datalists import LABEL_ENDINGS, datalist, modality_name, split_items
+from med3dinsight_ext.data.datalists import LABEL_ENDINGS, datalist, split_items
 from med3dinsight_ext.data.labels import label_values
+from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.data.volumes import check_each
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.images import open_volume

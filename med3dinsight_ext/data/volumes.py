@@ -25,6 +25,7 @@ from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.images import OTHER, open_volume
 from med3dinsight_ext.io.reading import readable
+from med3dinsight_ext.io.remote import fetched
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 
 log = logging.getLogger(__name__)
@@ -69,8 +70,8 @@ def read_volume(path: str) -> MetaTensor:
     """Read a volume and check it.
 
     Args:
-        path: NIfTI, .nrrd, .mha or .mhd file, the folder of a DICOM series, or
-            ``file.npz::array::index`` (1 mm, taken to be in RAS).
+        path: NIfTI, .nrrd, .mha or .mhd file, the folder of a DICOM series, the address of a file
+            (s3://…), or ``file.npz::array::index`` (1 mm, taken to be in RAS).
 
     Returns:
         (1, x, y, z) float32 in RAS, with affine and ``filename_or_obj`` in its meta.
@@ -82,6 +83,7 @@ def read_volume(path: str) -> MetaTensor:
     if "::" in path:
         with readable("volume", path, "write it as file.npz::array::index"):
             file, name, index = path.split("::")
+            file = fetched(file)
             array = _npz_array(file, name)[int(index)]
         _require(array.ndim == 3, path, "be 3D", array.shape)
         volume = MetaTensor(array[None].astype(np.float32), meta={"filename_or_obj": path})
@@ -130,7 +132,8 @@ def load_volume(path: str | Path, image: Any = None) -> MetaTensor:
     """
     reader = VolumeReader(image)
     # A reader given at the call has no fallback that would accept a broken file.
-    return LoadImage(reader, image_only=True, ensure_channel_first=True)(path, reader)
+    load = LoadImage(reader, image_only=True, ensure_channel_first=True, expanduser=False)
+    return load(str(path), reader)
 
 
 class CheckClaimd(MapTransform):
@@ -181,7 +184,7 @@ def _checked_header(path: str) -> Any:
         if path.endswith(tuple(OTHER)) or os.path.isdir(path):
             spacing = np.array(image.header.get_zooms()[:3])
         else:
-            with Opener(path) as file:
+            with Opener(fetched(path)) as file:
                 raw = type(image.header).from_fileobj(file, check=False)
             spacing = np.array(raw["pixdim"][1:4])
     except Exception as error:

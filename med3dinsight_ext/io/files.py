@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ from stat import S_ISREG
 from typing import Any
 from uuid import uuid4
 
+from med3dinsight_ext.io.remote import fetched, is_remote, version
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, files_of
 
 logger = logging.getLogger(__name__)
@@ -45,10 +47,20 @@ def move(draft: Path, path: Path) -> None:
     """Flush a file, or a folder with its files, to the disk and rename it in one step.
 
     Without the flush a power cut may leave the new name with an empty file.
+
+    Raises:
+        ValueError: another process has written a folder of that name meanwhile.
     """
     for part in (*draft.rglob("*"), draft):
         sync(part)
-    os.replace(draft, path)
+    try:
+        os.replace(draft, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise ValueError(
+            f"folder must be new, got {path} by another process; choose another"
+        ) from (error)
     with suppress(OSError):  # some network file systems flush no folders
         sync(path.parent)
 
@@ -68,7 +80,10 @@ def write_atomic(path: Path, write: Any) -> None:
 
 
 class HashMemo:
-    """Content hashes of files, cached by path, size and time of change.
+    """Content hashes of files, cached by path, size and times of change.
+
+    The time of the last write can be set, and archives often set one for all their files; that of
+    the last change of the file's entry on the disk cannot.
 
     Args:
         path: JSONL file; each hash is written there at once, as hashing many scans takes hours.
@@ -93,7 +108,7 @@ class HashMemo:
     def __call__(self, file: str | Path) -> str:
         key = _identity(file)
         if key not in self._known:
-            files = files_of(str(file))
+            files = files_of(fetched(str(file)))
             found = sorted(sha256(Path(part)) for part in files)  # whatever slices are called
             together = hashlib.sha256("".join(found).encode()).hexdigest()
             self._known[key] = found[0] if len(found) == 1 else together
@@ -110,18 +125,23 @@ class HashMemo:
 
 def _identity(file: str | Path) -> tuple[str, int, int]:
     """Absolute path, size and time of change; of several files their sum and a hash of all."""
+    if is_remote(file):
+        size, digest = version(str(file))
+        return str(file), size, int(digest[:15], 16)
     try:
+        stat = os.stat(file)
+        if S_ISREG(stat.st_mode) and not str(file).endswith(".mhd"):  # the most, of many
+            return os.path.abspath(file), stat.st_size, stat.st_mtime_ns
         files = files_of(str(file))
         stats = [os.stat(part) for part in files]
         if not all(S_ISREG(stat.st_mode) for stat in stats):
             raise OSError("a pipe or device")  # would be read without an end
     except OSError as error:
         raise ValueError(f"image must be a file, got {file}; correct the datalist") from error
-    path = os.path.abspath(file)
+    path, changed = os.path.abspath(file), [stat.st_mtime_ns + stat.st_ctime_ns for stat in stats]
     if len(files) == 1:
-        return path, stats[0].st_size, stats[0].st_mtime_ns
-    times = [
-        (part, stat.st_size, stat.st_mtime_ns) for part, stat in zip(files, stats, strict=True)
-    ]
-    digest = hashlib.sha256(repr(times).encode("utf-8", "backslashreplace")).hexdigest()
-    return path, sum(stat.st_size for stat in stats), int(digest[:15], 16)
+        return path, stats[0].st_size, changed[0]
+    sizes = [stat.st_size for stat in stats]
+    text = repr(list(zip(files, sizes, changed, strict=True)))
+    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+    return path, sum(sizes), int(digest[:15], 16)

@@ -16,6 +16,7 @@ from med3dinsight_ext.io.dicom import open_series
 from med3dinsight_ext.io.metaimage import open_metaimage
 from med3dinsight_ext.io.nrrd_files import open_nrrd
 from med3dinsight_ext.io.reading import readable
+from med3dinsight_ext.io.remote import fetched, is_remote
 
 OTHER = {".nrrd": open_nrrd, ".mha": open_metaimage, ".mhd": open_metaimage}
 
@@ -25,12 +26,15 @@ def open_volume(path: str | Path) -> Any:
 
     Args:
         path: NIfTI or another file that nibabel reads; .nrrd, .mha or .mhd; the folder of a DICOM
-            series. Images of the latter have an affine in RAS as NIfTI has.
+            series; the address of a file (``io.remote``). All have an affine in RAS, as NIfTI has.
 
     Raises:
         ClaimError: as ``check_claim`` and ``check_extensions``.
         ValueError: another format than nibabel's is broken or not supported.
     """
+    if is_remote(path):
+        with readable("volume", str(path)):
+            return open_volume(fetched(str(path)))
     name = str(path)
     opener = open_series if os.path.isdir(name) else OTHER.get(os.path.splitext(name)[1])
     if opener is None:

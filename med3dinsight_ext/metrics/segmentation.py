@@ -74,7 +74,7 @@ def case_scores(
 
 def _class_maps(prediction: Tensor, label: Tensor, names: Sequence[str]) -> list[Tensor]:
     """Both maps as integers on the CPU, checked."""
-    maps = [torch.as_tensor(x).as_subclass(Tensor).detach().cpu() for x in (prediction, label)]
+    maps = [torch.as_tensor(x).as_subclass(Tensor).cpu() for x in (prediction, label)]
     if maps[0].shape != maps[1].shape or maps[0].ndim != 4 or len(maps[0]) != 1:
         raise ValueError(
             f"prediction and label must share one shape (1, x, y, z), got {tuple(maps[0].shape)} "

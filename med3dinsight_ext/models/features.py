@@ -28,7 +28,7 @@ class Features(NamedTuple):
     layer: str
     channels: int
     grid: tuple[int, ...]
-    call: int = 1
+    call: int
 
 
 @contextmanager

@@ -61,6 +61,26 @@ def test_every_mutant_behaves_otherwise_and_the_file_stays(file: Path) -> None:
     assert file.read_text() == SOURCE
 
 
+def test_a_mutant_is_tried_again_when_its_own_function_changes(file: Path) -> None:
+    before = {mutant.key: mutant.source for mutant in mutants(file)}
+    file.write_text("# moved\n" + SOURCE.replace("LIMIT = 3", "LIMIT  =  5"))
+    same = {mutant.key: mutant.source for mutant in mutants(file)}
+    assert {key for key in same if same[key] == before.get(key)} == {
+        key for key in before if key.startswith("inside")
+    }
+    file.write_text(SOURCE.replace("n * 2", "2 * n"))
+    other = {mutant.key: mutant.source for mutant in mutants(file)}
+    assert {key for key in other if other[key] == before.get(key)} == {": LIMIT = 3 → LIMIT = 4"}
+
+
+def test_the_layout_of_a_test_does_not_count(tmp_path: Path) -> None:
+    path, found = tmp_path / "test_a.py", []
+    for text in ("a = (1,\n     2)\n", "a = (1, 2)  # two\n", "a = (2, 1)\n"):
+        path.write_text(text)
+        found.append(mutation.digest([path]))
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_child_that_passes_survived_and_one_that_fails_or_hangs_did_not() -> None:
     assert mutation.forked(lambda: True, 60) == "survived"
     assert mutation.forked(lambda: False, 60) == "killed"

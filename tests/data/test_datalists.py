@@ -18,10 +18,10 @@ from med3dinsight_ext.data.datalists import (
     class_items,
     datalist,
     hold_out,
-    modality_name,
     partition,
     take,
 )
+from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.data.volumes import (
     ScaleByModalityd,
     check_parts,

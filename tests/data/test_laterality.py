@@ -82,6 +82,23 @@ def test_a_class_on_one_side_is_found_and_one_that_changes_sides_is_not(tmp_path
     assert one_sided(paths, 4) == [1]
 
 
+@pytest.mark.parametrize(("x", "sided"), [(8, [1]), (9, [])])  # 7.5 and 2.5 % from the middle
+def test_a_class_near_the_middle_has_no_side(x: int, sided: list[int], tmp_path: Path) -> None:
+    paths = [saved(tmp_path, f"{i}.nii.gz", {1: x}, np.eye(4)) for i in range(2)]
+    assert one_sided(paths, 2) == sided
+
+
+def test_a_class_in_the_middle_is_on_neither_side(tmp_path: Path) -> None:
+    middle = np.zeros((20, 6, 8, 1), np.uint8)  # a fourth axis of one is no axis
+    middle[9:11, 2:4, 2:5] = 1
+    nib.save(nib.Nifti1Image(middle, np.eye(4)), tmp_path / "middle.nii.gz")
+    assert offsets(str(tmp_path / "middle.nii.gz"), 2) == {1: 0.0}
+    for x in (4, 15):
+        paths = [saved(tmp_path, f"{i}.nii.gz", {1: x}, np.eye(4)) for i in range(9)]
+        assert one_sided(paths, 2) == [1]
+        assert one_sided([*paths[:8], str(tmp_path / "middle.nii.gz")], 2) == []  # 8 of 9
+
+
 def test_real_parotids_lie_on_their_sides() -> None:
     folder = real_data("headneck")
     names = ["background", "Brainstem", "SpinalCord", "RightParotid", "LeftParotid"]
@@ -222,6 +239,14 @@ def test_without_pairs_it_is_monais_flip() -> None:
     for _ in range(20):
         a, b = ours(given), theirs(given)
         assert all(torch.equal(a[key], b[key].as_tensor()) for key in given)
+
+
+def test_a_missing_key_is_an_error_unless_it_may_be_missing() -> None:
+    image, mirrored = {"image": torch.rand(1, 4, 3, 5)}, Mirror((0,), (), "")
+    with pytest.raises(KeyError, match="label"):
+        RandMirrord(("image", "label"), "label", mirrored, 1.0)(image)
+    flip = RandMirrord(("image", "label"), "label", mirrored, 1.0, allow_missing_keys=True)
+    assert torch.equal(flip(image)["image"], image["image"].flip(1))
 
 
 def test_flips_are_drawn_from_the_seed() -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -34,6 +35,56 @@ def test_an_entry_holds_embeddings_of_slices_and_captions(items: list[dict], sto
     again = store.teacher.encode_text([row["caption"] for row in about["slices"]])
     assert torch.allclose(entry["text"].float(), again, atol=1e-3)
     assert about["teacher"] == store.teacher.fingerprint and about["modality"] == "MR"
+
+
+def test_entries_and_answers_are_in_folders_of_two_letters(
+    items: list[dict], teacher: Teacher, tmp_path: Path
+) -> None:
+    asking = Store(tmp_path / "s", teacher, FakeMllm(), per_plane=4)
+    entry, answers = asking.path(items[0]), asking.answers_path(items[0])
+    assert re.fullmatch(r"[0-9a-f]{32}\.safetensors", entry.name)
+    assert entry.parent == asking.root / entry.name[:2]
+    assert answers and re.fullmatch(r"[0-9a-f]{32}\.jsonl", answers.name)
+    assert answers.parent == asking.root / "answers" / answers.name[:2]
+
+
+def test_embedding_takes_a_shard_leaves_out_bad_volumes_and_says_where_to_look(
+    items: list[dict], store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(items[0]["image"]).write_bytes(b"no volume")
+    with pytest.raises(ValueError, match="1 bad of 3"):
+        store.embed(items)
+    store.embed(items, skip_bad=True)
+    out = capsys.readouterr().out
+    assert f"2 volumes are in {store.root}" in out
+    assert f"python -m med3dinsight_ext captions {store.root}\n" in out
+    store.embed(items, shard="2/3")
+    assert "1 volumes are in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [{"image": 6}, {"image": 6, "text": 0}, {"image": 2**20, "text": 8}, {"image": True, "text": 8},
+     {"image": 6.0, "text": 8}, {"joint": 6, "image": 6, "text": 8}, {}, [6, 8]],
+)  # fmt: skip
+def test_a_teachers_file_that_cannot_be_right_is_made_again(dims: object, store: Store) -> None:
+    sound = {"image": 6, "text": 8}
+    assert store.embedding_dims == sound
+    (path,) = store.root.glob("teacher-*.json")
+    right = json.loads(path.read_text())
+    assert right == {"fingerprint": store.teacher.fingerprint, "embedding_dims": sound}
+    for about in (right | {"embedding_dims": dims}, right | {"fingerprint": "another"}):
+        path.write_text(json.dumps(about))
+        assert store.embedding_dims == sound
+        assert json.loads(path.read_text()) == right
+
+
+def test_a_teachers_file_is_read_again(store: Store) -> None:
+    store.embedding_dims  # noqa: B018 (writes the file)
+    (path,) = store.root.glob("teacher-*.json")
+    kept = json.loads(path.read_text()) | {"embedding_dims": {"image": 2**20 - 1, "text": 1}}
+    path.write_text(json.dumps(kept))
+    assert store.embedding_dims == {"image": 2**20 - 1, "text": 1}
 
 
 def test_a_full_store_never_runs_the_teacher(
@@ -162,6 +213,33 @@ def test_a_plan_prints_the_cost_and_makes_nothing(
     made = sum(p.stat().st_size for p in store.root.rglob("*") if p.is_file()) / 1e9
     assert made / 2 < plan["gigabytes"] < 2 * made
     assert store.plan(items)["missing"] == 0
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_plan_counts_half_precision_numbers_and_texts(
+    joint: bool, items: list[dict], teacher: Teacher, tmp_path: Path
+) -> None:
+    both = Teacher(teacher.image, teacher.text, joint=joint)
+    plan = Store(tmp_path / "s", both, TemplateCaptions(), per_plane=4).plan(items)
+    numbers = 2 * 6 if joint else 6 + 8  # an image and a text a slice
+    assert plan["gigabytes"] * 1e9 == pytest.approx(36 * (2 * numbers + 300) + 3 * 1500)
+
+
+def test_a_plan_of_many_volumes_reads_two_hundred_headers(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    shape = "med3dinsight_ext.embeddings.store.shape_of"
+    monkeypatch.setattr(shape, lambda path: read.append(path) or SIZE)
+    items = []
+    for i in range(401):
+        (tmp_path / f"{i}.nii").write_text(str(i))
+        items.append({"image": str(tmp_path / f"{i}.nii"), "modality": "MR"})
+    plan = store.plan(items)
+    assert len(read) == 134 and read[1] == items[3]["image"]
+    assert plan["slices"] == 401 * 12
+    bytes_of_all = 401 * (12 * (2 * 14 + 300) + 1500)
+    assert plan["gigabytes"] * 1e9 == pytest.approx(bytes_of_all)
 
 
 def test_a_plan_counts_only_the_answers_that_are_missing(

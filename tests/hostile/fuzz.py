@@ -1,10 +1,12 @@
 """Fuzz the readers with seeded mutants of valid files.
 
-python tests/hostile/fuzz.py READER|all [--minutes 30 | --inputs 100] [--seed 0] [--out fuzz.json]
+python tests/hostile/fuzz.py READER|all [--minutes 30 | --inputs 100] [--out fuzz.json]
 
 Each input is read in a worker with limits on memory and time (see ``guard``). Allowed are a value,
 and a ValueError or TypeError that names the file. Anything else is kept under DIR (--keep DIR) and
-makes the command fail.
+makes the command fail. Minutes are those of the processor, of the reader and of making its inputs.
+Runs accumulate in the file: the next one goes on with the next seeds, except that a reader with
+faults begins anew.
 """
 
 from __future__ import annotations
@@ -47,13 +49,14 @@ def fuzz(
 
     Args:
         name: of ``READERS``.
-        minutes: how long, unless ``inputs`` is given.
-        inputs: how many.
+        minutes: of the processor.
+        inputs: how many at least.
         seed: of the first input; the next has the next number.
         keep: folder for the inputs with a forbidden outcome, one of each.
 
     Returns:
-        Inputs, seconds, outcomes by kind, and ``faults``: forbidden outcomes with a seed each.
+        Inputs, seconds of the processor, outcomes by kind, and ``faults``: forbidden outcomes with
+        a seed each.
     """
     reader, counts, faults = READERS[name], Counter[str](), dict[str, dict[str, Any]]()
     with tempfile.TemporaryDirectory() as place:
@@ -65,8 +68,9 @@ def fuzz(
             first = read(str(path))
             if first.kind != "value":
                 raise ValueError(f"the sample of {name} must be readable, got {first}")
-            begin = time.monotonic()
-            while sum(counts.values()) < inputs or time.monotonic() - begin < 60 * minutes:
+            begin = time.process_time() + read.cpu_seconds()
+            seconds = 0.0
+            while sum(counts.values()) < inputs or seconds < 60 * minutes:
                 number = seed + sum(counts.values())
                 data = mutate.mutant(sample, reader.how, number)
                 path.write_bytes(data)
@@ -80,7 +84,7 @@ def fuzz(
                         if keep:
                             keep.mkdir(parents=True, exist_ok=True)
                             (keep / f"{name}-{number}-{path.name}").write_bytes(data)
-            seconds = time.monotonic() - begin
+                seconds = time.process_time() + read.cpu_seconds() - begin
     total = sum(counts.values())
     return {
         "inputs": total,
@@ -91,6 +95,15 @@ def fuzz(
     }
 
 
+def joined(before: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+    """Both runs of a reader as one, with the rate of the later one."""
+    if not before or before["faults"]:
+        return row
+    outcomes = Counter(before["outcomes"]) + Counter(row["outcomes"])
+    sums = {key: round(before[key] + row[key], 1) for key in ("inputs", "seconds")}
+    return row | sums | {"outcomes": dict(sorted(outcomes.items()))}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -98,31 +111,32 @@ def main() -> int:
     parser.add_argument("reader", help="all, or names with commas: " + ", ".join(READERS))
     parser.add_argument("--minutes", type=float, default=0.0)
     parser.add_argument("--inputs", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--out", type=Path, help="JSON file; other readers in it are kept")
     given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    names = list(READERS) if given.reader == "all" else given.reader.split(",")
-    found = {}
-    for name in names:
-        found[name] = fuzz(name, given.minutes, given.inputs, given.seed, given.keep)
-        row = found[name]
+    found = []
+    for name in list(READERS) if given.reader == "all" else given.reader.split(","):
+        path = given.out
+        rows = json.loads(path.read_text())["readers"] if path and path.exists() else {}
+        before = rows.get(name)
+        seed = before["inputs"] if before and not before["faults"] else 0
+        row = fuzz(name, given.minutes, given.inputs, seed, given.keep)
+        found.append(row)
         print(
             f"{name:<24}{row['inputs']:>8} inputs {row['per_second']:>8}/s  {row['outcomes']}",
             flush=True,
         )
         for fault in row["faults"]:
             print(f"    seed {fault['seed']}: {fault['text']}", flush=True)
-        if given.out:
+        if path:
             from common import machine
 
-            before = json.loads(given.out.read_text()) if given.out.exists() else {}
             limits = {"memory_bytes": MEMORY, "seconds": SECONDS, "issue_minutes": ISSUE_MINUTES}
-            rows = before.get("readers", {}) | {name: row}
+            rows[name] = joined(before, row)
             text = json.dumps(machine() | {"limits": limits, "readers": rows}, indent=1)
-            given.out.write_text(text + "\n")
-    return int(any(row["faults"] for row in found.values()))
+            path.write_text(text + "\n")
+    return int(any(row["faults"] for row in found))
 
 
 if __name__ == "__main__":

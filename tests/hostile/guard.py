@@ -151,6 +151,7 @@ class Worker:
     ) -> None:
         self.arguments, self.seconds = (call, folder, memory), seconds
         self.process: Any = None
+        self._before = 0.0
 
     def __call__(self, argument: str = "") -> Outcome:
         if self.process is None:
@@ -160,9 +161,9 @@ class Worker:
             self.process.start()
             theirs.close()
         self.pipe.send_bytes(argument.encode("utf-8", "surrogateescape"))
-        begin, used = time.monotonic(), self._cpu_seconds()
+        begin, used = time.monotonic(), self.cpu_seconds()
         try:
-            while self._cpu_seconds() - used < self.seconds:
+            while self.cpu_seconds() - used < self.seconds:
                 if self.pipe.poll(1):
                     return Outcome(*json.loads(self.pipe.recv_bytes()))
                 if time.monotonic() - begin > PATIENCE * self.seconds:  # it waits for something
@@ -174,13 +175,17 @@ class Worker:
         self.close()
         return found
 
-    def _cpu_seconds(self) -> float:
-        """Of the process: those of a busy machine's other programs do not count."""
+    def cpu_seconds(self) -> float:
+        """Of its processes so far: those of a busy machine's other programs do not count."""
+        if self.process is None:
+            return self._before
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return self._before + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         if self.process is not None:
+            with contextlib.suppress(OSError):  # it died
+                self._before = self.cpu_seconds()
             self.process.kill()
             self.process.join()
             self.pipe.close()

@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT / part) for part in HERE]
 from cases import CASES  # noqa: E402
 from faults import FAULTS, SCENARIOS  # noqa: E402
 from readers import READERS  # noqa: E402
+from two import SCENARIOS as PAIRS  # noqa: E402
 
 PAGE = ROOT / "docs" / "security.md"
 START, END = "<!-- table: tests/hostile/table.py -->\n", "<!-- end of table -->\n"
@@ -24,6 +25,18 @@ WHAT = {
     "EINTR": "is interrupted (EINTR) at", "EROFS": "finds the disk read-only from",
     "EACCES": "loses its permission from",
 }  # fmt: skip
+
+CLOCKS = {
+    "files of 1901 to 2400, another one of the same size and time": (
+        "test_another_file_with_the_same_size_and_time_is_hashed_again"
+    ),
+    "a store whose images lie in the past or the future": (
+        "test_a_store_is_filled_once_whatever_the_time_of_its_files"
+    ),
+    "a clock that jumps back before a training is resumed": (
+        "test_a_training_is_resumed_after_the_clock_jumped"
+    ),
+}
 
 
 def rows() -> list[tuple[str, str, str]]:
@@ -44,6 +57,13 @@ def rows() -> list[tuple[str, str, str]]:
             short = name in ("evidence", "store") and fault in ("kill", "ENOSPC")
             test = "`test_faults_lose_nothing`" if short else "`faults.py` (nightly)"
             found.append((f"`{name}` {WHAT[fault]} any write", behaviour, test))
+    for name in PAIRS:
+        behaviour = "the results equal one run's, or an error says what to do"
+        test = "`test_two_processes_at_once_lose_nothing`"
+        test = test if name in ("evidence", "store") else "`two.py` (nightly)"
+        found.append((f"two processes run `{name}` on one folder", behaviour, test))
+    for what, test in CLOCKS.items():
+        found.append((what, "as if the clock were right", f"`test_clocks.py::{test}`"))
     return found
 
 

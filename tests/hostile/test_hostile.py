@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fuzz
 import pytest
+import two
 from cases import CASES
 from faults import SCENARIOS
 from guard import Outcome, worker
@@ -56,8 +58,43 @@ def test_faults_lose_nothing(name: str, every: int, tmp_path: Path) -> None:
     assert {state.split(":")[0] for state in row["outcomes"]} == {"kill", "ENOSPC"}
 
 
+@pytest.mark.parametrize("name", ["evidence", "store"])
+def test_two_processes_at_once_lose_nothing(name: str) -> None:
+    row = two.race(name, delays=(0.0,))
+    assert row["tried"] == 1 and not row["open"]
+
+
+def test_two_trainings_are_compared_by_what_they_wrote(tmp_path: Path) -> None:
+    results = two.files("out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "history.jsonl").write_text('{"epoch": 1, "seconds": 2.5}\n')
+    first = results(tmp_path)
+    assert first == {"out/history.jsonl": [{"epoch": 1}]}
+    (tmp_path / "out" / "plan.yaml").write_text("a: 1")
+    assert results(tmp_path).keys() == {"out/history.jsonl", "out/plan.yaml"}
+    assert two.SCENARIOS.keys() >= {"plan", "prepare", "pretrain", "finetune", "predict", "publish"}
+
+
 def test_the_table_of_the_docs_is_that_of_the_tests() -> None:
     assert PAGE.read_text("utf-8") == page() and len(rows()) >= 60
+
+
+def test_runs_of_fuzzing_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "fuzz.json"
+    words = ["fuzz.py", "nifti_gz", "--inputs", "15", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fuzz.main() == 0 and fuzz.main() == 0
+    row, whole = json.loads(out.read_text())["readers"][words[1]], fuzz.fuzz(words[1], inputs=30)
+    assert row["inputs"] == 30 and row["outcomes"] == whole["outcomes"]
+    assert 0 < row["seconds"] < 60
+
+
+def test_a_reader_with_faults_begins_anew() -> None:
+    old = {"inputs": 9, "seconds": 1.5, "outcomes": {"value": 8, "crash": 1}, "faults": [{}]}
+    new = {"inputs": 4, "seconds": 0.5, "outcomes": {"value": 4}, "faults": []}
+    assert fuzz.joined(old, new) == new == fuzz.joined(None, new)
+    assert fuzz.joined(new, new) == new | {"inputs": 8, "seconds": 1.0, "outcomes": {"value": 8}}
 
 
 # The guard sees what it must see
@@ -98,6 +135,8 @@ def test_the_guard_sees(name: str, kind: str, tmp_path: Path) -> None:
         found: Outcome = made(name)
         assert found.kind == kind and not found.allowed
         assert made("json").kind == "error"  # it goes on
+        if name == "loop":
+            assert 0.9 < made.cpu_seconds() < 3  # of the process that was ended, too
     Path("/tmp/med3d_outside").unlink(missing_ok=True)
 
 

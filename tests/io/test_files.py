@@ -121,3 +121,12 @@ def test_a_disk_that_fails_at_the_flush_keeps_the_old_file(
     with pytest.raises(OSError, match="No space left"):
         a_file(tmp_path)
     assert (tmp_path / "a").read_text() == "old" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_that_another_process_has_written_is_not_replaced(tmp_path: Path) -> None:
+    for name in ("draft", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    with pytest.raises(ValueError, match=r"folder must be new, got .*there by another process; "):
+        move(tmp_path / "draft", tmp_path / "there")
+    assert (tmp_path / "there" / "a.txt").read_text() == "there"

@@ -94,6 +94,12 @@ def test_calibration_error_equals_a_loop_over_bins() -> None:
     assert expected > 0.01
 
 
+def test_the_last_bins_of_calibration_are_counted_by_hand() -> None:
+    wrong, right, lower = [0.0, 1.0], [0.02, 0.98], [0.1, 0.9]  # of 15 bins: 15, 15 and 14
+    result = scores(torch.tensor([wrong, right, lower]), torch.tensor([0, 1, 0]), ["a", "b"], 0)
+    assert result["ece"] == pytest.approx((abs(1.98 - 1) + 0.9) / 3)
+
+
 def test_scores_of_six_cases_counted_by_hand() -> None:
     result = scores(
         two([0.1, 0.2, 0.7, 0.4, 0.9, 0.8]), torch.tensor([0, 0, 0, 1, 1, 1]), ["a", "b"], 0
@@ -101,6 +107,7 @@ def test_scores_of_six_cases_counted_by_hand() -> None:
     assert result["confusion"] == [[2, 1], [1, 2]] and result["n"] == 6
     assert result["accuracy"] == result["balanced_accuracy"] == pytest.approx(2 / 3)
     assert result["f1"] == pytest.approx(2 / 3) and result["auroc"] == pytest.approx(8 / 9)
+    assert result["per_class"]["b"]["specificity"] == pytest.approx(2 / 3)
     lost = scores(two([0.9, 0.9, 0.9, 0.1]), torch.tensor([0, 1, 1, 1]), ["a", "b"], 0)
     b = {"auroc": 1 / 3, "sensitivity": 2 / 3, "specificity": 0.0, "f1": 2 / 3, "n": 3}
     assert lost["per_class"]["b"] == pytest.approx(b)
@@ -152,6 +159,7 @@ def test_scores_are_plain() -> None:
         (torch.zeros(0, 2), [], ["a", "b"], r"probability must be \(>= 1, 2\) for 0 labels"),
         (torch.tensor([[2.0, -1.0]]), [0], ["a", "b"], r"sum to 1 .* -1 to 2; apply Activationsd"),
         (two([math.nan]), [0], ["a", "b"], "sum to 1 in each row, got nan"),
+        (two([0.5, 0.5]), [1, -1], ["a", "b"], r"label must be in \[0, 2\), got -1 to 1"),
         (two([0.5]), [2], ["a", "b"], r"label must be in \[0, 2\), got 2 to 2; correct the labels"),
     ],
 )

@@ -49,16 +49,17 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(a, b)
 
 
-def test_memory_stays_below_the_full_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [5000, 300, 10])
+def test_memory_stays_below_the_full_matrix(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     amax = Tensor.amax
     monkeypatch.setattr(
         Tensor, "amax", lambda x, *a, **k: seen.append(x.numel()) or amax(x, *a, **k)
     )
-    monkeypatch.setattr(recall, "CHUNK", 5000)
+    monkeypatch.setattr(recall, "CHUNK", chunk)
     tokens, targets, *_ = pairs(300)
     recall_at_k(tokens, targets, torch.zeros(300, dtype=torch.long))
-    assert len(seen) > 1 and max(seen) <= 5000
+    assert len(seen) > 1 and max(seen) <= max(chunk, 300)  # at least one row
 
 
 def test_ties_between_different_targets_share_the_places() -> None:
@@ -144,3 +145,14 @@ def test_rows_that_are_not_finite_are_counted(name: str) -> None:
     {"tokens": tokens, "targets": targets}[name][[3, 8], 2] = float("nan")
     with pytest.raises(ValueError, match=f"{name} must be finite, got NaN or Inf in 2 of 40 rows"):
         recall_at_k(tokens, targets, plane)
+
+
+def test_tokens_of_another_width_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"one shape \(n, d\), got \(4, 3\) and \(4, 6\); build"):
+        recall_at_k(torch.zeros(4, 3), torch.zeros(4, 6), torch.zeros(4).long())
+
+
+def test_candidates_are_those_of_the_group() -> None:
+    tokens, targets, *_ = pairs(6)
+    found = recall_at_k(tokens, targets, torch.tensor([0, 2, 2, 0, 2, 1]))
+    assert found.candidates.tolist() == [2, 3, 3, 2, 3, 1]

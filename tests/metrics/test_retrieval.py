@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,14 +125,17 @@ def test_depth_bins_part_the_candidates(bins: int, candidates: float) -> None:
     assert result["candidates"] == candidates
 
 
-def test_the_modality_alone_is_at_chance_within() -> None:
+@pytest.mark.parametrize("bins", [3, 4])
+def test_the_modality_alone_is_at_chance_within(bins: int) -> None:
     tokens, targets, plane, position, _, volume = pairs(400)
     modality = torch.arange(400) % 3
     known = F.one_hot(modality, 3).float()
     targets = torch.cat([3 * known, targets], 1)
     blind = torch.cat([known, torch.zeros_like(tokens)], 1)
-    inside = retrieval(blind, targets, plane, position, modality, volume)
-    together = retrieval(blind, targets, plane, position, modality * 0, volume)
+    inside, together = (
+        retrieval(blind, targets, plane, position, m, volume, depth_bins=bins)
+        for m in (modality, modality * 0)
+    )
     assert inside["r1"] == pytest.approx(inside["r1_chance"])
     assert together["r1"] > 2 * together["r1_chance"]
 
@@ -224,6 +228,33 @@ def test_table_leaves_out_what_has_no_captions() -> None:
     table = RetrievalTable()
     table.update((pred, truth._replace(has_text=torch.zeros_like(truth.valid))))
     assert {key.split("_")[0] for key in table.compute()} == {"image"}
+
+
+def test_table_leaves_out_what_the_student_has_no_head_for() -> None:
+    pred, truth = cohort()
+    table = RetrievalTable()
+    table.update((Pred({"image": pred.tokens["image"]}), truth))
+    keys = table.compute().keys()
+    assert {key.split("_")[0] for key in keys} == {"image"}
+    assert {key for key in keys if re.fullmatch(r"image_all_r\d+", key)} == {
+        "image_all_r1", "image_all_r5", "image_all_r10"
+    }  # fmt: skip
+
+
+def test_the_default_compares_images_within_modality_plane_and_depth() -> None:
+    metrics = [Retrieval(), Retrieval("image", True, (1, 5, 10), 4), Retrieval(within=False)]
+    for metric in metrics:
+        metric.update(cohort())
+        metric.compute()
+    assert metrics[0].latest == metrics[1].latest != metrics[2].latest
+
+
+def test_kept_slices_hold_no_graph() -> None:
+    pred, truth = cohort()
+    pred.tokens["image"].requires_grad_()
+    metric = Retrieval()
+    metric.update((pred, truth))
+    assert not metric.kept["image"][0].tokens.requires_grad
 
 
 def test_table_leaves_out_a_scope_without_rivals() -> None:

@@ -110,6 +110,13 @@ def test_tolerance_decides_nsd() -> None:
     assert case_scores(*pair, (1, 1, 3), NAMES, tolerance=3.0)["liver"]["nsd"] == 1.0
 
 
+def test_a_prediction_that_fills_the_volume_is_scored_in_all_of_it() -> None:
+    found = case_scores(torch.ones(1, *SHAPE), box(), (1, 1, 1), NAMES)["liver"]
+    assert found["dice"] == pytest.approx(2 * 60 / (60 + math.prod(SHAPE)))
+    counts = confusion_counts(torch.ones(1, *SHAPE), box(), NAMES)
+    assert counts[:2, 1].tolist() == [math.prod(SHAPE) - 60, 60]
+
+
 def test_a_class_of_neither_map_does_not_count() -> None:
     found = case_scores(box(), box(), (1, 1, 1), NAMES)
     assert all(math.isnan(x) for x in found["a < b"].values())
@@ -151,6 +158,7 @@ def test_confusion_is_the_share_of_the_labels_class() -> None:
     assert found["share"] == [[0.9, 0.1, 0.0], [0.2, 0.6, 0.2], None]
     assert found["confused"] == {"label": "liver", "prediction": "a < b", "share": 0.2}
     assert found["missed"] == {"label": "liver", "prediction": "background", "share": 0.2}
+    assert confusion(np.eye(3, dtype=int), NAMES)["share"] == np.eye(3).tolist()  # one voxel each
     assert json.loads(json.dumps(found)) == found
 
 
@@ -178,6 +186,12 @@ def test_summary_of_known_scores() -> None:
     assert other == {"mean": 8.0, "median": 8.0, "n": 1, "std": None, "low": None, "high": None}
     assert found["mean"]["nsd"]["mean"] == pytest.approx((0.1 + 0.3 + 0.45) / 3)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_two_cases_are_enough_for_an_interval() -> None:
+    rows = [{"liver": {"dice": v, "nsd": v, "hd95": v}} for v in (0.4, 0.6)]
+    found = summary(rows)["mean"]["dice"]
+    assert found["std"] == pytest.approx(math.sqrt(0.02)) and found["low"] < 0.5 < found["high"]
 
 
 @pytest.mark.parametrize(("mm", "expected"), [(1.0, 1.0), (1.1, 0.5)])

@@ -6,7 +6,13 @@ from fakes import PlainNet
 from monai.networks import nets
 from torch import Tensor, nn
 
-from med3dinsight_ext.models.features import as_grid, extract_features, find_features
+from med3dinsight_ext.models.features import (
+    as_grid,
+    extract_features,
+    find_features,
+    first_output,
+    token_grid,
+)
 from med3dinsight_ext.models.psat import PSAT
 from med3dinsight_ext.models.student import Student, block_mask
 
@@ -104,6 +110,25 @@ def test_tokens_of_a_vit_keep_their_place() -> None:
     tokens = torch.arange(2 * 1 * 3.0).view(1, 6, 1)
     with_class = torch.cat((torch.full((1, 1, 1), -1.0), tokens), 1)
     assert torch.equal(as_grid(with_class, SIZE)[0, 0], tokens.view(2, 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "grid"),
+    [(6, SIZE, (2, 1, 3)), (64, (8, 8, 8), (4, 4, 4)), (64, (5, 5, 5), None), (7, SIZE, None)],
+)
+def test_a_grid_of_tokens_divides_the_volume(
+    tokens: int, size: tuple[int, int, int], grid: tuple[int, int, int] | None
+) -> None:
+    assert token_grid(tokens, size) == grid
+
+
+def test_what_is_no_feature_map_has_no_grid() -> None:
+    for other in (torch.zeros(1, 2, 5), torch.zeros(1, 5), torch.zeros(1, 3, 2, 2, 49), "text"):
+        assert as_grid(other, SIZE) is None  # two tokens may be the scores of two classes
+
+
+def test_the_output_is_the_first_of_several() -> None:
+    assert first_output((1, 2)) == first_output([1, 2]) == first_output(1) == 1
 
 
 def test_gradient_reaches_the_encoder_through_tokens_alone() -> None:

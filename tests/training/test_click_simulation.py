@@ -143,13 +143,32 @@ def test_every_round_clicks_on_what_is_still_wrong(monkeypatch: pytest.MonkeyPat
         np.random.seed(seed)
         drawn.clear()
         network = Obedient()
-        clicks = SimulatedClicks(NAMES, 5, 3, 0.0, radius=4.0)
+        clicks = SimulatedClicks(NAMES, 4, 3, 0.0, radius=4.0)
         batch = clicks(Engine(network), {"image": label, "label": label})
         assert len({at[0] // 6 for at in drawn}) == len(drawn)  # none in a corrected ball
         assert batch["image"].shape[1] == 5
         counts.add(len(drawn))
         rounds.add(network.calls)
-    assert counts == {1, 2, 3, 4, 5} and rounds == {1, 2, 3}
+    assert counts == {1, 2, 3, 4} and rounds == {1, 2, 3}  # though five places are wrong
+
+
+def test_eight_clicks_in_three_rounds_are_the_default() -> None:
+    assert vars(SimulatedClicks(NAMES)) == vars(
+        SimulatedClicks(NAMES, 8, 3, 0.3, 3.0, True, "disc")
+    )  # fmt: skip
+
+
+def test_steps_hardly_ever_draw_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(
+        click_simulation, "corrective_clicks",
+        lambda prediction, label, random, count: drawn.append(random.random_sample()) or [],
+    )  # fmt: skip
+    clicks, item = SimulatedClicks(NAMES, 1, 1, 0.0), {"image": torch.ones(1, 1, 4, 4, 4)}
+    np.random.seed(0)
+    for _ in range(200):
+        clicks(Engine(Obedient()), item | {"label": item["image"]})
+    assert len(set(drawn)) == 200
 
 
 def test_the_earlier_answer_can_be_left_out() -> None:

@@ -26,3 +26,29 @@ def test_a_window_gets_the_slices_in_it_alone() -> None:
     sizes.clear()
     SlidingTokens((32, 16, 16), 0.5)(volume[:1], student, plane[:1], position[:1])
     assert sizes == [4, 3]
+
+
+def windows(size: int, patch: int, *overlap: float) -> tuple[list[float], Tensor]:
+    """Starts of the windows along x, and the tokens of slices at its ends and between."""
+    starts = []
+
+    def student(patch: Tensor, plane: Tensor, position: Tensor) -> StudentOutput:
+        starts.append(float(patch[0, 0, 0, 0, 0]))
+        tokens = {"image": position[..., None], "text": 2 * position[..., None]}
+        return StudentOutput(tokens, None, None)
+
+    volume = torch.arange(float(size)).view(1, 1, size, 1, 1).expand(1, 1, size, 4, 4)
+    plane, position = torch.tensor([[0, 0, 0, 1]]), torch.tensor([[0.0, 0.25, 1.0, 0.0]])
+    out = SlidingTokens((patch, 4, 4), *overlap)(volume, student, plane, position, unused=1)
+    assert out.reconstruction is None and torch.equal(2 * out.tokens["image"], out.tokens["text"])
+    return starts, out.tokens["image"][0, :, 0]
+
+
+def test_slices_at_the_ends_of_the_volume_have_tokens() -> None:
+    starts, tokens = windows(16, 8, 0.5)
+    assert starts == [0, 4, 8] and tokens.tolist() == [0, (4 / 8 + 0) / 2, 1, 0]
+
+
+def test_windows_overlap_by_a_quarter_by_default_and_move_by_a_voxel_at_least() -> None:
+    assert windows(20, 8)[0] == [0, 6, 12] == windows(20, 8, 0.25)[0]
+    assert windows(4, 2, 0.9)[0] == [0, 1, 2]

@@ -1,0 +1,213 @@
+"""Volumes at addresses are fetched once, again when they change, and faults are one line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import nibabel as nib
+import numpy as np
+import pytest
+from data.test_prepared import case, segmentation
+
+from med3dinsight_ext.data.datalists import datalist
+from med3dinsight_ext.data.labels import read_case
+from med3dinsight_ext.data.prepared import PreparedCopy
+from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.io.files import HashMemo
+from med3dinsight_ext.io.remote import fetched
+
+NAMES = ["background", "organ"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MED3D_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def item(tmp_path: Path) -> dict[str, Any]:
+    return case(tmp_path / "data", "a")
+
+
+def put(item: dict[str, Any], root: str, **options: Any) -> dict[str, Any]:
+    files = fsspec.filesystem(root.partition("://")[0], **options)
+    remote = dict(item)
+    for key in ("image", "label"):
+        remote[key] = f"{root}/{Path(item[key]).name}"
+        files.put_file(item[key], remote[key])
+    return remote
+
+
+def same(item: dict[str, Any], remote: dict[str, Any]) -> None:
+    for ours, theirs in zip(read_case(remote, NAMES), read_case(item, NAMES), strict=True):
+        assert np.array_equal(ours.numpy(), theirs.numpy())
+        assert np.array_equal(ours.affine, theirs.affine)
+
+
+def test_an_address_in_a_list_is_read_as_the_file_is(
+    item: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    remote = put(item, "memory://one")
+    (tmp_path / "list.json").write_text(json.dumps([remote]))
+    (listed,) = datalist(tmp_path / "list.json")
+    assert listed == remote
+    same(item, listed)
+    assert read_volume(listed["image"]).meta["filename_or_obj"] == "memory://one/a.nii.gz"
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert sorted(path.name for path in files) == ["a.nii.gz", "a_seg.nii.gz"]
+    before = [path.stat().st_mtime_ns for path in files]
+    same(item, listed)  # from the cache
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
+def test_an_object_that_is_replaced_is_fetched_again(item: dict[str, Any], tmp_path: Path) -> None:
+    remote = put(item, "memory://two")["image"]
+    memo = HashMemo(tmp_path / "files.jsonl")
+    assert memo(remote) == memo(item["image"])
+    other = nib.Nifti1Image(np.random.default_rng(1).random((5, 6, 7)), np.eye(4))
+    nib.save(other, tmp_path / "b.nii.gz")
+    fsspec.filesystem("memory").put_file(tmp_path / "b.nii.gz", remote)
+    assert memo.get(remote) is None and memo(remote) == memo(tmp_path / "b.nii.gz")
+    assert read_volume(remote).shape == (1, 5, 6, 7)
+
+
+def test_a_copy_is_prepared_from_addresses_and_read_without_them(
+    item: dict[str, Any], tmp_path: Path
+) -> None:
+    remote = put(item, "memory://three")
+    copy = PreparedCopy(tmp_path / "copy", segmentation())
+    copy.check([remote])
+    local = dict(item)
+    copy.check([local])
+    assert remote["prepared"] == local["prepared"]  # by content
+
+
+def test_what_is_gone_is_one_line_and_no_verdict(item: dict[str, Any], tmp_path: Path) -> None:
+    remote = put(item, "memory://four")
+    fsspec.filesystem("memory").rm(remote["image"])
+    message = (
+        "volume must be reachable, got FileNotFoundError: .* for memory://four/a.nii.gz; check"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        read_volume(remote["image"])
+    assert "\n" not in str(error.value)
+    copy = PreparedCopy(tmp_path / "copy", segmentation())
+    with pytest.raises(ValueError, match="1 bad of 1.*(?s:.*)must be reachable"):
+        copy.check([remote])
+    put(item, "memory://four")
+    assert copy.sound([remote]) == [remote]
+
+
+def test_a_broken_object_names_its_address(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe_file("memory://five/a.nii.gz", b"no volume")
+    with pytest.raises(ValueError, match="memory://five/a.nii.gz"):
+        read_volume("memory://five/a.nii.gz")
+    with pytest.raises(ValueError, match="one file, got memory://five/a.mhd; write it as .mha"):
+        fetched("memory://five/a.mhd")
+
+
+def test_a_web_server_is_read(item: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "data"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        root = f"http://127.0.0.1:{server.server_port}"
+        same(item, {**item, "image": f"{root}/a.nii.gz", "label": f"{root}/a_seg.nii.gz"})
+        with pytest.raises(ValueError, match="reachable, got FileNotFoundError.*/b.nii.gz; check"):
+            read_volume(f"{root}/b.nii.gz")
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(ValueError, match="reachable, got FileNotFoundError.*; check the address"):
+        read_volume(f"{root}/c.nii.gz")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Address of moto's S3 server, in a process of its own."""
+    pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    quiet = subprocess.DEVNULL
+    running = subprocess.Popen(words, stdout=quiet, stderr=quiet)
+    end = time.monotonic() + 90
+    while time.monotonic() < end and running.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.2)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        running.kill()
+        running.wait()
+
+
+@pytest.fixture
+def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options of a filesystem on the server."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    return {"skip_instance_cache": True}
+
+
+@pytest.mark.slow
+def test_volumes_on_s3_are_prepared_by_worker_processes(
+    s3: dict[str, Any], item: dict[str, Any], tmp_path: Path
+) -> None:
+    files = fsspec.filesystem("s3", **s3)
+    files.mkdir("scans")
+    remote = put(item, "s3://scans/ct", **s3)
+    others = [case(tmp_path / "data", f"v{i}", seed=i) for i in range(3)]
+    items = [remote, *(put(other, "s3://scans/ct", **s3) for other in others)]
+    (tmp_path / "list.json").write_text(json.dumps(items))
+    listed = datalist(tmp_path / "list.json")
+    same(item, listed[0])
+    copy = PreparedCopy(tmp_path / "copy", segmentation(), workers=2)
+    copy.check(listed)
+    copy.check(local := [dict(i) for i in (item, *others)])
+    assert [i["prepared"] for i in listed] == [i["prepared"] for i in local]
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_gone_and_wrong_credentials_are_one_line(
+    s3: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"image": f"s3://nowhere/{i}.nii.gz"} for i in range(100)]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        ValueError, match="got FileNotFoundError: .* for s3://nowhere/0.nii.gz; chec"
+    ):
+        datalist(tmp_path / "list.json")
+    monkeypatch.setattr("s3fs.S3FileSystem._info", refuse)
+    with pytest.raises(
+        ValueError, match="got PermissionError: Forbidden for s3://nowhere/0"
+    ) as err:
+        datalist(tmp_path / "list.json")
+    assert "\n" not in str(err.value) and str(err.value).endswith("bucket and the credentials")
+
+
+async def refuse(*_: Any, **__: Any) -> None:
+    """What s3fs makes of a server's 403: moto's server takes any credentials."""
+    from botocore.exceptions import ClientError
+    from s3fs.errors import translate_boto_error
+
+    raise translate_boto_error(ClientError({"Error": {"Code": "403", "Message": "Forbidden"}}, "H"))
