@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # a copy in a published bundle holds few of these modules
     from med3dinsight_ext.models.psat import PSAT as PSAT
     from med3dinsight_ext.models.student import Student as Student
     from med3dinsight_ext.models.student import StudentOutput as StudentOutput
+    from med3dinsight_ext.slice_tokens import ask as ask
+    from med3dinsight_ext.slice_tokens import embed as embed
     from med3dinsight_ext.teachers.teacher import Teacher as Teacher
     from med3dinsight_ext.teachers.teacher import bundled as bundled
     from med3dinsight_ext.teachers.teacher import hugging_face as hugging_face
@@ -81,6 +83,7 @@ _MODULES = {
     "metrics.retrieval": ("Retrieval",),
     "training.encoder": ("load_encoder",),
     "training.transfer": ("load_pretrained",),
+    "slice_tokens": ("ask", "embed"),
     "workflows": ("evaluate", "finetune", "plan", "predict", "pretrain"),
 }
 __all__ = sorted(name for names in _MODULES.values() for name in names)

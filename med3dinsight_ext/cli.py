@@ -25,6 +25,7 @@ COMMANDS = {
     "finetune": "med3dinsight_ext.workflows.finetune",
     "predict": "med3dinsight_ext.workflows.predict",
     "evaluate": "med3dinsight_ext.workflows.evaluate",
+    "ask": "med3dinsight_ext.slice_tokens.ask",
     "quickstart": "med3dinsight_ext.quickstart.quickstart",
     "doctor": "med3dinsight_ext.doctor.doctor",
     "bundles": "med3dinsight_ext.io.bundles.bundles",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -22,6 +22,7 @@ from med3dinsight_ext.planning.run_folder import (
     images_of,
     overlay,
     prepare,
+    results,
     settle,
     trained,
     weights_of,
@@ -30,7 +31,7 @@ from med3dinsight_ext.planning.run_folder import (
 from med3dinsight_ext.reports.predictions import write_predictions
 from med3dinsight_ext.training.launch import launch
 
-PAGE = "predictions.html"
+PAGE, INPUTS = "predictions.html", "inputs.json"
 
 
 def plan(
@@ -126,8 +127,8 @@ def finetune(
     Args:
         data: as for ``plan``.
         labels: as for ``plan``.
-        pretrained: folder of a pre-training or a weights file; without it training starts from
-            scratch.
+        pretrained: folder of a pre-training, owner/name of a repository of Hugging Face, or a
+            weights file; without it training starts from scratch.
         out: folder of the training; default: runs/<name of data>/finetune.
         plan: file of the command plan; default: that of ``pretrained``, or one is made.
         quiet: print warnings and errors alone.
@@ -171,7 +172,8 @@ def predict(
     """Apply a trained network to volumes; segmentations are on the grids of their images.
 
     Args:
-        model: folder of a training, or of a published bundle.
+        model: folder of a training or of a published bundle, or owner/name of a repository of
+            Hugging Face.
         files: volumes (NIfTI, NRRD, MetaImage, folders of a DICOM series), or folders of them.
         out: folder to write; default: predictions in ``model``.
         quiet: print warnings and errors alone.
@@ -192,18 +194,14 @@ def predict(
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise ValueError(f"files must have different names, got {twice} twice; predict them apart")
-    folder = Path(out) if out else home / "predictions"
+    folder = Path(out) if out else results(model, home, "predictions")
     if there := [stem for stem in stems if any(folder.glob(f"{stem}_*"))]:
         raise ValueError(
             f"out must be a folder without these predictions, got {folder} with {there[0]} and "
             f"{len(there) - 1} more; name another with --out, or move them away"
         )
-    listed = folder / "inputs.json"
-    text = json.dumps([{"image": image} for image in images], indent=1)
-    write_atomic(listed, lambda draft: draft.write_text(text))
-    settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
-    launch(bundle, ["inference.json", *overlays], settings | overrides, quiet, verbose)
-    written = sorted(path for path in folder.iterdir() if path != listed)
+    infer(home, bundle, overlays, images, folder, overrides, quiet, verbose)
+    written = sorted(path for path in folder.iterdir() if path.name != INPUTS)
     if kind_of(bundle) == "segmentation":
         config = home / PLAN if overlays else bundle / "configs" / "inference.json"
         names = read_plan(config)["label_names"]  # JSON is YAML
@@ -213,6 +211,35 @@ def predict(
     if not quiet:
         print(f"\nwrote {len(written)} files to {folder}; look at {written[-1]}")
     return written
+
+
+def infer(
+    home: Path,
+    bundle: Path,
+    overlays: list[str],
+    images: Sequence[str],
+    folder: Path,
+    overrides: Mapping[str, Any],
+    quiet: bool,
+    verbose: bool = False,
+) -> None:
+    """Run the inference config of a trained network on some images.
+
+    Args:
+        home: folder of the network; with ``bundle`` and ``overlays`` from ``trained``.
+        bundle: its bundle.
+        overlays: of the config.
+        images: paths.
+        folder: to write.
+        overrides: keys of the config.
+        quiet: print warnings and errors alone.
+        verbose: print the messages of ignite and MONAI too.
+    """
+    listed = folder / INPUTS
+    text = json.dumps([{"image": image} for image in images], indent=1)
+    write_atomic(listed, lambda draft: draft.write_text(text))
+    settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
+    launch(bundle, ["inference.json", *overlays], settings | dict(overrides), quiet, verbose)
 
 
 def evaluate(
@@ -230,7 +257,7 @@ def evaluate(
     kept for validation if ``data`` is what it was trained on; else all.
 
     Args:
-        model: folder of a training, or of a published bundle.
+        model: as for ``predict``.
         data: as for ``plan``.
         labels: as for ``plan``.
         out: folder to write; default: evaluation-<name of data> in ``model``.
@@ -251,7 +278,7 @@ def evaluate(
         dataset = dataset._replace(items=dataset.labelled())
     if not dataset.items:
         raise ValueError(f"data must have labels, got none in {data}; name them with --labels")
-    folder = Path(out) if out else home / f"evaluation-{_name(data)}"
+    folder = Path(out) if out else results(model, home, f"evaluation-{_name(data)}")
     if (folder / DATALIST).exists():
         raise ValueError(f"out must be a new folder, got {folder}; name another with --out")
     settings: dict[str, Any] = {"bundle_root": str(home), "output_dir": str(folder)}

@@ -11,12 +11,15 @@ from med3dinsight_ext.data.layouts import Dataset
 from med3dinsight_ext.io.bundles import bundles_dir
 from med3dinsight_ext.io.errors import advice
 from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.hub import hub_id, local_folder
 from med3dinsight_ext.io.reading import read_json
-from med3dinsight_ext.planning.nnunet import read_nnunet
+from med3dinsight_ext.planning.nnunet import AXES, read_nnunet
 from med3dinsight_ext.planning.plan import TASK, make_plan, read_plan, shown, write_plan
 
 PROGRAM = "python -m med3dinsight_ext"
 PLAN, DATALIST, WEIGHTS = "plan.yaml", "datalist.json", "models/model.pt"
+PUBLISHED = "configs/inference.json"  # of a published bundle
+NETWORK = ("spacing", "patch_size", "ct_range", "backbone", AXES)  # that weights depend on
 OUT = Path("runs")
 
 
@@ -36,14 +39,22 @@ def settle(
     if nnunet:
         kept = read_nnunet(nnunet, [str(item["image"]) for item in dataset.items])
     if base:
-        home = Path(base)
-        kept = read_plan(home / PLAN if home.is_dir() else home)
-        kept = {k: v for k, v in kept.items() if not home.is_dir() or k not in TASK}
+        kept = _kept(Path(base))
     made = make_plan(dataset, kept, str(base or nnunet and Path(nnunet).name))
     write_plan(made, path, f"Plan for {dataset.root}. Edit it, and pass it on with --plan {path}")
     if not quiet:
         print(f"{shown(made)}\n\nwrote {path}: edit it, or give keys like --steps 2000")
     return made.settings
+
+
+def _kept(base: Path) -> dict[str, Any]:
+    """Settings of a plan, or those of a trained network that its weights depend on."""
+    if not base.is_dir():
+        return read_plan(base)
+    if (base / PLAN).is_file():
+        return {k: v for k, v in read_plan(base / PLAN).items() if k not in TASK}
+    config = read_json(base / PUBLISHED, "config")
+    return {key: config[key] for key in NETWORK if key in config}
 
 
 def prepare(
@@ -102,9 +113,9 @@ def weights_of(pretrained: str) -> tuple[Path, str | None]:
     """Weights file of a pre-training, and its folder if that has a plan.
 
     Args:
-        pretrained: folder of a run, or a weights file.
+        pretrained: folder of a run or of a published bundle, repository, or weights file.
     """
-    path = Path(pretrained)
+    path = local_folder(pretrained)
     weights = path / WEIGHTS if path.is_dir() else path
     if not weights.is_file():
         raise ValueError(
@@ -112,23 +123,24 @@ def weights_of(pretrained: str) -> tuple[Path, str | None]:
             f"{PROGRAM} pretrain first"
         )
     home = path if path.is_dir() else weights.absolute().parents[1]
-    return weights, str(home) if (home / PLAN).is_file() else None
+    planned = (home / PLAN).is_file() or (home / PUBLISHED).is_file()
+    return weights, str(home) if planned else None
 
 
 def trained(model: str) -> tuple[Path, Path, list[str]]:
     """Folder of a trained network, its bundle, and overlays of the configs.
 
     Args:
-        model: folder of a run or of a published bundle, or its models/model.pt.
+        model: folder of a run or of a published bundle, its models/model.pt, or a repository.
     """
-    home = Path(model)
+    home = local_folder(model)
     if home.is_file():
         home = home.absolute().parents[1]
     if not (home / WEIGHTS).is_file():
         near = [str(path.parents[1]) for path in OUT.glob(f"*/*/{WEIGHTS}")]
         hint = advice(model, near, f"train one with {PROGRAM} finetune")
         raise ValueError(f"model must be a folder with {WEIGHTS}, got {model}; {hint}")
-    if (home / "configs" / "inference.json").is_file():
+    if (home / PUBLISHED).is_file():
         return home, home, []
     if not (home / PLAN).is_file():
         raise ValueError(
@@ -140,6 +152,12 @@ def trained(model: str) -> tuple[Path, Path, list[str]]:
     else:
         name = "cls-finetune" if "class_names" in read_plan(home / PLAN) else "seg-finetune"
     return home, bundles_dir() / name, [overlay(home)]
+
+
+def results(model: str, home: Path, name: str) -> Path:
+    """Folder for what a network gives: in its own, or in runs/ if that is a downloaded one."""
+    repository = hub_id(model)
+    return OUT / repository[0].split("/")[1] / name if repository else home / name
 
 
 def overlay(folder: Path) -> str:

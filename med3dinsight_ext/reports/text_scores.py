@@ -1,7 +1,8 @@
-"""Figures of text prompts' scores along the planes of a volume."""
+"""Figures and a page of text prompts' scores along the planes of a volume."""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping
 
@@ -12,13 +13,14 @@ from monai.data import MetaTensor
 
 from med3dinsight_ext.data.slicing import PLANES, cut
 from med3dinsight_ext.reports.figures import PLANE_COLORS, STYLE, draw_image, save_png
+from med3dinsight_ext.reports.viewer import Curve, write_viewer
 from med3dinsight_ext.training.inferers import PlaneScores
 
 ENDS = ("left → right", "posterior → anterior", "inferior → superior")  # of the planes' axes
 
 
 class TextScoreFigures:
-    """Handler that draws ``case_text.png`` beside each ``case_text.json``.
+    """Handler that makes ``case_text.png`` and ``case_text.html`` beside each ``case_text.json``.
 
     It stands after ``TokenWriter`` in the list of handlers and draws the scores that this leaves
     in ``engine.state.output["text_scores"]``; without prompts there are none.
@@ -35,7 +37,11 @@ class TextScoreFigures:
                 "TextScoreFigures"
             )
         for case in engine.state.output["text_scores"]:
-            save_png(f"{case.stem}_text.png", text_curves(case.prompts, case.image))
+            page = case.stem.with_name(f"{case.stem.name}_text.html")
+            curves = {text: curves_of(planes) for text, planes in case.prompts.items()}
+            stills = [text_curves(case.prompts, case.image)]
+            write_viewer(page, case.source, {}, [], curves=curves, stills=stills)
+            save_png(page.with_suffix(".png"), stills[0])
 
 
 @rc_context(STYLE)
@@ -69,3 +75,24 @@ def text_curves(prompts: Mapping[str, Mapping[int, PlaneScores]], image: MetaTen
     figure.legend(lines, names, loc="outside upper left", ncols=3, fontsize=8)
     figure.set_label("Score of each text along each axis, best at " + "; ".join(best_at))
     return figure
+
+
+def curves_of(planes: Mapping[int, PlaneScores]) -> list[Curve]:
+    """One prompt's scores along the axes, each on its own scale; empty slices are gaps."""
+    found = []
+    for plane, scores in planes.items():
+        values = [value for value in scores.visible.tolist() if not math.isnan(value)]
+        low, extent = min(values), max(max(values) - min(values), 1e-6)
+        pieces: list[list[str]] = [[]]
+        for position, value in zip(scores.position.tolist(), scores.visible.tolist(), strict=True):
+            if math.isnan(value):
+                pieces.append([])
+            else:
+                pieces[-1].append(f"{300 * position:.1f},{86 - 82 * (value - low) / extent:.1f}")
+        lines = [" ".join(piece) for piece in pieces if piece]
+        best = scores.best
+        name, color = f"{PLANES[plane]}, {ENDS[plane]}", PLANE_COLORS[plane]
+        found.append(
+            Curve(plane, name, color, lines, float(scores.position[best]), low, max(values))
+        )
+    return found

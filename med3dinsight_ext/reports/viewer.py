@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import torch
+from matplotlib.figure import Figure
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
@@ -28,6 +29,22 @@ SCRIPT = "_assets/js/niivue.umd.js"  # in nilearn's wheel
 logger = logging.getLogger(__name__)
 
 
+class Curve(NamedTuple):
+    """Scores along one axis of a volume, drawn in a box of 300 x 90.
+
+    axis: 0 for x. name: of the plane and the ends of its axis. color: CSS. lines: points of each
+    piece. best: place of the highest score, a fraction of the extent. low, high: scores.
+    """
+
+    axis: int
+    name: str
+    color: str
+    lines: list[str]
+    best: float
+    low: float
+    high: float
+
+
 @cache
 def niivue() -> str | None:
     """NiiVue's script as nilearn (extra ``demo``) ships it; None if it is not installed."""
@@ -41,16 +58,20 @@ def write_viewer(
     image: str | Path,
     maps: Mapping[str, MetaTensor],
     classes: Sequence[str],
-    back: str,
+    back: str = "",
+    curves: Mapping[str, Sequence[Curve]] | None = None,
+    stills: Sequence[Figure] = (),
 ) -> bool:
     """Write a page with one volume, offline like all pages; it needs WebGL 2.
 
     Args:
         page: HTML file.
         image: path of the volume.
-        maps: name to class numbers (1, x, y, z) on the grid of the image's file, at least one.
+        maps: name to class numbers (1, x, y, z) on the grid of the image's file.
         classes: names from number 1 on.
-        back: page to go back to, relative to this one.
+        back: page to go back to, relative to this one; empty if there is none.
+        curves: text to its scores along the axes; the page begins at the best slices of the first.
+        stills: figures for browsers without WebGL, below.
 
     Returns:
         Whether it was written: not without NiiVue.
@@ -66,16 +87,16 @@ def write_viewer(
     layers: list[dict[str, Any]] = [
         {"name": "Image", "data": encoded(255 * shown, volume.affine, step)}
     ]
+    start = [0.5, 0.5, 0.5]
+    for curve in next(iter((curves or {}).values()), ()):
+        start[curve.axis] = curve.best
     for name, label in maps.items():
         turned = Orientation("RAS", labels=None)(label)
         layers.append({"name": name, "data": encoded(turned, turned.affine, step)})
-    size = torch.tensor(turned.shape[1:])
-    marked = turned.as_tensor()[0].nonzero()
-    if len(marked):
-        apart = (marked - marked.double().mean(0)).square().sum(1)
-        start = (marked[apart.argmin()] + 0.5) / size
-    else:
-        start = torch.full((3,), 0.5)
+        marked = turned.as_tensor()[0].nonzero()
+        if len(marked):
+            apart = (marked - marked.double().mean(0)).square().sum(1)
+            start = ((marked[apart.argmin()] + 0.5) / torch.tensor(turned.shape[1:])).tolist()
     facts = {"Image": str(image), "Voxels shown": "all" if step == 1 else f"one of {step} an axis"}
     write_page(
         page,
@@ -86,7 +107,9 @@ def write_viewer(
         colors=class_colors(classes),
         niivue=script,
         back=back,
-        start=start.tolist(),
+        start=start,
+        curves=curves or {},
+        stills=stills,
     )
     return True
 

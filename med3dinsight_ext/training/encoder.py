@@ -8,6 +8,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
+from med3dinsight_ext.io.hub import local_folder
 from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.models.pyramid import find_pyramid, pyramid_of
 from med3dinsight_ext.training.checkpoints import load_weights
@@ -49,7 +50,8 @@ def load_encoder(path: str | Path, levels: int = 4) -> Encoder:
     """A trained network with its weights, as an encoder on the CPU in eval mode.
 
     Args:
-        path: folder of a training or of a published bundle; models/model.pt is in it.
+        path: folder of a training or of a published bundle; models/model.pt is in it. Or owner/name
+            of a repository of Hugging Face.
         levels: of features, at most.
 
     Raises:
@@ -68,12 +70,12 @@ def trained_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a trained network with its weights, and the config of the training.
 
     Args:
-        path: folder of a training or of a published bundle.
+        path: folder of a training or of a published bundle, or a repository.
 
     Raises:
         ValueError: the folder has no weights, or no config of the network.
     """
-    home = Path(path)
+    home = local_folder(path)
     weights, record = home / "models" / "model.pt", home / "models" / FILE
     published = home / "configs" / "inference.json"
     if not weights.is_file() or not (published.is_file() or record.is_file()):

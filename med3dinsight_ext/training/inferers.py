@@ -140,11 +140,15 @@ class PlaneScores(NamedTuple):
 
 
 class TextScores(NamedTuple):
-    """Scores of one volume: prompt to plane to ``PlaneScores``, and ``stem`` of its files."""
+    """Scores of one volume: prompt to plane to ``PlaneScores``.
+
+    stem: of the files that are written. image: (1, x, y, z), padded. source: file of the image.
+    """
 
     stem: Path
     image: MetaTensor
     prompts: dict[str, dict[int, PlaneScores]]
+    source: str
 
 
 class TokenWriter:
@@ -203,7 +207,7 @@ class TokenWriter:
                     tokens, **place, padded=batch["position"][i].cpu(), volume=batch["image"][i]
                 )
                 _write_scores(stem, name, scores)
-                scored.append(TextScores(stem, batch["image"][i], scores))
+                scored.append(TextScores(stem, batch["image"][i], scores, name))
         engine.state.output["text_scores"] = scored
 
     def _stem(self, name: str) -> Path:

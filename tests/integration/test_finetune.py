@@ -35,7 +35,8 @@ SMALL: dict[str, dict[str, Any]] = {  # sizes at which a step takes a second; sa
     "resenc": {"features_per_stage": [4, 8, 8, 8, 16, 16], "n_blocks_per_stage": 1},
 }
 PATCH = {"swinunetr": [64, 32, 32], "swinunetr_v2": [64, 32, 32], "flexibleunet": [64, 32, 32],
-         "resenc": [64, 32, 32], "efficientnet": [64, 32, 32], "vnet": [32, 32, 32]}  # fmt: skip
+         "resenc": [64, 32, 32],
+         "efficientnet": [64, 32, 32], "vnet": [32, 32, 32]}  # fmt: skip
 CLASSIFIERS = {"densenet121", "resnet", "seresnet", "efficientnet", "vit"}
 REQUIRED = {
     "unet", "basicunet", "attentionunet", "dynunet", "segresnet", "segresnetds", "vnet", "unetr",

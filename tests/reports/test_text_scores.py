@@ -3,12 +3,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from fake_figures import prompts
 from ignite.engine import Engine
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
+from med3dinsight_ext.reports import viewer
 from med3dinsight_ext.reports.figures import PLANE_COLORS
 from med3dinsight_ext.reports.text_scores import TextScoreFigures, text_curves
 from med3dinsight_ext.training.inferers import TextScores
@@ -31,11 +34,14 @@ def test_text_curves_mark_the_best_slice_of_each_plane() -> None:
 
 def test_a_png_is_drawn_from_the_token_writers_scores(tmp_path: Path) -> None:
     scored, image = prompts()
+    source = tmp_path / "case.nii.gz"
+    nib.save(nib.Nifti1Image(image[0].numpy(), np.eye(4)), source)
     engine = Engine(lambda *_: {"text_scores": scores})
     TextScoreFigures().attach(engine)
-    scores = [TextScores(tmp_path / "new" / "case", image, scored)]
+    scores = [TextScores(tmp_path / "new" / "case", image, scored, str(source))]
     engine.run([0])
-    assert os.listdir(tmp_path / "new") == ["case_text.png"]
+    made = {"case_text.png"} | ({"case_text.html"} if viewer.niivue() else set())
+    assert set(os.listdir(tmp_path / "new")) == made
     assert imread(tmp_path / "new" / "case_text.png").std() > 0.05
 
 

@@ -129,27 +129,57 @@ def test_without_niivue_there_is_no_viewer_and_no_link(
     assert not viewer.write_viewer(tmp_path / "v.html", image, {"x": label}, CLASSES, "all.html")
 
 
-@needs_niivue
-def test_a_browser_shows_the_class_under_the_point(tmp_path: Path) -> None:
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--use-gl=angle",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--virtual-time-budget=30000",
+    "--dump-dom",
+]
+CLICK = """
+const wait = () => document.body.dataset.ready ? go() : setTimeout(wait, 100);
+const go = () => {
+  const shown = () => [...document.querySelectorAll("[data-axis]")].map((s) => s.value).join(" ");
+  document.querySelector("[data-axis-to='2']").click();
+  const button = shown();
+  const curve = document.querySelector("[data-curve='0']"), box = curve.getBoundingClientRect();
+  curve.dispatchEvent(new MouseEvent("click", { clientX: box.left + 0.75 * box.width }));
+  document.body.dataset.sliders = `${button}, ${shown()}`;
+};
+wait();
+"""
+
+
+def shown(page: Path) -> str:
+    """The page's document after its script has run in a browser."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("the viewer's script needs chromium")
+    command = [browser, *FLAGS, f"--user-data-dir={page.parent / 'profile'}", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180).stdout
+
+
+@needs_niivue
+def test_a_browser_shows_the_class_under_the_point(tmp_path: Path) -> None:
     image, label = case(tmp_path)
     page = tmp_path / "view.html"
     viewer.write_viewer(page, image, {"Prediction": label, "Label": label}, CLASSES, "all.html")
-    flags = [
-        "--headless=new",
-        "--no-sandbox",
-        "--use-gl=angle",
-        "--use-angle=swiftshader",
-        "--enable-unsafe-swiftshader",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    dump = subprocess.run(
-        [browser, *flags, "--virtual-time-budget=30000", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=180,
-    ).stdout
+    dump = shown(page)
     assert 'data-ready="true"' in dump
     assert "Prediction: &lt;b&gt;right&lt;/b&gt;; Label: &lt;b&gt;right" in dump
+
+
+@needs_niivue
+def test_a_click_on_a_curve_goes_to_its_slice(tmp_path: Path) -> None:
+    image, _ = case(tmp_path)
+    page = tmp_path / "view.html"
+    curves = [viewer.Curve(axis, "plane", "#000", ["0,0 300,90"], 0.2, 0, 1) for axis in (0, 1)]
+    best = viewer.Curve(2, "axial", "#000", ["0,0 300,90"], 0.9, 0, 1)
+    viewer.write_viewer(page, image, {}, [], curves={"a": curves, "<b>": [best]})
+    source = page.read_text("utf-8")
+    assert "<h3" in source and "&lt;b&gt;" in source and "All cases" not in source
+    policy = re.compile('<meta http-equiv="Content-Security-Policy".*?>')
+    page.write_text(policy.sub("", source) + f"<script>{CLICK}</script>")
+    assert re.search('data-sliders="200 200 900, 7(49|50) 200 900"', shown(page))

@@ -22,6 +22,12 @@ function place(data) {
   for (const slider of document.querySelectorAll("[data-axis]")) {
     slider.value = Math.round(1000 * view.scene.crosshairPos[Number(slider.dataset.axis)]);
   }
+  for (const curve of document.querySelectorAll("[data-curve]")) {
+    const x = 300 * view.scene.crosshairPos[Number(curve.dataset.curve)];
+    const now = curve.querySelector(".now");
+    now.setAttribute("x1", x);
+    now.setAttribute("x2", x);
+  }
 }
 
 async function run() {
@@ -43,18 +49,29 @@ async function run() {
   view.setSliceType(view.sliceTypeMultiplanar);
   view.onLocationChange = place;
   view.drawScene();
+  const go = (axis, position) => {
+    view.scene.crosshairPos[Number(axis)] = Math.min(Math.max(position, 0), 1);
+    view.drawScene();
+    view.createOnLocationChange();
+  };
   for (const slider of document.querySelectorAll("[data-axis]")) {
-    slider.addEventListener("input", () => {
-      view.scene.crosshairPos[Number(slider.dataset.axis)] = slider.value / 1000;
-      view.drawScene();
-      view.createOnLocationChange();
+    slider.addEventListener("input", () => go(slider.dataset.axis, slider.value / 1000));
+  }
+  for (const curve of document.querySelectorAll("[data-curve]")) {
+    curve.addEventListener("click", (event) => {
+      const box = curve.getBoundingClientRect();
+      go(curve.dataset.curve, (event.clientX - box.left) / box.width);
     });
+  }
+  for (const button of document.querySelectorAll("[data-position]")) {
+    button.addEventListener("click", () =>
+      go(button.dataset.axisTo, Number(button.dataset.position)));
   }
   const opacity = document.getElementById("opacity");
   const boxes = [...document.querySelectorAll("[data-layer]")];
   const show = () => boxes.forEach((box) =>
     view.setOpacity(Number(box.dataset.layer), box.checked ? opacity.value / 100 : 0));
-  [opacity, ...boxes].forEach((control) => control.addEventListener("input", show));
+  [opacity, ...boxes].forEach((control) => control?.addEventListener("input", show));
   view.scene.crosshairPos = start;
   view.drawScene();
   view.createOnLocationChange();
