@@ -231,7 +231,7 @@ def collect(dataset: str, out: str) -> None:
     """
     arms: dict[str, Any] = {}
     for path in sorted(Path(out).glob(f"{dataset}_*/*.json")):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text().replace(str(Path(out)), "OUT"))
         if "one" in found:
             name = path.parent.name.removeprefix(f"{dataset}_")
             timing = json.loads((path.parent / "timing.json").read_text())

@@ -324,22 +324,108 @@ def clicks(result: Result) -> str:
     )
 
 
-def clicks_corrective(result: Result) -> str:
-    """Section of one arm of bench_clicks.py."""
-    one, training = result["one"], result["training"]
-    low, high = (100 * one["gain"][key] for key in ("low", "high"))
+def click_row(name: str, arm: Result, subset: str) -> list[str]:
+    """Row of one arm of bench_clicks.py."""
+    one, training = arm[subset]["one"], arm["training"]
+    means = [step["mean"] for step in one["dice"]]
+    noc = one["noc"]
+    clicked = len(means) > 1
+    return [
+        name.replace("_", " "),
+        f"{training['budget']:.0f}",
+        str(training["iterations"]),
+        ends(one["dice"][0]),
+        *(f"{means[n]:.3f}" if clicked else "–" for n in (1, 3, 5, 10)),
+        percents(one["gain"], "mean", "low", "high") if clicked else "–",
+        f"{noc['mean']:.2f}" if clicked else "–",
+        ("yes" if means == sorted(means) else "no") if clicked else "–",
+        f"{one['effects']['all']['followed']:.0%}" if clicked else "–",
+        f"{one['seconds']['median']:.2f}" if clicked else "–",
+    ]
+
+
+def clicks_hippocampus(result: Result) -> str:
+    """Section of all arms of bench_clicks.py."""
+    arms, sections = result["arms"], []
+    for subset, text in (("validation", "development"), ("test", "test")):
+        scored = {name: arm for name, arm in arms.items() if subset in arm}
+        if scored:
+            cases = next(iter(scored.values()))[subset]["cases"]
+            rows = [click_row(name, arm, subset) for name, arm in scored.items()]
+            sections.append(fill("clicks_arms", cases=cases, subset=text, rows=table(rows)))
+    best = arms["click"]["validation"]["one"]
+    warm = arms["click_warm"]["validation"]["one"]
+    lowest = arms["plain"]["validation"]["one"]["dice"][0]["mean"] - 0.003
     return fill(
-        "clicks_corrective",
+        "clicks_hippocampus",
         where=where(result),
-        trained=training["cases"],
-        iterations=training["iterations"],
+        gain_goal=reached(best["gain"]["mean"] >= 0.03),
+        zero_goal=reached(best["dice"][0]["mean"] >= lowest),
+        warm_gain_goal=reached(warm["gain"]["mean"] >= 0.03),
+        warm_zero_goal=reached(warm["dice"][0]["mean"] >= lowest),
+        trained=arms["click"]["training"]["cases"],
+        sections="\n".join(sections),
+        effects=table(
+            [
+                name,
+                row["clicks"],
+                f"{row['followed']:.0%}",
+                f"{row['corrected']:.1f}",
+                f"{row['spoilt']:.1f}",
+                f"{100 * row['gain']:.2f}",
+            ]
+            for name, row in best["effects"].items()
+        ),  # fmt: skip
+    )
+
+
+def effort(result: Result) -> str:
+    """Section of bench_effort.py."""
+    rows = [
+        [
+            text,
+            part["cases"],
+            ends(part["first_dice"]),
+            ends(part["clicks"], 1),
+            f"{part['waited']['mean']:.1f}",
+            ends(part["last_dice"]),
+            f"{part['reached']} of {part['cases']}",
+        ]
+        for text, part in (("before", result["before"]), ("after", result["after"]))
+    ]
+    now = result["scores"]["now"]
+    score, start = ((now[key] or {}).values() for key in ("validation", "start"))
+    return fill(
+        "effort",
+        where=where(result),
+        goal=result["goal"],
+        most=result["at_most"],
+        epochs=result["epochs"],
+        start=f"{next(iter(start), float('nan')):.3f}",
+        score=f"{next(iter(score), float('nan')):.3f}",
+        rows=table(rows),
+    )
+
+
+def active_learning(result: Result) -> str:
+    """Section of bench_active.py."""
+    rows = [
+        [
+            strategy,
+            *(ends(row["dice"]) for row in counts.values()),
+            *(percents(row["above_random"], "mean", "low", "high") if strategy != "random" else "–"
+              for row in counts.values()),
+        ]
+        for strategy, counts in result["arms"].items()
+    ]  # fmt: skip
+    return fill(
+        "active_learning",
+        where=where(result),
+        seeds=result["seeds"],
+        steps=result["steps"],
+        pool=result["pool"],
         cases=result["cases"],
-        gain=100 * one["gain"]["mean"],
-        low=low,
-        high=high,
-        goal=reached(one["gain"]["mean"] >= 0.03),
-        answer=one["seconds"]["median"],
-        rows=table([n, f"{step['mean']:.3f}"] for n, step in enumerate(one["dice"])),
+        rows=table(rows),
     )
 
 
@@ -619,7 +705,9 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "headneck": headneck,
     "clicks": clicks,
     "clicks_14": clicks,
-    "clicks_corrective": clicks_corrective,
+    "clicks_hippocampus": clicks_hippocampus,
+    "effort": effort,
+    "active_learning": active_learning,
     "label": label,
     "adrenal": adrenal,
     "frozen": frozen,

@@ -145,7 +145,7 @@ class Server:
     def trained(self) -> dict[str, Any]:
         """The last training's task as the server tells of it, once it has ended."""
         running = ("SUBMITTED", "RUNNING")
-        self.wait(lambda: self.ask("GET", "/train/").body["status"] not in running)
+        self.wait(lambda: self.ask("GET", "/train/").body["status"] not in running, 400)
         return self.ask("GET", "/train/").body
 
     def save_label(self, image: str, label: Path) -> Answer:

@@ -17,7 +17,7 @@ from med3dinsight_ext.io.claims import npz_array
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import parse_json, read_rows, readable
 from med3dinsight_ext.io.remote import check_servers, is_remote
-from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes, real_path
 
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 VAL_FRACTION, FEW = 0.2, 10  # held out by default, of at least so many cases
@@ -64,7 +64,7 @@ def datalist(
         items = [_item(row, source, root, given) for row in sections[section]]
         paths = [str(item["image"]) for item in items]
         remote = [path for path in paths if is_remote(path)]
-        count = Counter(path if is_remote(path) else os.path.realpath(path) for path in paths)
+        count = Counter(path if is_remote(path) else real_path(path) for path in paths)
     check_servers(remote)
     for rule, bad in (
         (

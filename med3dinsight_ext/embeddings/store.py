@@ -99,6 +99,10 @@ class Store:
         self._teacher_print = teacher.fingerprint
         self._hashes = HashMemo(self.root / "files.jsonl")
 
+    def reload(self) -> None:
+        """Read the hashes of files that other processes have added to the folder."""
+        self._hashes = HashMemo(self.root / "files.jsonl")
+
     def path(self, item: dict[str, Any]) -> Path:
         """Path of the item's entry, whether it exists or not.
 

@@ -129,6 +129,9 @@ def _identity(file: str | Path) -> tuple[str, int, int]:
         size, digest = version(str(file))
         return str(file), size, int(digest[:15], 16)
     try:
+        stat = os.stat(file)
+        if S_ISREG(stat.st_mode) and not str(file).endswith(".mhd"):  # the most, of many
+            return os.path.abspath(file), stat.st_size, stat.st_mtime_ns
         files = files_of(str(file))
         stats = [os.stat(part) for part in files]
         if not all(S_ISREG(stat.st_mode) for stat in stats):

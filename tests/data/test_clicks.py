@@ -209,7 +209,7 @@ def test_every_backbone_takes_clicks(name: str) -> None:
         if "swin" in name:
             parser["backbone"]["feature_size"] = 12
         with torch.device("cpu" if "swin" in name else "meta"):
-            if name == "vnet":  # repeats its input to 16 channels
+            if name in ("vnet", "resenc"):  # repeats its input to 16 channels; input_channels
                 with pytest.raises(RuntimeError, match="Failed to"):
                     parser.get_parsed_content("network_def")
                 continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -131,13 +130,14 @@ def test_a_web_server_is_read(item: dict[str, Any], tmp_path: Path) -> None:
             read_volume(f"{root}/b.nii.gz")
     finally:
         server.shutdown()
-    with pytest.raises(ValueError, match="reachable, got Client.*; check the address"):
+        server.server_close()
+    with pytest.raises(ValueError, match="reachable, got FileNotFoundError.*; check the address"):
         read_volume(f"{root}/c.nii.gz")
 
 
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Options of a filesystem on moto's server in a process of its own."""
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Address of moto's S3 server, in a process of its own."""
     pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
     with socket.socket() as free:
@@ -145,24 +145,28 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, An
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     quiet = subprocess.DEVNULL
-    server = subprocess.Popen(
-        words, stdout=quiet, stderr=quiet, env={**os.environ, "PYTHONPATH": ""}
-    )
-    address = f"http://127.0.0.1:{port}"
-    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    for _ in range(200):
+    running = subprocess.Popen(words, stdout=quiet, stderr=quiet)
+    end = time.monotonic() + 90
+    while time.monotonic() < end and running.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
-        time.sleep(0.1)
+        time.sleep(0.2)
     try:
-        yield {"skip_instance_cache": True}
+        yield f"http://127.0.0.1:{port}"
     finally:
-        server.kill()
-        server.wait()
+        running.kill()
+        running.wait()
+
+
+@pytest.fixture
+def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options of a filesystem on the server."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    return {"skip_instance_cache": True}
 
 
 @pytest.mark.slow

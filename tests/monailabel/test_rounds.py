@@ -79,6 +79,7 @@ def test_a_round_is_offered_beside_the_weights_before_it_and_one_request_goes_ba
     assert score > start and found["earlier"]["saved"]
     stats = server.ask("GET", "/info/").body["train_stats"][PLAIN]
     assert stats == {"best_metric": score}
+    assert "before training; kept epoch" in server.ask("GET", "/rounds/").body.decode()
     new, old = (
         np.asarray(overlay(server, "v3", name).dataobj).sum()
         for name in (PLAIN, f"{PLAIN}_earlier")
@@ -260,4 +261,4 @@ def test_inference_goes_before_a_training(served: Served) -> None:
         for pid in server.left
         if pid != server.process.pid
     }
-    assert "10" in nice
+    assert "5" in nice

@@ -249,7 +249,7 @@ def test_a_label_that_does_not_fit_is_refused(
         ("/train/other", "model must be one of seg-finetune, deepedit_ball, got 'other'"),
         (
             "/activelearning/other",
-            "strategy must be one of first, random, kcenter_greedy, got 'other'",
+            "strategy must be one of random, first, kcenter_greedy, got 'other'",
         ),
     ],
 )

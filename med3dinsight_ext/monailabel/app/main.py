@@ -110,7 +110,11 @@ class LabelApp(MONAILabelApp):
 
     def init_strategies(self) -> dict[str, Strategy]:
         own = KCenterGreedy(next(iter(self.bundles.values())))
-        return {"first": First(), "random": Random(), "kcenter_greedy": own}
+        return {
+            "random": Random(),
+            "first": First(),
+            "kcenter_greedy": own,
+        }  # viewers take the first
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> Any:
         there = {name: task for name, task in self._infers.items() if task.is_valid()}

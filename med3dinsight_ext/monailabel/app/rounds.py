@@ -27,7 +27,7 @@ from med3dinsight_ext.training.history import read_history
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
-NICE = 10  # inference goes first
+NICE = 5  # inference goes first
 
 
 def end_with(server: int) -> None:

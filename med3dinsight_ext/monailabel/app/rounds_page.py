@@ -55,6 +55,14 @@ def effort_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def outcome(task: dict[str, Any]) -> str:
+    """The line of a task's log that says most: of the scores, of the latest epoch, or the last."""
+    lines = [str(line) for line in task.get("details") or [""]]
+    marks = ("before training", "epoch ") if task["status"] in ("RUNNING", "DONE") else ()
+    found = ([line for line in lines if mark in line] for mark in marks)
+    return next((marked[-1] for marked in found if marked), lines[-1])
+
+
 def training() -> dict[str, Any] | None:
     """The last training's task."""
     found = tasks("train")
@@ -85,7 +93,7 @@ def router(app: MONAILabelApp, trainers: dict[str, Training], log: AnswerLog) ->
                 models=rounds(trainers),
                 task=task,
                 running=bool(task and task["status"] in ("SUBMITTED", "RUNNING")),
-                last=str(task["details"][-1]) if task and task.get("details") else "",
+                last=outcome(task) if task else "",
                 progress={name: trainer.stats() for name, trainer in trainers.items()},
                 rows=rows[::-1][:SHOWN],
                 figure=figure,

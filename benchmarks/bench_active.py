@@ -1,0 +1,245 @@
+"""Active learning on hippocampus: which cases to label first, with a small network.
+
+python benchmarks/bench_active.py run ../shared/data/hippocampus OUT [--seeds 5] [--seconds 1200]
+python benchmarks/bench_active.py collect OUT
+
+``run`` trains a U-Net from scratch for the same number of steps on 5, 10 and 20 of 112 development
+cases, chosen at random, by k-center greedy in the space of the frozen 2D teacher, or by the entropy
+of the network's answers (the first 5 then at random), and scores it on the 28 others. A seed draws
+the first cases and the weights. OUT/runs.jsonl has a line a training; a complete seed is not
+repeated, so that it can run in pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter, process_time
+
+import fire
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNet
+from torch import Tensor, nn
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from click_scores import interval, mean_dice  # noqa: E402
+from common import write  # noqa: E402
+from med3dinsight_ext.data.datalists import partition  # noqa: E402
+from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
+from med3dinsight_ext.io.configs import with_shared  # noqa: E402
+from med3dinsight_ext.models.teacher_classifier import TeacherFeatures  # noqa: E402
+from med3dinsight_ext.monailabel.app.kcenter_greedy import kcenter_greedy  # noqa: E402
+from med3dinsight_ext.teachers.teacher import bundled  # noqa: E402
+
+STRATEGIES = ("random", "kcenter", "entropy")
+COUNTS = (5, 10, 20)
+CLASSES = 3
+SPACING, PATCH = [2.0] * 3, (24, 32, 24)  # mm, voxels: coarse, so that many trainings are cheap
+Cases = list[tuple[Tensor, Tensor]]  # image and label, (1, x, y, z) each
+
+
+def read(data: str) -> tuple[Cases, Cases]:
+    """The pool and the validation cases, on the bundle's grid, padded to the patch."""
+    folder = bundles_dir() / "seg-finetune" / "configs"
+    files = [*with_shared(folder / "train.json"), HERE / "hippocampus.yaml"]
+    config = ConfigParser.load_config_files([str(file) for file in files])
+    root = Path(data)
+    config |= {"spacing": SPACING, "patch_size": list(PATCH)}
+    config |= {"dataset_dir": data, "datalist": str(root / "dataset.json")}
+    config |= {"split": str(root / "split.json"), "device": torch.device("cpu")}
+    parser = ConfigParser(config)
+    parts = partition(parser.get_parsed_content("items"), 0.2, None)
+    loaded = parser.get_parsed_content("validate::preprocessing")
+    found = []
+    for part in parts:
+        items = (loaded(item) for item in tqdm(part, "reading", mininterval=5))
+        found.append([(item["image"].as_tensor(), item["label"].as_tensor()) for item in items])
+    return found[0], found[1]
+
+
+def batch(cases: Cases, random: np.random.RandomState, size: tuple[int, ...]) -> list[Tensor]:
+    """Four random crops, turned over and shifted in brightness at random."""
+    images, labels = [], []
+    for i in random.randint(len(cases), size=4):
+        image, label = cases[i]
+        starts = [random.randint(n - p + 1) for n, p in zip(image.shape[1:], size, strict=True)]
+        crop = (slice(None), *(slice(a, a + p) for a, p in zip(starts, size, strict=True)))
+        flip = [1] if random.rand() < 0.5 else []
+        images.append(
+            (image[crop] * random.uniform(0.8, 1.2) + random.uniform(-0.1, 0.1)).flip(flip)
+        )
+        labels.append(label[crop].flip(flip))
+    return [torch.stack(images).float(), torch.stack(labels).float()]
+
+
+def train(cases: Cases, seed: int, steps: int) -> nn.Module:
+    """A U-Net of 0.1 M parameters, from scratch."""
+    torch.manual_seed(seed)
+    random = np.random.RandomState(seed)
+    network = UNet(3, 1, CLASSES, [8, 16, 32, 64], [2, 2, 2], num_res_units=1, norm="INSTANCE")
+    optimizer = torch.optim.AdamW(network.parameters(), 5e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps, pct_start=0.1)
+    loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+    for _ in range(steps):
+        image, label = batch(cases, random, PATCH)
+        optimizer.zero_grad()
+        loss(network(image), label).backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def probabilities(network: nn.Module, image: Tensor) -> Tensor:
+    """(classes, x, y, z) of a volume (1, x, y, z), whose sides are padded to multiples of 8."""
+    pad = [side for n in image.shape[:0:-1] for side in (0, -n % 8)]
+    found = network(nn.functional.pad(image[None].float(), pad)).softmax(1)[0]
+    x, y, z = image.shape[1:]
+    return found[:, :x, :y, :z]
+
+
+def entropy(network: nn.Module, image: Tensor) -> float:
+    """Mean over the voxels, in nats."""
+    found = probabilities(network, image)
+    return float(-(found * found.clamp_min(1e-9).log()).sum(0).mean())
+
+
+def score(network: nn.Module, cases: Cases) -> list[float]:
+    """Mean Dice of each case."""
+    found = []
+    for image, label in cases:
+        answer = probabilities(network, image).argmax(0).numpy()
+        found.append(mean_dice(answer, label[0].numpy().astype(int), CLASSES))
+    return found
+
+
+def teacher_space(cases: Cases) -> Tensor:
+    """Features (n, d) of the frozen 2D teacher."""
+    features = TeacherFeatures(bundled(), SPACING)
+    with torch.no_grad():
+        return torch.cat([features(image[None].float().clamp(0, 1)) for image, _ in tqdm(cases)])
+
+
+def choose(
+    strategy: str,
+    chosen: Sequence[int],
+    count: int,
+    order: Sequence[int],
+    rows: Tensor,
+    network: nn.Module | None,
+    pool: Cases,
+) -> list[int]:
+    """More cases, until there are ``count``; the first one is that of the random order."""
+    found = list(chosen)
+    if strategy == "entropy" and network is not None:
+        free = [i for i in range(len(pool)) if i not in found]
+        unsure = sorted(free, key=lambda i: -entropy(network, pool[i][0]))
+        return found + unsure[: count - len(found)]
+    if strategy == "kcenter":
+        found = found or [order[0]]
+        while len(found) < count:
+            found.append(kcenter_greedy(rows, found))
+        return found
+    return list(order[:count])
+
+
+def run(data: str, out: str, seeds: int = 5, steps: int = 200, seconds: float = 1e9) -> None:
+    """Train and score what is not there yet.
+
+    Args:
+        data: folder of hippocampus.
+        out: folder of runs.jsonl.
+        seeds: number of them.
+        steps: of a training.
+        seconds: after which no other seed is begun.
+    """
+    begin = perf_counter()
+    path = Path(out) / "runs.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    pool, validation = read(data)
+    if not (space := path.with_name("space.pt")).exists():
+        torch.save(teacher_space(pool), space)
+    rows = torch.load(space, weights_only=True)
+    for seed in range(seeds):
+        if perf_counter() - begin > seconds:
+            return
+        keys = [
+            {"strategy": strategy, "seed": seed, "count": count, "steps": steps}
+            for strategy in STRATEGIES
+            for count in COUNTS
+        ]
+        if all(any(key.items() <= line.items() for line in done) for key in keys):
+            continue
+        order = np.random.RandomState(seed).permutation(len(pool)).tolist()
+        shared: dict[tuple[int, ...], nn.Module] = {}
+        for strategy in STRATEGIES:
+            chosen: list[int] = []
+            for count in COUNTS:
+                key = {"strategy": strategy, "seed": seed, "count": count, "steps": steps}
+                network = shared.get(tuple(chosen)) if chosen else None
+                chosen = choose(strategy, chosen, count, order, rows, network, pool)
+                cpu = process_time()
+                if tuple(chosen) not in shared:
+                    shared[tuple(chosen)] = train([pool[i] for i in chosen], seed, steps)
+                dice = score(shared[tuple(chosen)], validation)
+                line = key | {
+                    "pool": len(pool),
+                    "chosen": chosen,
+                    "dice": dice,
+                    "cpu_seconds": process_time() - cpu,
+                }
+                with path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(strategy, seed, count, f"{np.mean(dice):.4f}", flush=True)
+
+
+def collect(out: str) -> None:
+    """Write results/active_learning.json: means and differences from random, paired by seed."""
+    lines = [json.loads(line) for line in (Path(out) / "runs.jsonl").read_text().splitlines()]
+    means = {
+        (line["strategy"], line["count"], line["seed"]): float(np.mean(line["dice"]))
+        for line in lines
+    }
+    complete = [
+        seed
+        for seed in sorted({line["seed"] for line in lines})
+        if all((s, c, seed) in means for s in STRATEGIES for c in COUNTS)
+    ]
+    arms = {
+        strategy: {
+            str(count): {
+                "dice": interval([means[strategy, count, seed] for seed in complete]),
+                "of_seeds": [round(means[strategy, count, seed], 4) for seed in complete],
+                "above_random": interval(
+                    [
+                        means[strategy, count, seed] - means["random", count, seed]
+                        for seed in complete
+                    ]
+                ),
+            }
+            for count in COUNTS
+        }
+        for strategy in STRATEGIES
+    }
+    write(
+        "active_learning",
+        {
+            "seeds": len(complete),
+            "steps": lines[0]["steps"],
+            "pool": lines[0]["pool"],
+            "cases": len(lines[0]["dice"]),
+            "arms": arms,
+        },
+    )
+
+
+if __name__ == "__main__":
+    fire.Fire({"run": run, "collect": collect})

@@ -1,0 +1,88 @@
+"""Started by torchrun: one step of a student, or a training that is killed and resumed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from monai.data import DataLoader, Dataset, DistributedSampler
+from monai.engines import SupervisedTrainer
+from torch import Tensor, nn
+
+from med3dinsight_ext.losses.alignment import AlignmentLoss
+from med3dinsight_ext.models.student import StudentOutput
+from med3dinsight_ext.training import engine
+from med3dinsight_ext.training.checkpoints import checkpoint
+from med3dinsight_ext.training.seeding import EpochSeed
+
+
+class Heads(nn.Module):
+    """Tokens of two spaces from features, as DDP wraps a student."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({"image": nn.Linear(7, 6), "text": nn.Linear(7, 5)})
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+def step(kind: str, path: Path) -> None:
+    """Save the loss and the gradients of this rank's rows of one batch."""
+    from losses.test_alignment import batch
+
+    torch.manual_seed(0)
+    network, (_, target) = Heads(), batch(b=4)
+    features = torch.randn(4, 4, 7, generator=torch.Generator().manual_seed(5))
+    rank, ranks = idist.get_rank(), idist.get_world_size()
+    mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
+    model = nn.parallel.DistributedDataParallel(network) if ranks > 1 else network
+    loss = AlignmentLoss(kind)
+    value = loss(
+        StudentOutput(model(features[mine]), None, None), type(target)(*(x[mine] for x in target))
+    )
+    value.backward()
+    if rank == 0:
+        gradients = {name: p.grad for name, p in network.named_parameters()}
+        torch.save({"loss": value.detach(), **gradients}, path)
+
+
+def train(kill_at: int, path: Path) -> None:
+    """Train with checkpoints after every step; all ranks stop at a step."""
+    torch.manual_seed(7)
+    network = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1))
+    optimizer = torch.optim.Adam(network.parameters(), 0.1)
+    data = Dataset(
+        [{"image": torch.full((2,), float(i)), "label": torch.ones(1)} for i in range(10)]
+    )
+    sampler = DistributedSampler(data, even_divisible=True, shuffle=True)
+    loader = DataLoader(data, sampler=sampler)
+    model = nn.parallel.DistributedDataParallel(network)
+    trainer = SupervisedTrainer("cpu", 2, loader, model, optimizer, nn.MSELoss())
+
+    def kill(running: Engine) -> None:
+        if running.state.iteration == kill_at:
+            sys.exit(0)
+
+    trainer.add_event_handler(Events.ITERATION_STARTED, kill)
+    EpochSeed(3, loader).attach(trainer)
+    best = checkpoint({"model": network}, path, "model.pt")
+    state = {"network": network, "optimizer": optimizer, "trainer": trainer, "best": best}
+    engine.CHECK_STEPS = 1
+    engine.run(trainer, None, [best], state, path, minutes=1e-9)
+
+
+if __name__ == "__main__":
+    what, argument, where = sys.argv[1:]
+    if "WORLD_SIZE" in __import__("os").environ:
+        dist.init_process_group("gloo")
+        idist.sync()
+    if what == "step":
+        step(argument, Path(where))
+    else:
+        train(int(argument), Path(where))
+    idist.finalize()
