@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import math
 import os
+import zlib
 from typing import Any
 
 import numpy as np
@@ -31,9 +33,12 @@ def open_nrrd(path: str) -> tuple[tuple[int, ...], np.dtype, np.ndarray, Any]:
     header = nrrd.read_header(path)
     shape = tuple(int(n) for n in header["sizes"])
     space = str(header.get("space", "none")).lower()
+    encoding = str(header["encoding"]).lower()
+    skips = encoding != "raw" and any(header.get(f"{kind} skip") for kind in ("line", "byte"))
     directions = np.asarray(header.get("space directions", np.nan), float)
     for ok, rule, value in (
         (not header.keys() & set(DETACHED), "hold its voxels itself", "another data file"),
+        (not skips, "have packed voxels right after the header", "others to skip"),
         (len(shape) == 3, "be 3D", f"shape {shape}"),
         (space in SPACES, "have a space (left-posterior-superior, …)", space),
         (directions.shape == (3, 3), "have three space directions", directions.tolist()),
@@ -43,7 +48,7 @@ def open_nrrd(path: str) -> tuple[tuple[int, ...], np.dtype, np.ndarray, Any]:
             fix = "write it again with Slicer or ITK"
             raise ValueError(f"volume must {rule}, got {value} in {path}; {fix}")
     dtype = np.dtype(nrrd.reader._determine_datatype(header))
-    encoding, room = header["encoding"].lower(), float(os.path.getsize(path))
+    room = float(os.path.getsize(path))
     if encoding in GZIP:
         room *= DEFLATE
     elif encoding in BZIP:  # which has no such bound
@@ -52,4 +57,15 @@ def open_nrrd(path: str) -> tuple[tuple[int, ...], np.dtype, np.ndarray, Any]:
     affine = np.eye(4)
     affine[:3, :3] = directions.T
     affine[:3, 3] = header["space origin"]
-    return shape, dtype, np.diag([*SPACES[space], 1.0]) @ affine, lambda: nrrd.read(path)[0]
+
+    def read() -> np.ndarray:
+        if encoding not in (*GZIP, *BZIP):
+            return np.asarray(nrrd.read(path)[0])
+        with open(path, "rb") as file:  # pynrrd would unpack all that follows the voxels too
+            nrrd.read_header(file)
+            packed = file.read()
+        unpack: Any = bz2.BZ2Decompressor() if encoding in BZIP else zlib.decompressobj(31)
+        voxels = unpack.decompress(packed, math.prod(shape) * dtype.itemsize)
+        return np.frombuffer(voxels, dtype).reshape(shape, order="F")
+
+    return shape, dtype, np.diag([*SPACES[space], 1.0]) @ affine, read

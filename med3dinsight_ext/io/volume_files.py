@@ -13,7 +13,7 @@ DICOM_ENDINGS = (".dcm", ".ima")
 NEVER_DICOM = (*VOLUME_ENDINGS, ".csv", ".html", ".jpg", ".json", ".jsonl", ".md", ".npz", ".pdf",
                ".png", ".py", ".raw", ".tsv", ".txt", ".xml", ".yaml", ".zip", ".zraw",
                "dicomdir")  # fmt: skip
-DATA_FILE = re.compile(rb"^ElementDataFile\s*=\s*(.*?)\s*$", re.MULTILINE)
+DATA_FILE = re.compile(rb"^ElementDataFile[ \t]*=(.*)$", re.MULTILINE)
 MHD_HEADER = 2**16  # bytes; a header has a few hundred
 
 
@@ -61,7 +61,7 @@ def files_of(path: str) -> list[str]:
     if path.endswith(".mhd") and os.path.isfile(path):
         with open(path, "rb") as file:
             named = DATA_FILE.search(file.read(MHD_HEADER))
-        name = named.group(1).decode("utf-8", "surrogateescape") if named else ""
+        name = os.fsdecode(named.group(1).strip()) if named else ""
         beside = os.path.join(os.path.dirname(path), name)
         if name and os.path.basename(name) == name and os.path.isfile(beside):
             return [path, beside]

@@ -14,6 +14,7 @@ import os
 import struct
 import subprocess
 import tempfile
+import time
 import unicodedata
 import zipfile
 import zlib
@@ -28,12 +29,14 @@ import torch
 from guard import Outcome, worker
 from readers import DECATHLON, answered, lines, read_clicks
 from running import ROOT
+from volume_writers import write_mhd, write_nrrd
 
 from med3dinsight_ext.captions.cleaning import clean_caption
 from med3dinsight_ext.captions.sources import FileCaptions, TemplateCaptions
 from med3dinsight_ext.data.datalists import datalist
 from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.embeddings.store import Store
+from med3dinsight_ext.io.files import HashMemo
 from med3dinsight_ext.monailabel.app.requests import (
     check_extension,
     check_name,
@@ -159,6 +162,30 @@ def gzip_bomb(folder: Path) -> Any:
     voxels = np.arange(120, dtype=np.float32).tobytes()
     zeros(folder / "bomb.nii.gz", 4, header((4, 5, 6)) + voxels)
     return tuple(read_volume(str(folder / "bomb.nii.gz")).shape)
+
+
+@case("NRRD: 4 GB of packed zeros behind a sound volume", "value", r"\(1, 4, 6, 5\)")
+def nrrd_bomb(folder: Path) -> Any:
+    write_nrrd(folder / "bomb.nrrd", "gzip")
+    head, _, _ = (folder / "bomb.nrrd").read_bytes().partition(b"\n\n")
+    pack = zlib.compressobj(9, zlib.DEFLATED, 31)
+    parts = (np.arange(120, dtype=np.float32).tobytes(), bytes(2**20))
+    first, block = (pack.compress(part) + pack.flush(zlib.Z_FULL_FLUSH) for part in parts)
+    (folder / "bomb.nrrd").write_bytes(head + b"\n\n" + first + 4096 * block)
+    return tuple(read_volume(str(folder / "bomb.nrrd")).shape)
+
+
+@case("MetaImage header with 60,000 spaces in a file's name", "refused", "slow.mhd")
+def slow_header(folder: Path) -> Any:
+    write_mhd(folder / "slow.mhd")
+    content = (folder / "slow.mhd").read_bytes().replace(b"slow.raw", b"a" + b" " * 60_000 + b"b")
+    (folder / "slow.mhd").write_bytes(content)
+    begin = time.process_time()
+    with contextlib.suppress(ValueError):
+        HashMemo(folder / "files.jsonl")(folder / "slow.mhd")
+    if time.process_time() - begin > 2:
+        return "slow"
+    return read_volume(str(folder / "slow.mhd"))
 
 
 @case("negative sizes in a header", "refused", "v.nii")

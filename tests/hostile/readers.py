@@ -20,6 +20,7 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from running import ROOT
+from volume_writers import write_dicom, write_mha, write_mhd, write_nrrd
 
 from evidence import results
 from med3dinsight_ext.captions import chat
@@ -99,6 +100,30 @@ def nifti(name: str) -> Callable[[Path], Path]:
     return make
 
 
+def other(write: Callable[[Path], Any], name: str) -> Callable[[Path], Path]:
+    """A maker of a volume in another format."""
+
+    def make(folder: Path) -> Path:
+        write(folder / name)
+        return folder / name
+
+    return make
+
+
+def series(folder: Path) -> Path:
+    write_dicom(folder / "series")
+    return folder / "series" / "0002.dcm"
+
+
+@reader("dicom", series, mutate.binary, named="series")
+def read_series(path: Path) -> Any:
+    return read_volume(str(path.parent)).shape
+
+
+@reader("nrrd", other(write_nrrd, "v.nrrd"), mutate.binary)
+@reader("nrrd_gzip", other(lambda path: write_nrrd(path, "gzip"), "v.nrrd"), mutate.binary)
+@reader("metaimage", other(write_mha, "v.mha"), mutate.binary)
+@reader("metaimage_header", other(write_mhd, "v.mhd"), mutate.text)
 @reader("nifti", nifti("v.nii"), mutate.binary)
 @reader("nifti_gz", nifti("v.nii.gz"), mutate.gzipped)
 def read_image(path: Path) -> Any:

@@ -96,8 +96,8 @@ def test_calibration_error_equals_a_loop_over_bins() -> None:
 
 def test_the_last_bins_of_calibration_are_counted_by_hand() -> None:
     wrong, right, lower = [0.0, 1.0], [0.02, 0.98], [0.1, 0.9]  # of 15 bins: 15, 15 and 14
-    result = scores(torch.tensor([wrong, right, lower]), torch.tensor([0, 1, 0]), ["a", "b"], 0)
-    assert result["ece"] == pytest.approx((abs(1.98 - 1) + 0.9) / 3)
+    result = scores(torch.tensor([wrong, right, lower]), torch.tensor([0, 1, 1]), ["a", "b"], 0)
+    assert result["ece"] == pytest.approx((1.98 - 1 + 1 - 0.9) / 3)
 
 
 def test_scores_of_six_cases_counted_by_hand() -> None:
