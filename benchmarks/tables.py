@@ -213,6 +213,43 @@ def frozen(result: Result) -> str:
     )
 
 
+VOLUME = {
+    "frozen": "frozen 2D features",
+    "untrained": "3D network, random weights",
+    "volume": "3D network, taught by the 2D encoder",
+    "volume_random": "3D network, taught by the 2D encoder with random weights",
+    "joined": "2D features and those of the taught 3D network",
+}
+
+
+def volume(result: Result) -> str:
+    """Section of bench_volume.py."""
+    rows = []
+    for arm, name in VOLUME.items():
+        found = [result["arms"][arm][count] for count in ("12", "119")]
+        cells = [
+            f"{row['mean']:.3f} ± {stdev(row['auroc']):.3f} ({row['low']:.3f}–{row['high']:.3f})"
+            for row in found
+        ]
+        gains = [points(row["above_frozen"]) if "above_frozen" in row else "" for row in found]
+        rows.append([name, *cells, *gains])
+    chosen, arms = result["choice"]["auroc"], result["arms"]["frozen"]
+    return fill(
+        "volume",
+        where=where(result),
+        cases=result["test_cases"],
+        epochs=result["epochs"],
+        draws_12=len(arms["12"]["auroc"]),
+        draws_119=len(arms["119"]["auroc"]),
+        rows=table(rows),
+        choice_cases=result["choice"]["cases"],
+        choice=table(
+            [VOLUME[arm], *(f"{mean(row[n]):.3f} ± {stdev(row[n]):.3f}" for n in ("12", "119"))]
+            for arm, row in chosen.items()
+        ),
+    )
+
+
 def points(gain: dict[str, float]) -> str:
     """Difference in points with its interval."""
     mean, low, high = (100 * gain[key] for key in ("mean", "low", "high"))
@@ -711,6 +748,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "label": label,
     "adrenal": adrenal,
     "frozen": frozen,
+    "volume": volume,
     "finetune_speed": finetune_speed,
     "backbones": backbones,
     "exports": exports,
