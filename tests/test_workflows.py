@@ -117,6 +117,22 @@ def test_the_printed_line_is_the_one_that_runs(
     assert overrides["workflow_type"] == "train"
 
 
+def test_a_run_may_be_called_as_a_bundle_is(
+    scans: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+
+    def stop(files: list[str], **_: Any) -> None:
+        ran.append(files)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("med3dinsight_ext.training.launch.ConfigWorkflow", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(["pretrain", "scans", "--out", "pretrain"])
+    assert Path(ran[0][0]).parts[-3:] == ("pretrain", "configs", "train.json")
+    assert Path("pretrain/plan.yaml").is_file()
+
+
 def test_a_mistyped_key_is_one_line(scans: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="1"):
         main(["pretrain", "scans", "--step", "7"])

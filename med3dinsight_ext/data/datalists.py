@@ -176,7 +176,7 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
         if is_remote(item[key]):
             continue
         if key == "image" or str(item[key]).endswith(VOLUME_ENDINGS):
-            item[key] = os.path.abspath(root / item[key])
+            item[key] = os.path.abspath(os.path.join(root, item[key]))
     item["modality"] = modality_name(item.get("modality")) if modality == "auto" else modality
     return item
 

@@ -112,7 +112,7 @@ class PreparedCopy:
             return None
         record = self._records.get(self._name(item, hashes))
         if record and not record["fault"]:
-            paths = (self.path(record["entry"], key) for key in self.keys)
+            paths = (f"{self.root}/{record['entry']}.{key}.b2nd" for key in self.keys)
             return record if all(map(os.path.exists, paths)) else None
         return record
 

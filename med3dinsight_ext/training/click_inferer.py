@@ -15,6 +15,7 @@ from torch import Tensor
 from med3dinsight_ext.data.clicks import META, click_input, draw_click
 
 MOST_CLICKS = 100
+HELD = 1.0  # voxels around a click that keep its class
 MARGIN = 4.0  # by which the score of that class is the largest: 98 % after a softmax
 MOST_STEPS = 300  # of a history, in all its branches
 Click = tuple[float, ...]  # class, x, y, z
@@ -169,27 +170,26 @@ class ClickInferer(Inferer):
 
 
 def _hold(scores: Tensor, clicks: Sequence[Click], starts: Sequence[int]) -> None:
-    """Give each clicked voxel its class, so that a click is never ignored or undone by another.
+    """Give the voxels of each click its class, so that it is never ignored or undone by another.
 
-    A voxel that was clicked for several classes keeps the network's answer: viewers send the
-    clicks of each class in a list of their own, so that the last one is not known.
+    Clicks of two classes side by side hold nothing: viewers send the clicks of each class in a
+    list of their own, so that the last one is not known.
 
     Args:
         scores: (classes, x, y, z) of a part of the volume, is changed.
         clicks: of the volume.
         starts: first voxel of the part.
     """
-    named: dict[tuple[int, ...], set[int]] = {}
     for number, *centre in clicks:
-        voxel = tuple(round(c) - start for c, start in zip(centre, starts, strict=True))
-        named.setdefault(voxel, set()).add(int(number))
-    for voxel, classes in named.items():
-        inside = all(0 <= v < n for v, n in zip(voxel, scores.shape[1:], strict=True))
-        if inside and len(classes) == 1:
-            others = [other for other in range(len(scores)) if other not in classes]
-            index = (slice(None), *voxel)
-            own = scores[index]
-            own[list(classes)] = own[others].amax() + MARGIN
+        if any(n != number and math.dist(centre, c) < 2 * HELD for n, *c in clicks):
+            continue
+        x, y, z = (
+            (torch.arange(start, start + n, device=scores.device) - c) ** 2
+            for n, c, start in zip(scores.shape[1:], centre, starts, strict=True)
+        )
+        own = x[:, None, None] + y[:, None] + z <= HELD**2
+        others = [other for other in range(len(scores)) if other != number]
+        scores[int(number), own] = scores[others][:, own].amax(0) + MARGIN
 
 
 def _kept(scores: Tensor) -> Tensor:

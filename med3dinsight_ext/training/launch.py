@@ -42,7 +42,8 @@ def launch(
     Raises:
         ValueError: an override names no key of the configs, or has another form than its value.
     """
-    configs = (Path(bundle) if Path(bundle).is_dir() else bundles_dir() / bundle) / "configs"
+    own = Path(bundle) / "configs"  # a run may be called as a bundle is
+    configs = own if own.is_dir() else bundles_dir() / bundle / "configs"
     files = [path for name in overlays for path in with_shared(str(configs / name))]
     if overrides.get("tracking") == "mlflow":
         overrides = {**overrides, "tracking": str(bundles_dir() / MLFLOW)}
