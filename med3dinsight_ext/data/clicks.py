@@ -138,9 +138,10 @@ class AddClicksd(MapTransform):
 
 
 def _is_point(value: Any) -> bool:
-    """Whether this is [i, j, k]."""
+    """Whether this is [i, j, k]; a longer integer would be no float."""
     is_triple = isinstance(value, (list, tuple)) and len(value) == 3
-    return is_triple and all(isinstance(x, Real) and not isinstance(x, bool) for x in value)
+    numbers = is_triple and all(isinstance(x, Real) and not isinstance(x, bool) for x in value)
+    return numbers and not any(isinstance(x, int) and abs(x) > 2**53 for x in value)
 
 
 def to_grid(image: MetaTensor, clicks: Sequence[Sequence[float]], name: str) -> list[list[float]]:

@@ -51,7 +51,7 @@ def open_metaimage(path: str) -> tuple[tuple[int, ...], np.dtype, np.ndarray, An
     data = fields["ElementDataFile"]
     file = path if data == "LOCAL" else files_of(path)[-1]
     if data != "LOCAL" and os.path.basename(file) != data:
-        raise _fault(path, "have its voxels in one file beside it", repr(data))
+        raise _fault(path, "have its voxels in one file beside it", repr(data[:80]))
     offset = start if data == "LOCAL" else 0
     skipped = int(fields.get("HeaderSize", 0))
     packed = fields.get("CompressedData") == "True"

@@ -88,7 +88,7 @@ def fuzz(
     total = sum(counts.values())
     return {
         "inputs": total,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "per_second": round(total / seconds, 1),
         "outcomes": dict(sorted(counts.items())),
         "faults": list(faults.values()),
@@ -100,7 +100,7 @@ def joined(before: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]
     if not before or before["faults"]:
         return row
     outcomes = Counter(before["outcomes"]) + Counter(row["outcomes"])
-    sums = {key: round(before[key] + row[key], 1) for key in ("inputs", "seconds")}
+    sums = {key: round(before[key] + row[key], 3) for key in ("inputs", "seconds")}
     return row | sums | {"outcomes": dict(sorted(outcomes.items()))}
 
 
