@@ -69,11 +69,7 @@ def datalist(
     for rule, bad in (
         (
             "exist",
-            [
-                path
-                for path in count
-                if not (is_remote(path) or os.path.exists(path.split("::")[0]))
-            ],
+            [path for path in count if not (is_remote(path) or _is_there(path.split("::")[0]))],
         ),
         ("be listed once", [path for path, times in count.items() if times > 1]),
     ):
@@ -158,6 +154,11 @@ def _is_image(path: Path) -> bool:
     folders, stem = path.parts[:-1], volume_stem(path)
     is_label = stem.endswith(LABEL_ENDINGS) or any(f.startswith("labels") for f in folders)
     return not is_label
+
+
+def _is_there(path: str) -> bool:
+    """Whether it is a file, or a folder of a series; no pipe or device."""
+    return os.path.isfile(path) or os.path.isdir(path)
 
 
 def _as_dict(row: dict | str) -> dict:

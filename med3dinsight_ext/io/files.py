@@ -128,20 +128,19 @@ def _identity(file: str | Path) -> tuple[str, int, int]:
     if is_remote(file):
         size, digest = version(str(file))
         return str(file), size, int(digest[:15], 16)
+    path = os.path.abspath(file)
     try:
         stat = os.stat(file)
         if S_ISREG(stat.st_mode) and not str(file).endswith(".mhd"):  # the most, of many
-            return os.path.abspath(file), stat.st_size, stat.st_mtime_ns
+            return path, stat.st_size, stat.st_mtime_ns + stat.st_ctime_ns
         files = files_of(str(file))
         stats = [os.stat(part) for part in files]
         if not all(S_ISREG(stat.st_mode) for stat in stats):
             raise OSError("a pipe or device")  # would be read without an end
     except OSError as error:
         raise ValueError(f"image must be a file, got {file}; correct the datalist") from error
-    path, changed = os.path.abspath(file), [stat.st_mtime_ns + stat.st_ctime_ns for stat in stats]
-    if len(files) == 1:
-        return path, stats[0].st_size, changed[0]
     sizes = [stat.st_size for stat in stats]
+    changed = [stat.st_mtime_ns + stat.st_ctime_ns for stat in stats]
     text = repr(list(zip(files, sizes, changed, strict=True)))
     digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
     return path, sum(sizes), int(digest[:15], 16)
