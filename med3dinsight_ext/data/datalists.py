@@ -66,11 +66,9 @@ def datalist(
         remote = [path for path in paths if is_remote(path)]
         count = Counter(path if is_remote(path) else real_path(path) for path in paths)
     check_servers(remote)
+    gone = [path for path in count if not (is_remote(path) or _is_there(path.split("::")[0]))]
     for rule, bad in (
-        (
-            "exist",
-            [path for path in count if not (is_remote(path) or _is_there(path.split("::")[0]))],
-        ),
+        ("exist", gone),
         ("be listed once", [path for path, times in count.items() if times > 1]),
     ):
         if bad:

@@ -63,7 +63,12 @@ def export(folder: str, to: str | None = None) -> None:
         if to != "nnunet":
             raise ValueError(f"to must be nnunet, got {to}; leave it out for TorchScript and ONNX")
         export_nnunet(folder)
-        return
+    else:
+        _export_graphs(folder)
+
+
+def _export_graphs(folder: str) -> None:
+    """Write TorchScript and ONNX."""
     versions = _versions()
     root = Path(folder).resolve()
     config = root / "configs" / "inference.json"
