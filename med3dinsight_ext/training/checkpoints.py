@@ -74,13 +74,15 @@ def resume(path: str | Path, objects: Mapping[str, Any], trainer: Engine) -> Non
     advice = f"move {path} away to start anew, or run with the config that wrote it"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict):  # ignite would read the file that a text names
+            raise TypeError(f"a {type(saved).__name__}, no dict")
     except Exception as error:
         raise ValueError(f"checkpoint must be readable, got {path}: {error}; {advice}") from error
     epochs = trainer.state.max_epochs
     try:
         wanted = {k: v for k, v in objects.items() if k != POSITION or k in saved}
         Checkpoint.load_objects(wanted, saved)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # each object has its own
         raise ValueError(f"checkpoint must fit this run, got {path}: {error}; {advice}") from error
     trainer.state.max_epochs = epochs
     logger.info(f"resumed from {path} after epoch {trainer.state.epoch}")

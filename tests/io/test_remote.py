@@ -197,7 +197,8 @@ def test_a_bucket_that_is_gone_and_wrong_credentials_are_one_line(
         ValueError, match="got FileNotFoundError: .* for s3://nowhere/0.nii.gz; chec"
     ):
         datalist(tmp_path / "list.json")
-    monkeypatch.setattr("s3fs.S3FileSystem._info", refuse)
+    for name in ("_info", "_ls"):
+        monkeypatch.setattr(f"s3fs.S3FileSystem.{name}", refuse)
     with pytest.raises(
         ValueError, match="got PermissionError: Forbidden for s3://nowhere/0"
     ) as err:

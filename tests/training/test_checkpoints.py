@@ -55,6 +55,18 @@ class Evil:
         return print, ("code in a pickle ran",)
 
 
+@pytest.mark.parametrize("value", ["other.ckpt", ("a", 1), {"trainer": "a"}, {"trainer": [1]}])
+def test_what_a_checkpoint_holds_is_no_path_and_any_fault_names_the_file(
+    value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = Engine(lambda engine, batch: None)
+    torch.save({"trainer": trainer.state_dict()}, "other.ckpt")
+    torch.save(value, "last.ckpt")
+    with pytest.raises(ValueError, match="checkpoint must .* got last.ckpt: .*; move last.ckpt"):
+        resume("last.ckpt", {"trainer": trainer}, trainer)
+
+
 def test_a_pickle_with_code_is_never_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
