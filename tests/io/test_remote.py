@@ -199,6 +199,9 @@ def test_a_bucket_that_is_gone_and_wrong_credentials_are_one_line(
         datalist(tmp_path / "list.json")
     for name in ("_info", "_ls"):
         monkeypatch.setattr(f"s3fs.S3FileSystem.{name}", refuse)
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()  # a kept one is bound to the methods before
     with pytest.raises(
         ValueError, match="got PermissionError: Forbidden for s3://nowhere/0"
     ) as err:
