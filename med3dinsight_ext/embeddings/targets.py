@@ -166,10 +166,11 @@ class SampleTargetsd(MapTransform, Randomizable):
                 f"image must be a MetaTensor, got {type(image).__name__}; load it by LoadImaged"
             )
         entry = self._entry(data)
-        plane, position = map_positions(
-            entry["plane"].long(), entry["position"], entry["size"], entry["affine"],
-            image.affine, image.shape[1:],
-        )  # fmt: skip
+        grid = entry["size"], entry["affine"], image.affine, image.shape[1:]
+        try:
+            plane, position = map_positions(entry["plane"].long(), entry["position"], *grid)
+        except ValueError as error:
+            raise ValueError(f"{error} (entry {data['targets']})") from error
         has_text = torch.zeros(len(plane), dtype=torch.bool)
         has_text[entry["text_row"].long()] = True
         row_of_text = torch.zeros(len(plane), dtype=torch.long)
@@ -179,7 +180,8 @@ class SampleTargetsd(MapTransform, Randomizable):
         if not len(usable):
             raise ValueError(
                 f"image must hold a stored slice, got none of {len(plane)} inside the crop of "
-                f"{image.meta.get('filename_or_obj', 'a volume')}; raise per_plane or patch_size"
+                f"{image.meta.get('filename_or_obj', 'a volume')}; raise per_plane or patch_size "
+                f"(entry {data['targets']})"
             )
         if self.slices is not None:
             usable = self._draw(usable, has_text)
