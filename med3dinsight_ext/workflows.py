@@ -11,6 +11,7 @@ from typing import Any
 from med3dinsight_ext.data.layouts import check_trainable, read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
+from med3dinsight_ext.io.folder_lock import only_training
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 from med3dinsight_ext.planning.plan import read_plan
 from med3dinsight_ext.planning.run_folder import (
@@ -101,10 +102,11 @@ def pretrain(
     if len(dataset.training().items) < 2:
         raise ValueError(f"data must hold at least 2 volumes to pre-train on, got 1 in {data}")
     folder = Path(out) if out else OUT / _name(data) / "pretrain"
-    settings = prepare(folder, dataset, plan, [], quiet)
-    if dataset.captions:
-        settings["captions"] = str(dataset.captions)
-    launch("pretrain", ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
+    with only_training(folder / "models"):
+        settings = prepare(folder, dataset, plan, [], quiet)
+        if dataset.captions:
+            settings["captions"] = str(dataset.captions)
+        launch("pretrain", ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
         _close(folder, f"finetune {quote(data)} --pretrained {folder}")
     return folder
@@ -153,9 +155,10 @@ def finetune(
         weights, home = weights_of(pretrained)
         more["pretrained"] = str(weights)
         plan = plan or home
-    settings = prepare(folder, dataset, plan, ["label"], quiet) | more
     bundle = "seg-finetune" if dataset.segments() else "cls-finetune"
-    launch(bundle, ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
+    with only_training(folder / "models"):
+        settings = prepare(folder, dataset, plan, ["label"], quiet) | more
+        launch(bundle, ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
         _close(folder, f"predict {folder} FILES", f"evaluate {folder} {quote(data)}")
     return folder
