@@ -26,7 +26,7 @@ from faults import SCENARIOS as WRITERS
 from faults import Scenario, settings, tensors, told, trained, volumes
 
 DELAYS = (0.0, 0.5)  # seconds by which the second begins later
-MEASURED = rb"[\d.]+ s here|about \d+ min"  # in the reasons of a plan
+MEASURED = rb"of \d+ GiB and [\d.]+ s here|about \d+ min"  # in the reasons of a plan
 SMALL = {"device": "$torch.device('cpu')", "max_epochs": 2, "num_workers": 0}
 
 
@@ -42,6 +42,13 @@ def front_door(name: str, *words: str, **more: Any) -> Callable[[Path], Any]:
         getattr(workflows, name)(*words, quiet=True, **more)
 
     return run
+
+
+def quickstart(folder: Path) -> None:
+    from med3dinsight_ext.quickstart import quickstart as run
+
+    os.chdir(folder)
+    run("in", out="out", max_epochs=1)
 
 
 def scans(folder: Path) -> None:
@@ -100,6 +107,7 @@ SCENARIOS = {
         files("given/predictions"),
     ),
     "pretrain": Scenario(*WRITERS["pretrain"][:2], lambda folder: trained(folder)),
+    "quickstart": Scenario(scans, quickstart, files("out")),
     "publish": WRITERS["publish"],
     "store": WRITERS["store"],
     "answers": WRITERS["answers"],
