@@ -17,6 +17,7 @@ from med3dinsight_ext.data.clicks import META, click_input, draw_click
 MOST_CLICKS = 100
 HELD = 1.0  # voxels around a click that keep its class
 MARGIN = 4.0  # by which the score of that class is the largest: 98 % after a softmax
+RISE = 3.5  # standard deviation, in voxels, of the rise of its score around it
 MOST_STEPS = 300  # of a history, in all its branches
 Click = tuple[float, ...]  # class, x, y, z
 Box = tuple[slice, ...]
@@ -163,7 +164,7 @@ class ClickInferer(Inferer):
         starts = [side.start for side in box]
         changed = found[inner].clone()
         if not _contested(clicks[-1], clicks):
-            _lift(changed, clicks[-1], starts, self.radius)
+            _lift(changed, clicks[-1], starts)
         last = [c - a for c, a in zip(centre, low, strict=True)]
         near = _squares(changed, last) <= reach**2
         changed = torch.where(near, changed, before[inner])
@@ -189,7 +190,7 @@ def _contested(click: Click, clicks: Sequence[Click]) -> bool:
     return any(n != number and math.dist(centre, c) < 2 * HELD for n, *c in clicks)
 
 
-def _lift(scores: Tensor, click: Click, starts: Sequence[int], radius: float) -> None:
+def _lift(scores: Tensor, click: Click, starts: Sequence[int]) -> None:
     """Raise the score of a click's class around it, by what it lacks to be the largest there.
 
     Networks are seldom sure enough to follow a click, whose error they made themselves. Voxels
@@ -201,7 +202,6 @@ def _lift(scores: Tensor, click: Click, starts: Sequence[int], radius: float) ->
         scores: (classes, x, y, z) of a part of the volume, is changed.
         click: in voxels of the volume.
         starts: first voxel of the part.
-        radius: standard deviation of the rise, in voxels.
     """
     number, *place = click
     centre = [c - start for c, start in zip(place, starts, strict=True)]
@@ -209,7 +209,7 @@ def _lift(scores: Tensor, click: Click, starts: Sequence[int], radius: float) ->
     here = scores[:, i, j, k]
     others = torch.cat([here[: int(number)], here[int(number) + 1 :]])
     lack = (others.max() + MARGIN - here[int(number)]).clamp(min=0)
-    scores[int(number)] += lack * torch.exp(-_squares(scores, centre) / (2 * radius**2))
+    scores[int(number)] += lack * torch.exp(-_squares(scores, centre) / (2 * RISE**2))
 
 
 def _hold(scores: Tensor, clicks: Sequence[Click], starts: Sequence[int]) -> None:
