@@ -71,7 +71,7 @@ def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("page", "made"),
     [
         ("phd-student", "runs/pretrained/evaluation-scans/metrics.json"),
-        ("annotator", "models/organs/configs/train.json"),
+        ("annotator", "organs/configs/train.json"),
         ("zoo-maintainer", "releases/organ_segmentation/models/model.ts"),
     ],
 )

@@ -42,7 +42,10 @@ def test_a_plan_fits_data_and_machine_and_its_file_says_why(folder: Path, tmp_pa
     write_plan(found, tmp_path / "plan.yaml", "title")
     text = (tmp_path / "plan.yaml").read_text()
     assert read_plan(tmp_path / "plan.yaml") == settings and text.startswith("# title\n#   3 ima")
-    assert "# patches in a step; a step takes " in text
+    assert " s a step here; patches in a step" in text
+    assert " min in the network here; fewer for a try" in text
+    chosen = shown(found).splitlines()[len(found.seen) + 1 :]
+    assert len(chosen) == len(settings) and not [line for line in chosen if line.endswith("…")]
     assert len(shown(found).splitlines()) < 24 and max(map(len, shown(found).splitlines())) <= 100
 
 
