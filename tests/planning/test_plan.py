@@ -122,7 +122,10 @@ def test_ct_is_told_by_air_and_its_range_by_the_labelled_voxels(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("array", "rule"),
     [
-        (np.zeros((9, 9)), r"volume must be 3D, got shape \(9, 9\) in .*leave 2D and 4D"),
+        (
+            np.zeros((9, 9)),
+            r"move them away\):\n  volume must be 3D, got shape \(9, 9\) in .*leave 2D and 4D",
+        ),
         (np.zeros((9, 9, 1)), r"volume must be 3D, got shape \(9, 9, 1\)"),
         (np.zeros((9, 9, 9, 4)), r"volume must be 3D, got shape \(9, 9, 9, 4\)"),
         (np.eye(9)[..., None] * np.ones(9), "images must not be label maps, got only 2 values"),
