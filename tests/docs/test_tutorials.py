@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import write_volumes
-from running import ROOT, environment
+from running import ROOT
 
 from med3dinsight_ext.cli import main, parsed
 from med3dinsight_ext.planning import plan as planning
@@ -86,30 +85,6 @@ def test_the_commands_of_a_tutorial_run_in_their_order(page: str, made: str, sca
         except SystemExit as end:  # doctor finds that the balls are copies
             assert words[0] == "doctor" and end.code == 1, words
     assert Path(made).is_file(), sorted(Path().glob("*/*"))
-
-
-@pytest.mark.slow
-def test_the_lines_for_a_cluster_run(scans: Path) -> None:
-    Path("bundles").symlink_to(ROOT / "bundles")
-    main(["plan", "scans"])
-    code = [line for block in blocks(TUTORIALS / "cluster.md") for line in block.splitlines()]
-    (variables,) = (line for line in code if line.startswith("C="))
-    lines = [line for line in code if "monai.bundle" in line]
-    small = " ".join(map(shlex.quote, [*SMALL["pretrain"], *FEW, "--num_workers", "0"]))
-    for line in lines:
-        for given, here in {
-            "torchrun --standalone --nproc_per_node 8": "python -m torch.distributed.run "
-            "--standalone --nproc_per_node 1",
-            "--steps_per_epoch 1000": "--steps_per_epoch 1 --max_epochs 1",
-            "--num_workers 8": "",
-            "NAME": "scans",
-            "DIR": "scans",
-        }.items():
-            line, variables = line.replace(given, here), variables.replace(given, here)
-        shell = ["bash", "-c", f"{variables}\n{line} {small}"]
-        done = subprocess.run(shell, env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, (line, done.stdout[-2000:], done.stderr[-2000:])
-    assert len(lines) == 6 and Path("runs/scans/pretrain/models/student.pt").is_file()
 
 
 def result(name: str) -> Any:
