@@ -32,7 +32,7 @@ from med3dinsight_ext.planning.run_folder import (
 from med3dinsight_ext.reports.predictions import write_predictions
 from med3dinsight_ext.training.launch import launch
 
-PAGE, INPUTS = "predictions.html", "inputs.json"
+PAGE, REPORT, INPUTS = "predictions.html", "report.html", "inputs.json"
 
 
 def plan(
@@ -196,7 +196,10 @@ def predict(
     stems = [volume_stem(image) for image in images]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise ValueError(f"files must have different names, got {twice} twice; predict them apart")
+        raise ValueError(
+            f"files must have different names, got {twice} twice; one call for "
+            "each, with an --out of its own"
+        )
     folder = Path(out) if out else results(model, home, "predictions")
     if there := [stem for stem in stems if any(folder.glob(f"{stem}_*"))]:
         raise ValueError(
@@ -292,6 +295,8 @@ def evaluate(
     launch(bundle, ["train.json", *overlays, "evaluate.json"], settings | overrides, quiet, verbose)
     if not quiet:
         print(f"\nwrote {', '.join(sorted(p.name for p in folder.iterdir()))} to {folder}")
+        if (page := folder / REPORT).is_file():
+            print(f"look at {page}")
         if trained_on and "val_fraction" not in settings and not dataset.split:
             print("these are cases of the training: validation cases if it kept any, else all")
     return folder
