@@ -15,6 +15,7 @@ from monai.transforms import Flip, MapTransform, RandomizableTransform
 from torch import Tensor
 
 from med3dinsight_ext.io.images import open_volume
+from med3dinsight_ext.io.reading import readable
 
 logger = logging.getLogger(__name__)
 LEFT_RIGHT = 0  # spatial axis after orientation to RAS
@@ -87,9 +88,13 @@ def offsets(path: str, classes: int) -> dict[int, float]:
     Returns:
         For each class but 0 that the label holds, its centroid's distance from the middle of the
         image as a fraction of the extent: -0.5 is the patient's far left, 0.5 the far right.
+
+    Raises:
+        ValueError: the file is unreadable, or its affine is.
     """
-    image: Any = nib.as_closest_canonical(open_volume(path))
-    label = np.asanyarray(image.dataobj).reshape(image.shape[:3])
+    with readable("label", path):
+        image: Any = nib.as_closest_canonical(open_volume(path))
+        label = np.asanyarray(image.dataobj).reshape(image.shape[:3])
     found = {}
     for number in range(1, classes):
         profile = (label == number).sum((1, 2))

@@ -223,7 +223,7 @@ def class_numbers(items: Sequence[dict[str, Any]]) -> set[int]:
                 "repair it"
             ) from error
 
-    found = check_each(values, list(items), "labels", skip_bad=False).values()
+    found = check_each(values, list(items), "labels", skip_bad=None).values()
     union = sorted(set[float]().union(*found))
     if union != list(range(len(union))) or len(union) < 2:
         shown = ", ".join(f"{value:g}" for value in union[:12])
