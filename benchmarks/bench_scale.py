@@ -187,8 +187,11 @@ def memory(root: Path, count: int = 5000) -> dict[str, Any]:
                 seen.append(resident())
         rest = seen[len(seen) // 10 :]
         found[name] = {
-            "megabytes": {"first": rest[0], "last": rest[-1], "max": max(rest)},
+            "megabytes": {"first": rest[0], "last": rest[-1], "min": min(rest), "max": max(rest)},
             "growth": rest[-1] / rest[0] - 1,
+            "range": max(rest) / min(rest) - 1,
+            "most_megabytes": max(seen),
+            "limit_megabytes": 1000 * limit + 1500,
             "kept": data.cache_num,
         }
     return found

@@ -752,6 +752,87 @@ def scale(result: Result) -> str:
     )
 
 
+def filling(result: Result) -> str:
+    """Section of bench_filling.py; some of its parts may not have been measured."""
+    return fill(
+        "filling",
+        where=where(result),
+        more=_processes(result) + _ray_rate(result) + _kills(result),
+    )
+
+
+def _processes(result: Result) -> str:
+    """Two processes against one, and costs by their seconds of the processor."""
+    if "processes" not in result:
+        return ""
+    part = result["processes"]
+    kinds = part["kinds"]
+    lines = []
+    for name, row in kinds.items():
+        rate, ratio, cpu = row["volumes_per_minute"], row["ratio"], row["cpu_seconds_per_volume"]
+        share = row["share_of_a_core"]["2"]["median"]
+        goal = reached(ratio["median"] >= 1.7) if name in ("preparing", "filling the store") else ""
+        each = ", ".join(f"{cpu[n]['median']:.2f}" for n in "12")
+        lines.append(
+            [name, span(rate["1"], 0), span(rate["2"], 0), span(ratio), f"{share:.2f}", each, goal]
+        )
+    control = kinds["pure computation"]["ratio"]["median"]
+    own, store = kinds["preparing"], kinds["filling the store"]
+    hours = [row["cpu_seconds_per_volume"]["1"]["median"] / 3600 for row in (own, store)]
+    sizes = [part["megabytes_nii_gz"], *(row["megabytes_per_volume"] for row in (own, store))]
+    costs = [
+        [f"{n:,}", *(f"{n * mb / 1000:,.1f}" for mb in sizes)]
+        + [f"{n * one:,.1f}" for one in hours]
+        for n in (1000, 10_000, 100_000)
+    ]
+    shares = [f"{row['ratio']['median'] / control:.0%}" for row in (own, store)]
+    return fill(
+        "filling_processes",
+        load_first=part["load_average"],
+        load_last=part["load_average_at_the_end"],
+        processes=table(lines),
+        control=control,
+        shares=" and ".join(shares),
+        costs=table(costs),
+    )
+
+
+def _ray_rate(result: Result) -> str:
+    if "ray" not in result:
+        return ""
+    part = result["ray"]
+    rate, ratio = part["volumes_per_minute"], part["ratio"]
+    return (
+        "\n**Ray** with two actors against the plain run with two readers and two threads, on two "
+        f"cores, {part['volumes']} volumes, from the third entry to the last: "
+        f"{span(rate['ray'], 0)} and {span(rate['plain'], 0)} volumes per minute; ratio "
+        f"{span(ratio)} at load averages of {part['load_average']:.0f} to "
+        f"{part['load_average_at_the_end']:.0f} (goal 0.9: {reached(ratio['median'] >= 0.9)}).\n"
+    )
+
+
+def _kills(result: Result) -> str:
+    """Kills at seeded moments: what was there, and whether the files are equal in the end."""
+    parts = {name: result[key] for key, name in KILLS.items() if key in result}
+    if not parts:
+        return ""
+    lines = []
+    for name, part in parts.items():
+        key = "files_at_the_kill" if "files_at_the_kill" in part["kills"][0] else None
+        there = [row[key or "entries_at_the_kill"] for row in part["kills"]]
+        equal = sum(row["equal"] for row in part["kills"])
+        shown = ", ".join(map(str, there))
+        total = part["files"] if key else part["volumes"]
+        goal = reached(equal == len(there) == 10)
+        lines.append([name, len(there), shown, total, equal, goal])
+    head = (
+        "| job | kills | there at the kill | of | equal to the undisturbed run | goal |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    first = "\n**Kills** (SIGKILL) at seeded moments, then the same job again:\n\n"
+    return f"{first}{head}{table(lines)}\n"
+
+
 def _scale_part(name: str, part: Result) -> str:
     """Memory of an epoch, or a start and a resumed run."""
     if name == "memory":
@@ -759,9 +840,17 @@ def _scale_part(name: str, part: Result) -> str:
             f"{kind} {part[kind]['megabytes']['max']:.0f} MB at most, {part[kind]['growth']:+.1%}"
             for kind in ("direct", "prepared")
         ]
-        flat = all(abs(part[kind]["growth"]) <= 0.05 for kind in ("direct", "prepared"))
-        head = f"an epoch of {part['volumes']:,} volumes, from its first tenth to its end"
-        return f"\n**Memory** of {head}: {'; '.join(rows)} (goal 5 %: {reached(flat)}).\n"
+        flat = all(part[kind]["range"] <= 0.05 for kind in ("direct", "prepared"))
+        few = all(
+            part[kind]["most_megabytes"] <= part[kind]["limit_megabytes"]
+            for kind in ("direct", "prepared")
+        )
+        return (
+            f"\n**Memory** in an epoch of {part['volumes']:,} volumes of 64 × 64 × 40, 2 workers: "
+            f"{'; '.join(rows)} from the first tenth to the end (goals: flat within 5 %: "
+            f"{reached(flat)}; under `cache_gb`, here {part['cache_gb']} and 0, + 1.5 GB: "
+            f"{reached(few)}).\n"
+        )
     good = all(
         part[k]["cpu_seconds"] < 60 and part[k]["gigabytes"] < 2 for k in ("start", "resume")
     )
@@ -774,6 +863,11 @@ def _scale_part(name: str, part: Result) -> str:
     return f"\n**Start** of {head}: {text} (goals 60 s and 2 GB: {reached(good)}).\n"
 
 
+KILLS = {
+    "kills": "filling the store",
+    "prepare_kills": "preparing",
+    "ray_kills": "filling by Ray, one of two actors",
+}
 SIZES = ("megabytes_read", "megabytes")
 SCALE_PARTS = {"memory": "", "start_seg": "seg-finetune", "start_pretrain": "pretrain"}
 SECTIONS: dict[str, Callable[[Result], str]] = {
@@ -782,6 +876,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "served": served,
     "gpu": gpu,
     "scale": scale,
+    "filling": filling,
     "transport": transport,
     "sarcoma": sarcoma,
     "hippocampus": hippocampus,

@@ -28,6 +28,7 @@ COMMANDS = {
     "ask": "med3dinsight_ext.slice_tokens.ask",
     "quickstart": "med3dinsight_ext.quickstart.quickstart",
     "doctor": "med3dinsight_ext.doctor.doctor",
+    "split": "med3dinsight_ext.data.manifests.split",
     "bundles": "med3dinsight_ext.io.bundles.bundles",
     "init": "med3dinsight_ext.io.bundles.init",
     "captions": "med3dinsight_ext.reports.caption_page.captions",

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from med3dinsight_ext.data.modalities import modality_name
+from med3dinsight_ext.data.patients import patient_name, patients_of
 from med3dinsight_ext.io.claims import npz_array
+from med3dinsight_ext.io.dicom import patient_id
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import parse_json, read_rows, readable
 from med3dinsight_ext.io.remote import check_servers, is_remote
@@ -33,10 +35,10 @@ def datalist(
     """List the images of a dataset with modality, label and other fields.
 
     Args:
-        source: a Decathlon ``dataset.json``; a JSON list, JSONL or CSV of items with ``image``; a
-            folder, searched for NIfTI, .nrrd, .mha and .mhd files and folders of a DICOM series
-            that are not labels (in a folder ``labels*``, or named ``*_gtv``, ``*_seg``,
-            ``*_label`` or ``*_mask``); a MedMNIST-style .npz.
+        source: a Decathlon ``dataset.json``; a JSON list, JSONL, CSV or Parquet of items with
+            ``image``; a folder, searched for NIfTI, .nrrd, .mha and .mhd files and folders of a
+            DICOM series that are not labels (in a folder ``labels*``, or named ``*_gtv``,
+            ``*_seg``, ``*_label`` or ``*_mask``); a MedMNIST-style .npz.
         root: folder of relative paths; by default the source's folder.
         split: JSON file ``{"development": [ids], "test": [ids]}``. An id is an item's ``patient``,
             its file name without extension, or a folder on its path below ``root``; it becomes the
@@ -48,7 +50,8 @@ def datalist(
 
     Returns:
         Items with an absolute ``image`` (an address such as s3://… stays as it is), a ``modality``,
-        and other fields as given. An image in an .npz is named ``file.npz::train_images::12``.
+        and other fields as given. An image in an .npz is named ``file.npz::train_images::12``. A
+        DICOM series without a ``patient`` has its PatientID.
     """
     source = Path(source)
     root = Path(root or (source if source.is_dir() else source.parent))
@@ -78,6 +81,10 @@ def datalist(
             )
     if not items:
         raise ValueError(f"source must list images, got none in {source}; name another source")
+    for item in items:
+        series = not item["image"].endswith(VOLUME_ENDINGS) and not patient_name(item, "")
+        if series and (found_id := patient_id(item["image"])):
+            item["patient"] = found_id
     if not split:
         return items
     with readable("split", split, "correct it"):
@@ -110,7 +117,7 @@ def _sections(source: Path) -> dict[str, list]:
         return {"all": [str(path) for path in paths if _is_image(path)]}
     if not source.is_file():
         raise ValueError(f"source must exist, got {source}; name a folder or a file")
-    if source.suffix in (".jsonl", ".csv"):
+    if source.suffix in (".jsonl", ".csv", ".parquet"):
         return {"all": [row for _, row in read_rows(source)]}
     if source.suffix == ".json":
         content = _read_json(source)
@@ -137,7 +144,9 @@ def _sections(source: Path) -> dict[str, list]:
             for name, array in labels.items()
         }
         return {"all": sum(rows.values(), [])} | rows
-    raise ValueError(f"source must be a folder, .json, .jsonl, .csv or .npz, got {source}")
+    raise ValueError(
+        f"source must be a folder, .json, .jsonl, .csv, .parquet or .npz, got {source}"
+    )
 
 
 def _read_json(path: Path) -> dict | list:
@@ -253,7 +262,8 @@ def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict]
     """Split items into training and validation; a patient's images stay together.
 
     Args:
-        items: those with the same ``patient`` are one patient's; without it each is its own.
+        items: those with the same ``patient``, or the same content where it is known, are one
+            patient's; without it each is its own. See ``patients_of``.
         share: of the patients to hold out, in [0, 1); rounded, at least one unless it is 0.
         seed: the same seed gives the same parts.
 
@@ -264,7 +274,7 @@ def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict]
     """
     if not 0 <= share < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {share}; 0 holds nothing out")
-    patients = [str(item.get("patient", item["image"])) for item in items]
+    patients = patients_of(items)
     names = sorted(set(patients))
     if len(names) < 2 or share == 0:
         return list(items), []

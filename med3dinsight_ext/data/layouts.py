@@ -115,6 +115,8 @@ def _folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[d
     by_folder = len(groups) > 1 and len(items) <= FEW_IMAGES * len(groups)
     for item in items:
         folder, stem = keys[item["image"]]
+        if "patient" in item:  # of a DICOM series
+            continue
         if folder and by_folder:
             item["patient"] = "/".join(folder)
         else:

@@ -13,7 +13,7 @@ import numpy as np
 from med3dinsight_ext.io.claims import check_claim
 from med3dinsight_ext.io.errors import first_line
 from med3dinsight_ext.io.packages import NotHere, package
-from med3dinsight_ext.io.volume_files import series_files
+from med3dinsight_ext.io.volume_files import iterate_series, series_files
 
 UNEVEN = 0.1  # of the median distance between slices, by which one may differ
 SAME = {  # fields that all images of a series share, and the tolerance of numbers
@@ -68,6 +68,19 @@ def open_series(folder: str) -> tuple[tuple[int, ...], np.dtype, np.ndarray, Any
         return voxels
 
     return shape, np.dtype(np.float32), affine, read
+
+
+def patient_id(folder: str) -> str | None:
+    """PatientID in the first file of a series; None if there is none, or none that can be read."""
+    if not os.path.isdir(folder):
+        return None
+    try:
+        file = next(iterate_series(folder), None)
+        pydicom = package("pydicom", folder)
+        header = pydicom.dcmread(file, specific_tags=["PatientID"], stop_before_pixels=True)
+        return str(header.get("PatientID") or "").strip() or None
+    except Exception:  # pydicom has its own for each field; whoever reads the volume names them
+        return None
 
 
 def _check_series(folder: str, files: Sequence[str], headers: Sequence[Any]) -> None:

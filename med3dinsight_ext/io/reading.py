@@ -6,10 +6,12 @@ import csv
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
 from med3dinsight_ext.io.errors import first_line
+from med3dinsight_ext.io.packages import NotHere
 
 LONGEST_LINE = 10_000_000  # characters; no row of an image or a caption is as long
 
@@ -62,8 +64,15 @@ def read_json(path: str | Path, name: str, fix: str = "repair it") -> Any:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Rows of a JSONL or CSV file, each after its place: ("a.jsonl line 3", row)."""
+    """Rows of a JSONL, CSV or Parquet file, each after its place: ("a.jsonl line 3", row)."""
     path = Path(path)
+    if path.suffix == ".parquet":
+        pyarrow = pyarrow_of(path)
+        with readable("source", path):
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        for number, row in enumerate(rows, 1):
+            yield f"{path} row {number}", {key: x for key, x in row.items() if x is not None}
+        return
     with readable("source", path), open(path, encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             table = csv.DictReader(_lines(file, path))
@@ -79,6 +88,22 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
                 raise ValueError(f"{where} must be a JSON object, got {row!r}; correct it")
             if row:
                 yield where, row
+
+
+def pyarrow_of(path: Path) -> Any:
+    """The package that reads and writes Parquet, which no extra installs.
+
+    Raises:
+        NotHere: it is not installed.
+    """
+    try:
+        import_module("pyarrow.parquet")
+        return import_module("pyarrow")
+    except ImportError as error:
+        raise NotHere(
+            f"{path} must be read and written by pyarrow, got none; pip install pyarrow, or use "
+            "JSONL"
+        ) from error
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[str]:

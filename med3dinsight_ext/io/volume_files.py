@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,10 +48,15 @@ def is_dicom(path: str) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def series_files(folder: str) -> list[str]:
+def iterate_series(folder: str) -> Iterator[str]:
     """The DICOM files of a folder, sorted by name; not those of folders in it."""
     paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name[0] != ".")
-    return [path for path in paths if is_dicom(path)]
+    return filter(is_dicom, paths)
+
+
+def series_files(folder: str) -> list[str]:
+    """The list of ``iterate_series``."""
+    return list(iterate_series(folder))
 
 
 def files_of(path: str) -> list[str]:

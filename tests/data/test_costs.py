@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from data.test_prepared import case, images, segmentation
+from ray_store import build
 
-from med3dinsight_ext.data import costs, prepared
+from med3dinsight_ext.data import costs, manifests, prepared
 from med3dinsight_ext.data.chunks import CannotWrite
 from med3dinsight_ext.data.costs import measure, prepare_costs
 from med3dinsight_ext.data.prepared import PreparedCopy
+from med3dinsight_ext.doctor import check_data
 
 
 def test_the_disk_that_is_foretold_is_what_is_used_and_nothing_is_kept(
@@ -124,3 +126,18 @@ def test_a_package_that_is_missing_is_no_verdict_on_a_volume(
         with pytest.raises(ValueError, match="read with the package nrrd"):
             PreparedCopy(tmp_path / "copy", images()).check([item])
     assert PreparedCopy(tmp_path / "copy", images()).sound([item]) == [item]
+
+
+def test_nothing_is_written_beside_the_volumes(tmp_path: Path) -> None:
+    """As a read-only source demands: not even a file that is removed again."""
+    folder = tmp_path / "data"
+    items = [case(folder, f"v{i}", seed=i) for i in range(3)]
+    before = {path: path.stat() for path in (folder, *folder.iterdir())}
+    PreparedCopy(tmp_path / "copy", images()).check([dict(item) for item in items])
+    build(tmp_path / "store").fill(items)
+    manifests.split(str(folder), str(tmp_path / "lists"), test_share=0.5, seed=1)
+    check_data(str(folder), None, None, str(tmp_path / "page.html"))
+    for path, stat in before.items():
+        now = path.stat()
+        assert (now.st_mtime_ns, now.st_ctime_ns) == (stat.st_mtime_ns, stat.st_ctime_ns), path
+    assert {folder, *folder.iterdir()} == set(before)

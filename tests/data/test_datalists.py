@@ -273,7 +273,7 @@ def test_paths_can_start_from_another_root(tmp_path: Path) -> None:
         ("a.json", "[", "a.json must be JSON"),
         ("a.json", "{}", "source must have a list 'training'"),
         ("a.csv", "image\n", "source must list images, got none"),
-        ("a.txt", "a.nii", "source must be a folder, .json, .jsonl, .csv or .npz"),
+        ("a.txt", "a.nii", "source must be a folder, .json, .jsonl, .csv, .parquet or .npz"),
     ],
 )
 def test_a_faulty_list_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
