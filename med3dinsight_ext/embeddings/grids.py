@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.data import slicing
-from med3dinsight_ext.data.volumes import guess_modality, read_volume
+from med3dinsight_ext.data.volumes import modality_of, read_volume
 from med3dinsight_ext.embeddings.whitening import Whitening, fit_whitening
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, key_of, keyed_path, sha256, write_atomic
@@ -197,18 +197,12 @@ class GridStore:
 
     def _slices(self, item: dict[str, Any]) -> _Slices:
         volume = read_volume(item["image"])
-        modality = item["modality"]
-        if modality == "auto":
-            modality = guess_modality(volume)
-        shown = slicing.window(volume, modality)
+        shown = slicing.window(volume, modality_of(item, volume))
         plane, position = slicing.choose(shown, self.per_plane, self.seed, self.planes)
         spacing = [float(mm) for mm in volume.pixdim]
-        pictures = [
-            slicing.cut(shown, spacing, p, position[plane == p], self.teacher.image.size)
-            for p in plane.unique().tolist()
-        ]
-        size = list(volume.shape[1:])
-        return _Slices(torch.cat(pictures), plane, position, volume.affine, size, spacing)
+        size = self.teacher.image.size
+        pictures = slicing.cut_planes(shown, spacing, plane, position, size)
+        return _Slices(pictures, plane, position, volume.affine, list(volume.shape[1:]), spacing)
 
     def _cells(self, slices: _Slices) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Of each layer: features (s, cells, c) and positions (s, cells, 3) as fractions."""

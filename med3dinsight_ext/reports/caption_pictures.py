@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 from collections.abc import Sequence
 from itertools import groupby
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from med3dinsight_ext.data.slicing import WINDOWS, cut, window
 from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.reports.caption_counts import SliceRecord
+from med3dinsight_ext.reports.pages import jpeg_uri
 
 PIXELS = 192  # of a picture; the page shows it smaller, sharp on high-resolution screens
 
@@ -34,7 +32,7 @@ def pictures(records: Sequence[SliceRecord]) -> list[str]:
             volume = read_volume(group[0].image)
             shown = {name: window(volume, name) for name in {row.modality for row in group}}
             spacing = volume.pixdim.tolist()
-            found += [jpeg_uri(shown[row.modality], spacing, row) for row in group]
+            found += [picture(shown[row.modality], spacing, row) for row in group]
         except (ValueError, OSError, RuntimeError):
             exists = os.path.exists(group[0].image.partition("::")[0])
             fault = "cannot be read" if exists else "no longer exists"
@@ -42,7 +40,7 @@ def pictures(records: Sequence[SliceRecord]) -> list[str]:
     return found
 
 
-def jpeg_uri(shown: Tensor, spacing: Sequence[float], record: SliceRecord) -> str:
+def picture(shown: Tensor, spacing: Sequence[float], record: SliceRecord) -> str:
     """One slice as a data URI; CT in the captioner's window, where that is recorded."""
     place = torch.tensor([record.position])
     pixels = cut(shown, spacing, record.plane, place, PIXELS)[0]
@@ -51,6 +49,4 @@ def jpeg_uri(shown: Tensor, spacing: Sequence[float], record: SliceRecord) -> st
         channel = list(WINDOWS).index(name) if isinstance(name, str) and name in WINDOWS else 0
         pixels = pixels[[channel]]
     array = pixels.mul(255).round().byte().movedim(0, -1).squeeze(-1).contiguous().numpy()
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return jpeg_uri(array, 85)

@@ -67,9 +67,9 @@ def with_value(path: Path, value: float) -> str:
 
 PIXDIM, SROW_X = 80, 280  # byte offsets of the first spacing and the first affine row
 BAD = {
-    "text": (lambda p: text_file(p / "v.nii.gz"), "be readable NIfTI"),
-    "absent": (lambda p: str(p / "v.nii.gz"), "be readable NIfTI, got FileNotFoundError"),
-    "truncated .nii.gz": (lambda p: cut_short(p / "v.nii.gz"), "be readable, got EOFError"),
+    "text": (lambda p: text_file(p / "v.nii.gz"), "be readable, got .* BadGzipFile"),
+    "absent": (lambda p: str(p / "v.nii.gz"), "be readable, got .* FileNotFoundError"),
+    "truncated .nii.gz": (lambda p: cut_short(p / "v.nii.gz"), "be readable, got .* EOFError"),
     "truncated .nii": (
         lambda p: cut_short(p / "v.nii"),
         "header must claim what its file can hold",
