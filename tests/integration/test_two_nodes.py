@@ -15,17 +15,23 @@ PROGRAM = str(Path(__file__).with_name("node_step.py"))
 
 def start(nodes: int, ranks: int, *words: str) -> None:
     """Run the program on this machine as so many nodes of so many ranks."""
-    launch = [sys.executable, PROGRAM, *words]
-    launches = [launch]
+    launches = [[sys.executable, PROGRAM, *words]]
     if nodes * ranks > 1:
-        address = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--local_addr", "127.0.0.1"]
-        shape = ["--nnodes", str(nodes), "--nproc_per_node", str(ranks), "--rdzv_id", "1"]
-        launches = [[*torchrun, *shape, *address, *launch[1:]]] * nodes
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--master_addr", "127.0.0.1"]
+        shape = ["--master_port", str(free_port()), "--nnodes", str(nodes)]
+        launches = [
+            [*torchrun, *shape, "--nproc_per_node", str(ranks), "--node_rank", str(node)]
+            + launches[0][1:]
+            for node in range(nodes)
+        ]
     jobs = [
         subprocess.Popen(x, env=environment(), stderr=subprocess.PIPE, text=True) for x in launches
     ]
-    errors = [job.communicate(timeout=240)[1] for job in jobs]
+    try:
+        errors = [job.communicate(timeout=240)[1] for job in jobs]
+    finally:
+        for job in jobs:
+            job.terminate()  # torchrun ends its ranks; nothing where it has ended
     assert [job.returncode for job in jobs] == [0] * nodes, errors[0][-3000:]
 
 
