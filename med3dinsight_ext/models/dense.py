@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from med3dinsight_ext.models.features import first_output
-from med3dinsight_ext.models.pyramid import find_pyramid, pyramid_of, sample_points
+from med3dinsight_ext.models.features import first_output, pyramid_of
+from med3dinsight_ext.models.pyramid import find_pyramid, sample_points
 from med3dinsight_ext.models.student import hide
 
 logger = logging.getLogger(__name__)
