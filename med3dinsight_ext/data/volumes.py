@@ -242,15 +242,10 @@ def good_ones(
     return {id(item): got for item, got in results if not isinstance(got, ValueError)}
 
 
-def check_volumes(items: list[dict], skip_bad: bool = False) -> list[dict]:
-    """Read every volume once; returns the items with good ones. See ``check_each``."""
-    return check_parts([items], skip_bad)[0]
-
-
 def check_parts(
     parts: Sequence[list[dict]], skip_bad: bool = False, copy: Any = None
 ) -> list[list[dict]]:
-    """``check_volumes`` of items for training and for validation: one error names all bad ones.
+    """Read every volume once; the good items of each part. See ``check_each``.
 
     A ``PreparedCopy`` as ``copy`` reads only the volumes that it does not hold.
     """

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from med3dinsight_ext.models.features import Features, seen_features
 
+MIN_CHANNELS = 8  # of a level, which leaves out the network's own output
+
 
 def find_pyramid(
     network: nn.Module,
     size: Sequence[int],
     layers: str | Sequence[str] = "auto",
     levels: int = 3,
-    min_channels: int = 8,
 ) -> list[Features]:
     """The last features on each grid, finest first: a U-Net's decoder levels and its bottleneck.
 
@@ -26,7 +27,6 @@ def find_pyramid(
         size: (x, y, z) of its input, in voxels.
         layers: "auto", or module paths as in ``network.named_modules()``.
         levels: at most so many, from the finest.
-        min_channels: of "auto"; leaves out the network's own output.
 
     Raises:
         ValueError: a layer is not in the network, or none gives features.
@@ -37,11 +37,11 @@ def find_pyramid(
         if missing := [name for name in layers if name not in last]:
             raise ValueError(f"feature_layers must give features (b, c, x, y, z), {missing} do not")
         return [last[name] for name in layers]
-    on_grid = {features.grid: features for features in seen if features.channels >= min_channels}
+    on_grid = {features.grid: features for features in seen if features.channels >= MIN_CHANNELS}
     found = sorted(on_grid.values(), key=lambda features: -math.prod(features.grid))[:levels]
     if not found:
         raise ValueError(
-            f"backbone must have features (b, c, x, y, z) of {min_channels} channels or more, got "
+            f"backbone must have features (b, c, x, y, z) of {MIN_CHANNELS} channels or more, got "
             f"none in {type(network).__name__}; name modules as feature_layers"
         )
     return found
