@@ -247,20 +247,29 @@ def collect(dataset: str, out: str) -> None:
 
 
 def seconds() -> None:
-    """Seconds of a click on 128 x 128 x 128 voxels: reading, transforms, inference, inversion."""
-    times = {}
+    """Seconds of an answer: reading, transforms, inference, inversion; write click_seconds.json.
+
+    By the network of hippocampus.yaml with windows of 96 x 96 x 96 voxels; the first answer for a
+    volume is without clicks, each further one to one more click.
+    """
+    found: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
-        path = f"{folder}/volume.nii.gz"
-        volume = np.random.default_rng(0).random((128, 128, 128), dtype=np.float32)
-        nib.save(nib.Nifti1Image(volume, np.eye(4)), path)
-        item = {"image": path, "modality": "MR", "background": [[60, 61, 62]]}
-        for overlay in (CONFIGS / "quickstart.yaml", HERE / "hippocampus.yaml"):
-            whole: dict[str, Any] = {"spacing": [1.0] * 3, "patch_size": [128] * 3, "tta_axes": []}
-            _, answer = segmenter([overlay, "click_inference.yaml"], **whole)
-            answer(item)
-            found = [timed(partial(answer, item), False) for _ in range(7)]
-            times[overlay.stem] = spread(found)
-    write("click_seconds", {"seconds": times})
+        for shape in ((128, 128, 128), (256, 256, 128)):
+            path = f"{folder}/volume.nii.gz"
+            volume = np.random.default_rng(0).integers(0, 1000, shape, dtype=np.int16)
+            nib.save(nib.Nifti1Image(volume, np.eye(4)), path)
+            given: dict[str, Any] = {"spacing": [1.0] * 3, "patch_size": [96] * 3}
+            parser, answer = segmenter([HERE / "hippocampus.yaml", "click_inference.yaml"], **given)
+            inferer: Any = parser.get_parsed_content("inferer")
+            inferer.history = History()
+            item: dict[str, Any] = {"image": path, "modality": "MR", "background": []}
+            first = timed(partial(answer, item), False)
+            clicks = []
+            for place in np.random.default_rng(1).integers(0, shape, (7, 3)).tolist():
+                item["background"].append(place)
+                clicks.append(timed(partial(answer, item), False))
+            found["x".join(map(str, shape))] = {"first": first, "click": spread(clicks)}
+    write("click_seconds", {"seconds": found})
 
 
 if __name__ == "__main__":

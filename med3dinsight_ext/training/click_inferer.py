@@ -17,6 +17,7 @@ from med3dinsight_ext.data.clicks import META, click_input, draw_click
 MOST_CLICKS = 100
 HELD = 1.0  # voxels around a click that keep its class
 MARGIN = 4.0  # by which the score of that class is the largest: 98 % after a softmax
+RISE = 3.5  # standard deviation, in voxels, of the rise of its score around it
 MOST_STEPS = 300  # of a history, in all its branches
 Click = tuple[float, ...]  # class, x, y, z
 Box = tuple[slice, ...]
@@ -53,8 +54,9 @@ class ClickInferer(Inferer):
 
     The network sees a window of ``patch_size`` around the click with all clicks so far and the
     answer so far; its scores replace the earlier ones in the ball of ``refine_radius`` around the
-    click, so that a click changes nothing elsewhere. The clicked voxels themselves always get the
-    class of their click.
+    click, so that a click changes nothing elsewhere. Where they do not follow the click, the score
+    of its class rises around it (``_lift``). The clicked voxels themselves always get the class of
+    their click.
 
     Args:
         inferer: of the whole volume and of a window.
@@ -156,38 +158,73 @@ class ClickInferer(Inferer):
         high = [
             min(n, math.floor(c + reach) + 1) for n, c in zip(before.shape[1:], centre, strict=True)
         ]
-        x, y, z = (
-            (torch.arange(a, b, device=volume.device) - c) ** 2
-            for a, b, c in zip(low, high, centre, strict=True)
-        )
-        near = x[:, None, None] + y[:, None] + z <= reach**2
         inner = (slice(None), *map(slice, low, high))
         starts = [side.start for side in window]
         box = [slice(s + a, s + b) for s, a, b in zip(starts, low, high, strict=True)]
-        changed = torch.where(near, found[inner], before[inner])
-        _hold(changed, clicks, [side.start for side in box])
+        starts = [side.start for side in box]
+        changed = found[inner].clone()
+        if not _contested(clicks[-1], clicks):
+            _lift(changed, clicks[-1], starts)
+        last = [c - a for c, a in zip(centre, low, strict=True)]
+        near = _squares(changed, last) <= reach**2
+        changed = torch.where(near, changed, before[inner])
+        _hold(changed, clicks, starts)
         return Step((slice(None), *box), _kept(changed))
+
+
+def _squares(scores: Tensor, centre: Sequence[float]) -> Tensor:
+    """Squared distances (x, y, z) of the voxels of scores (classes, x, y, z) from a place."""
+    x, y, z = (
+        (torch.arange(n, device=scores.device) - c) ** 2
+        for n, c in zip(scores.shape[1:], centre, strict=True)
+    )
+    return x[:, None, None] + y[:, None] + z
+
+
+def _contested(click: Click, clicks: Sequence[Click]) -> bool:
+    """Whether a click of another class lies beside it, so that neither counts more.
+
+    Viewers send the clicks of each class in a list of their own: the last one is not known.
+    """
+    number, *centre = click
+    return any(n != number and math.dist(centre, c) < 2 * HELD for n, *c in clicks)
+
+
+def _lift(scores: Tensor, click: Click, starts: Sequence[int]) -> None:
+    """Raise the score of a click's class around it, by what it lacks to be the largest there.
+
+    Networks are seldom sure enough to follow a click, whose error they made themselves. Voxels
+    about which they are as unsure as at the click change with it; others keep their class. BRS
+    (Jang and Kim, CVPR 2019) and f-BRS (Sofiiuk et al., 2020, arXiv:2001.10331) find such a change
+    by optimisation.
+
+    Args:
+        scores: (classes, x, y, z) of a part of the volume, is changed.
+        click: in voxels of the volume.
+        starts: first voxel of the part.
+    """
+    number, *place = click
+    centre = [c - start for c, start in zip(place, starts, strict=True)]
+    i, j, k = (min(max(round(c), 0), n - 1) for c, n in zip(centre, scores.shape[1:], strict=True))
+    here = scores[:, i, j, k]
+    others = torch.cat([here[: int(number)], here[int(number) + 1 :]])
+    lack = (others.max() + MARGIN - here[int(number)]).clamp(min=0)
+    scores[int(number)] += lack * torch.exp(-_squares(scores, centre) / (2 * RISE**2))
 
 
 def _hold(scores: Tensor, clicks: Sequence[Click], starts: Sequence[int]) -> None:
     """Give the voxels of each click its class, so that it is never ignored or undone by another.
 
-    Clicks of two classes side by side hold nothing: viewers send the clicks of each class in a
-    list of their own, so that the last one is not known.
+    Contested clicks hold nothing.
 
     Args:
         scores: (classes, x, y, z) of a part of the volume, is changed.
         clicks: of the volume.
         starts: first voxel of the part.
     """
-    for number, *centre in clicks:
-        if any(n != number and math.dist(centre, c) < 2 * HELD for n, *c in clicks):
-            continue
-        x, y, z = (
-            (torch.arange(start, start + n, device=scores.device) - c) ** 2
-            for n, c, start in zip(scores.shape[1:], centre, starts, strict=True)
-        )
-        own = x[:, None, None] + y[:, None] + z <= HELD**2
+    for number, *centre in [click for click in clicks if not _contested(click, clicks)]:
+        place = [c - start for c, start in zip(centre, starts, strict=True)]
+        own = _squares(scores, place) <= HELD**2
         others = [other for other in range(len(scores)) if other != number]
         scores[int(number), own] = scores[others][:, own].amax(0) + MARGIN
 
