@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from med3dinsight_ext.data.slicing import WINDOWS, cut, window
 from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.reports.caption_counts import SliceRecord
-from med3dinsight_ext.reports.pages import jpeg_uri
 
 PIXELS = 192  # of a picture; the page shows it smaller, sharp on high-resolution screens
 
@@ -50,3 +53,10 @@ def picture(shown: Tensor, spacing: Sequence[float], record: SliceRecord) -> str
         pixels = pixels[[channel]]
     array = pixels.mul(255).round().byte().movedim(0, -1).squeeze(-1).contiguous().numpy()
     return jpeg_uri(array, 85)
+
+
+def jpeg_uri(pixels: np.ndarray, quality: int) -> str:
+    """Bytes (h, w) or (h, w, 3) as a data URI."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -15,8 +15,9 @@ from med3dinsight_ext.data.laws import LEVELS, Finding
 from med3dinsight_ext.data.slicing import cut, window
 from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.io.console import Bar
+from med3dinsight_ext.reports.caption_pictures import jpeg_uri
 from med3dinsight_ext.reports.figures import CLASS_COLORS, class_colors
-from med3dinsight_ext.reports.pages import jpeg_uri, write_page
+from med3dinsight_ext.reports.pages import write_page
 
 PIXELS = 128  # side of a plane in a thumbnail
 SHOWN = 6  # thumbnails of a finding

@@ -10,9 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.reports.figures import svg
@@ -32,13 +30,6 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that spreadsheet
 def png_uri(path: Path) -> str:
     """A PNG file as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def jpeg_uri(pixels: np.ndarray, quality: int) -> str:
-    """Bytes (h, w) or (h, w, 3) as a data URI."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def csp_hash(script: str) -> str:
