@@ -645,12 +645,32 @@ def fuzz(result: Result) -> str:
     )
 
 
+FAULTS = 6  # kinds that faults.py knows
+
+
+def two(result: Result) -> str:
+    """Section of tests/hostile/two.py."""
+    scenarios = result["scenarios"]
+    lines = [
+        [name, str(row["tried"]), outcome, str(count)]
+        for name, row in scenarios.items()
+        for outcome, count in row["outcomes"].items()
+    ]
+    return fill(
+        "two",
+        where=where(result),
+        open=sum(len(row["open"]) for row in scenarios.values()),
+        total=sum(row["tried"] for row in scenarios.values()),
+        rows=table(lines),
+    )
+
+
 def faults(result: Result) -> str:
     """Section of tests/hostile/faults.py."""
     lines = []
     for name, row in result["scenarios"].items():
         found = "; ".join(f"{outcome} {count}" for outcome, count in row["outcomes"].items())
-        part = f"{row['tried']} of {row['calls']} × faults"
+        part = f"{row['tried']} of {FAULTS * row['calls']:,}"
         lines.append([name, str(row["calls"]), part, found])
     scenarios = result["scenarios"].values()
     return fill(
@@ -785,6 +805,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "mutation": mutation,
     "fuzz": fuzz,
     "faults": faults,
+    "two": two,
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from med3dinsight_ext.data.layouts import check_trainable, read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
+from med3dinsight_ext.io.folder_lock import only_training
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 from med3dinsight_ext.planning.plan import read_plan
 from med3dinsight_ext.planning.run_folder import (
@@ -31,7 +32,7 @@ from med3dinsight_ext.planning.run_folder import (
 from med3dinsight_ext.reports.predictions import write_predictions
 from med3dinsight_ext.training.launch import launch
 
-PAGE, INPUTS = "predictions.html", "inputs.json"
+PAGE, REPORT, INPUTS = "predictions.html", "report.html", "inputs.json"
 
 
 def plan(
@@ -101,10 +102,11 @@ def pretrain(
     if len(dataset.training().items) < 2:
         raise ValueError(f"data must hold at least 2 volumes to pre-train on, got 1 in {data}")
     folder = Path(out) if out else OUT / _name(data) / "pretrain"
-    settings = prepare(folder, dataset, plan, [], quiet)
-    if dataset.captions:
-        settings["captions"] = str(dataset.captions)
-    launch("pretrain", ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
+    with only_training(folder / "models"):
+        settings = prepare(folder, dataset, plan, [], quiet)
+        if dataset.captions:
+            settings["captions"] = str(dataset.captions)
+        launch("pretrain", ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
         _close(folder, f"finetune {quote(data)} --pretrained {folder}")
     return folder
@@ -153,9 +155,10 @@ def finetune(
         weights, home = weights_of(pretrained)
         more["pretrained"] = str(weights)
         plan = plan or home
-    settings = prepare(folder, dataset, plan, ["label"], quiet) | more
     bundle = "seg-finetune" if dataset.segments() else "cls-finetune"
-    launch(bundle, ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
+    with only_training(folder / "models"):
+        settings = prepare(folder, dataset, plan, ["label"], quiet) | more
+        launch(bundle, ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
         _close(folder, f"predict {folder} FILES", f"evaluate {folder} {quote(data)}")
     return folder
@@ -193,7 +196,10 @@ def predict(
     stems = [volume_stem(image) for image in images]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise ValueError(f"files must have different names, got {twice} twice; predict them apart")
+        raise ValueError(
+            f"files must have different names, got {twice} twice; one call for "
+            "each, with an --out of its own"
+        )
     folder = Path(out) if out else results(model, home, "predictions")
     if there := [stem for stem in stems if any(folder.glob(f"{stem}_*"))]:
         raise ValueError(
@@ -289,6 +295,8 @@ def evaluate(
     launch(bundle, ["train.json", *overlays, "evaluate.json"], settings | overrides, quiet, verbose)
     if not quiet:
         print(f"\nwrote {', '.join(sorted(p.name for p in folder.iterdir()))} to {folder}")
+        if (page := folder / REPORT).is_file():
+            print(f"look at {page}")
         if trained_on and "val_fraction" not in settings and not dataset.split:
             print("these are cases of the training: validation cases if it kept any, else all")
     return folder

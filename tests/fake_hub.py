@@ -1,7 +1,8 @@
-"""A server that answers as Hugging Face's does when a repository is downloaded."""
+"""A server that answers as Hugging Face's does when a repository is down- or uploaded."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -18,18 +19,21 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def fake_hub(folder: Path, repo: str) -> Iterator[tuple[str, list[str]]]:
     """URL of a hub with one repository, and the paths that were requested.
 
+    The repository is made, and its files are written, by the requests of an upload with the token
+    "writer"; other tokens are refused.
+
     Args:
-        folder: content of the repository.
+        folder: content of the repository; it exists if the folder does.
         repo: "owner/name".
     """
     asked: list[str] = []
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = [str(path.relative_to(folder)) for path in files]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
             asked.append(path)
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            names = [str(path.relative_to(folder)) for path in files]
             if path.startswith(f"/api/models/{repo}/tree/"):
                 self.answer(
                     json.dumps(
@@ -54,6 +58,36 @@ def fake_hub(folder: Path, repo: str) -> Iterator[tuple[str, list[str]]]:
 
         do_HEAD = do_GET
 
+        def do_POST(self) -> None:
+            path = urlsplit(self.path).path
+            asked.append(path)
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            if self.headers["Authorization"] != "Bearer writer":
+                self.answer('{"error": "no right to write"}', 403)
+            elif path == "/api/repos/create":
+                known = folder.is_dir()
+                folder.mkdir(exist_ok=True)
+                self.answer(
+                    json.dumps({"url": f"http://{self.headers['Host']}/{repo}"}),
+                    409 if known else 200,
+                )
+            elif path == "/api/validate-yaml":
+                self.answer('{"errors": [], "warnings": []}')
+            elif path == f"/api/models/{repo}/preupload/main":
+                given = [file["path"] for file in json.loads(body)["files"]]
+                mode = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                self.answer(json.dumps({"files": [{"path": name, **mode} for name in given]}))
+            elif path == f"/api/models/{repo}/commit/main":
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        target = folder / line["value"]["path"]
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_bytes(base64.b64decode(line["value"]["content"]))
+                url = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
+                self.answer(json.dumps({"success": True, "commitOid": COMMIT, "commitUrl": url}))
+            else:
+                self.answer("{}", 404)
+
         def answer(
             self, content: str | bytes, code: int = 200, headers: dict[str, str] | None = None
         ) -> None:
@@ -69,7 +103,7 @@ def fake_hub(folder: Path, repo: str) -> Iterator[tuple[str, list[str]]]:
             for name, value in given.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from med3dinsight_ext.io.configs import with_shared
+from med3dinsight_ext.io.folder_lock import only_training
 
 ROOT = Path(__file__).parents[1]
 BUNDLES = ("pretrain", "seg-finetune", "cls-finetune")
@@ -103,3 +107,30 @@ def command(bundle: str, files: Sequence[str | Path], overrides: dict[str, Any])
 def environment() -> dict[str, str]:
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@contextmanager
+def forked(call: Callable[[], Any]) -> Iterator[int]:
+    """The id of a process that makes a call and then waits; it is killed (kill -9) at the end."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            call()
+            os.write(write, b"done")
+            time.sleep(600)
+        finally:
+            os._exit(1)
+    os.close(write)
+    try:
+        with os.fdopen(read, "rb", 0) as pipe:
+            assert pipe.read(4) == b"done"
+            yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def trains_in(folder: Path) -> AbstractContextManager[int]:
+    """Another process that holds the folder of a training."""
+    return forked(only_training(folder).__enter__)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from fakes import write_volumes
+from running import trains_in
 from volume_writers import write_dicom
 
 import med3dinsight_ext
@@ -163,7 +164,7 @@ def test_fine_tuning_lists_labelled_cases_and_takes_the_network_of_the_pre_train
     run = Path("runs/scans/pretrain")
     with pytest.raises(ValueError, match="pretrained must be a folder of a training or a weights"):
         workflows.finetune("scans", pretrained=str(run), quiet=True)
-    (run / "models").mkdir()
+    (run / "models").mkdir(exist_ok=True)
     (run / "models" / "model.pt").touch()
     plan = read_plan(run / "plan.yaml")
     (run / "plan.yaml").write_text(yaml.safe_dump(plan | {"spacing": [4.5, 4.5, 4.5]}))
@@ -195,6 +196,19 @@ def test_a_folder_is_used_again_for_the_same_images_and_plan_alone(
     with pytest.raises(ValueError, match="on the same images, got run with 1 others; name another"):
         workflows.finetune("scans", out="run")
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_folder_where_another_process_trains_is_left_as_it_is(
+    command: str, scans: Path, lines: list[tuple[Any, ...]]
+) -> None:
+    call = getattr(workflows, command)
+    with trains_in(Path("out/models")):
+        with pytest.raises(ValueError, match="wait for its end, or name another folder"):
+            call("scans", out="out", quiet=True)
+        assert [path.name for path in Path("out").iterdir()] == ["models"] and not lines
+    call("scans", out="out", quiet=True)
+    assert (Path("out") / "plan.yaml").is_file() and len(lines) == 1
 
 
 def test_plan_writes_a_file_once_and_names_the_next_command(
@@ -254,7 +268,7 @@ def test_other_data_is_scored_whole_and_that_of_the_training_by_its_validation_c
     scans: Path, lines: list[tuple[Any, ...]]
 ) -> None:
     workflows.finetune("scans", out="run", quiet=True)
-    (Path("run") / "models").mkdir()
+    (Path("run") / "models").mkdir(exist_ok=True)
     (Path("run") / "models" / "model.pt").touch()
     workflows.evaluate("run", "scans", quiet=True)
     shutil.copytree(scans, "others")

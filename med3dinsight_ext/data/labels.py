@@ -93,11 +93,12 @@ def read_case(item: dict[str, Any], names: Sequence[str]) -> tuple[MetaTensor, M
     image = open_volume(item["image"])
     with readable("label", path):
         stored = open_volume(path)
+        own = stored.affine.copy()  # MONAI replaces a broken one in place
         label = load_volume(path, stored)
         values = label_values(label)
     shape = stored.shape[:3] if stored.shape[3:] == (1,) else stored.shape
     grid, voxel = (image.shape[:3], image.affine), min(image.header.get_zooms()[:3])
-    check_label(grid, (shape, stored.affine), voxel, values, names, place)
+    check_label(grid, (shape, own), voxel, values, names, place)
     return volume, Orientation("RAS", labels=None)(label)
 
 

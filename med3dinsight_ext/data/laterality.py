@@ -14,6 +14,7 @@ from monai.transforms import Flip, MapTransform, RandomizableTransform
 from torch import Tensor
 
 from med3dinsight_ext.io.images import open_volume, ras_array
+from med3dinsight_ext.io.reading import readable
 
 logger = logging.getLogger(__name__)
 LEFT_RIGHT = 0  # spatial axis after orientation to RAS
@@ -86,8 +87,12 @@ def offsets(path: str, classes: int) -> dict[int, float]:
     Returns:
         For each class but 0 that the label holds, its centroid's distance from the middle of the
         image as a fraction of the extent: -0.5 is the patient's far left, 0.5 the far right.
+
+    Raises:
+        ValueError: the file is unreadable, or its affine is.
     """
-    label = ras_array(open_volume(path))
+    with readable("label", path):
+        label = ras_array(open_volume(path))
     found = {}
     for number in range(1, classes):
         profile = (label == number).sum((1, 2))

@@ -214,7 +214,7 @@ def class_numbers(items: Sequence[dict[str, Any]]) -> set[int]:
         with readable("label", item["label"]):
             return set(label_values(open_volume(item["label"]).dataobj))
 
-    found = check_each(values, list(items), "labels", skip_bad=False).values()
+    found = check_each(values, list(items), "labels", skip_bad=None).values()
     union = sorted(set[float]().union(*found))
     if union != list(range(len(union))) or len(union) < 2:
         shown = ", ".join(f"{value:g}" for value in union[:12])

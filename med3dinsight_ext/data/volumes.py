@@ -197,7 +197,7 @@ def _checked_header(path: str) -> Any:
 
 
 def check_each(
-    check: Callable[[dict], T], items: list[dict], what: str, skip_bad: bool
+    check: Callable[[dict], T], items: list[dict], what: str, skip_bad: bool | None
 ) -> dict[int, T]:
     """Check every item, in four threads, before a long job starts.
 
@@ -205,7 +205,7 @@ def check_each(
         check: returns what it read of an item, or raises a ValueError.
         items: from ``datalist``.
         what: is checked, for the progress bar and the message.
-        skip_bad: log the bad items, instead of raising.
+        skip_bad: log the bad items, instead of raising; None: there is no such choice.
 
     Returns:
         For the ``id`` of each good item, what ``check`` returned.
@@ -226,15 +226,15 @@ def check_each(
 
 
 def good_ones(
-    items: Sequence[dict], found: Sequence[T | ValueError], what: str, skip_bad: bool
+    items: Sequence[dict], found: Sequence[T | ValueError], what: str, skip_bad: bool | None
 ) -> dict[int, T]:
     """What ``check_each`` returns and raises, from the result or fault of each item."""
     bad = [str(result) for result in found if isinstance(result, ValueError)]
     if bad and (not skip_bad or len(bad) == len(items)):
         listing = "\n  ".join(bad)
+        remedy = "move them away" if skip_bad is None else "skip_bad leaves them out"
         raise ValueError(
-            f"{what} must be sound, got {len(bad)} bad of {len(items)} "
-            f"(skip_bad leaves them out):\n  {listing}"
+            f"{what} must be sound, got {len(bad)} bad of {len(items)} ({remedy}):\n  {listing}"
         )
     for text in bad:
         log.warning("left out: %s", text)

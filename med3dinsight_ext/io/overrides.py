@@ -16,7 +16,7 @@ RUN_ARGUMENTS = (  # of ``monai.bundle run`` itself
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
     "args_file", "workflow_name", "workflow_type",
 )  # fmt: skip
-MLFLOW = "shared/mlflow.json"  # settings of --tracking, in bundles/
+TRACKING = {"mlflow": "shared/mlflow.json", "wandb": "shared/wandb.json"}  # in bundles/
 
 
 def check_overrides(arguments: Sequence[str] | None = None) -> None:
@@ -81,10 +81,11 @@ def _tracking_keys(settings: object) -> dict[str, Any]:
     """Keys that a file of tracking settings adds to a config."""
     if not isinstance(settings, str):
         return {}
-    if settings == "mlflow":
+    if settings in TRACKING:
         raise SystemExit(
-            f"tracking must be bundles/{MLFLOW}, got mlflow: MONAI's own settings read the loss "
-            "from a list, and trainers here give one dict; name that file"
+            f"tracking must be bundles/{TRACKING[settings]}, got {settings}: MONAI's own settings, "
+            "if it has any, read the loss from a list, and trainers here give one dict; name that "
+            "file"
         )
     return dict(ConfigParser.load_config_file(settings).get("configs", {}))
 

@@ -146,7 +146,7 @@ def _put_classes(put: Any, dataset: Dataset) -> None:
     if names is None:
         count = len(class_numbers(labelled))
         names = ["background", *(f"class_{i}" for i in range(1, count))]
-        reason = "values of the labels; edit the names, left and right in them matter"
+        reason = "label values; edit the names: left and right pair up"
     put("label_names", names, reason)
     flips = mirror(names, labelled)
     put("mirror_axes", list(flips.axes), flips.reason)
@@ -177,9 +177,9 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
         put(
             "spacing",
             spacing,
-            "median of the images, isotropic up to a factor of two"
+            "median of the images, isotropic up to factor two"
             if spacing == native
-            else "coarser than the images, so that a patch shows "
+            else "coarser: a patch shows "
             + ("the whole volume" if whole else "a quarter of the volume"),
         )
         put("patch_size", patch, f"proportions of the median volume, {size:,} voxels")
@@ -206,11 +206,13 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
             )
         else:
             tried = patch
-    plan.reasons["batch_size"] += (
-        f"; a step takes {used / 2**30:.1f} of {free / 2**30:.0f} GiB and {seconds:.1f} s here"
-    )
+    cost = f"{used / 2**30:.1f} of {free / 2**30:.0f} GiB, {seconds:.1f} s a step here"
+    plan.reasons["batch_size"] = f"{cost}; {plan.reasons['batch_size']}"
     steps = steps_for(batch * int(np.prod(patch)), limits.budget, limits.least, limits.most)
-    put("steps", steps, f"of training; about {steps * seconds / 60:.0f} min in the network here")
+    put("steps", steps, "fewer for a try")
+    if isinstance(steps := plan.settings["steps"], int):  # else an expression of a given plan
+        minutes = f"about {steps * seconds / 60:.0f} min in the network here"
+        plan.reasons["steps"] = f"{minutes}; {plan.reasons['steps']}"
     put("max_epochs", "$-(-@steps // len(@train::dataloader))", "steps as epochs")
     put("warmup_epochs", "$max(1, @max_epochs // 20)", "a twentieth of them")
     put("val_interval", "$max(1, @max_epochs // 5)", "five validations")
@@ -223,7 +225,7 @@ def shown(plan: Plan) -> str:
         if key == "backbone":
             value = next((value[name] for name in WIDTHS if name in value), value)
         text = _flow(value)
-        lines.append(f"{key:<19}{_cut(text, 26):<27}{plan.reasons[key]}")
+        lines.append(f"{key:<19}{_cut(text, 25):<26}{plan.reasons[key]}")
     return "\n".join(f"  {_cut(line, WIDTH - 2)}".rstrip() for line in lines)
 
 

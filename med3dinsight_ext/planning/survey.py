@@ -46,13 +46,13 @@ def survey(items: Sequence[dict[str, Any]]) -> Survey:
     Raises:
         ValueError: a volume is bad, or looks like a label map.
     """
-    grids = check_each(lambda item: _grid(str(item["image"])), list(items), "headers", False)
+    grids = check_each(lambda item: _grid(str(item["image"])), list(items), "headers", None)
     found = np.array([grids[id(item)] for item in items])
     labelled = [item for item in items if str(item.get("label")).endswith(VOLUME_ENDINGS)]
     pool = labelled or list(items)
     chosen = np.linspace(0, len(pool) - 1, min(SAMPLE, len(pool))).round().astype(int)
     sample = [pool[i] for i in chosen]
-    voxels = check_each(_voxels, sample, "a sample of the voxels", False)
+    voxels = check_each(_voxels, sample, "a sample of the voxels", None)
     seen = [voxels[id(item)] for item in sample]
     given = {str(item["modality"]) for item in items} - {"auto"}
     kinds = Counter(given or (guess for guess, _ in seen))

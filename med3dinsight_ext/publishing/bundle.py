@@ -26,7 +26,7 @@ PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretra
 MACHINE = ("device", "subset")
 RUN = ("imports", "initialize", "run", "finalize", "evaluator")  # differ between the configs
 DATA = ("train::dataset::data", "validate::dataset::data")  # lists of files by MONAI Label
-ATTACHED = ("CheckpointLoader", "MLFlowHandler")  # to the handlers, by MONAI Label and MONAI
+ATTACHED = ("CheckpointLoader", "MLFlowHandler", "med3dinsight_ext.training.tracking.Tracking")
 
 
 def find_bundle(bundle: str | Path) -> Path:

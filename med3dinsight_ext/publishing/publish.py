@@ -203,6 +203,8 @@ def release_configs(
         merged["inference"]["teacher"] = {"_disabled_": given["_disabled_"], **teacher}
     if kind_of(source) == "pretraining" and "handlers" in merged["inference"]:
         merged["inference"]["handlers"] = without_reports(merged["inference"]["handlers"])
+    if kind_of(source) == "pretraining":
+        merged["train"]["train_handlers"] = without_reports(merged["train"]["train_handlers"])
     paths = {stem: source / "configs" / f"{stem}.json" for stem in OVERLAYS}
     return merged | {
         stem: dict(ConfigParser.load_config_file(path))

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from med3dinsight_ext.io.errors import first_line
 from med3dinsight_ext.publishing.checks.folder import METADATA, PublishedFolder
 
 
-def push(folder: str, repo: str, dry_run: bool = True) -> None:
+def push(folder: str, repo: str, dry_run: bool = True, update: bool = False) -> None:
     """Upload a published folder as a model repository of Hugging Face, or list its files.
 
     Args:
         folder: from ``publish``.
         repo: "owner/name".
         dry_run: check and list only; no network is used.
+        update: the repository may exist and gets a new commit.
 
     Raises:
-        ValueError: it is no published folder, its card is broken, or there is no token.
+        ValueError: it is no published folder, its card is broken, there is no token, the
+            repository exists, or the hub does not answer or refuses.
     """
-    from huggingface_hub import HfApi, ModelCard, get_token
+    from huggingface_hub import ModelCard, get_token
 
-    if not isinstance(dry_run, bool):
-        raise ValueError(f"dry_run must be True or False, got {dry_run!r}")
+    for name, value in (("dry_run", dry_run), ("update", update)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo)):
         raise ValueError(f"repo must be owner/name, got {repo}")
     root = Path(folder)
@@ -49,12 +54,31 @@ def push(folder: str, repo: str, dry_run: bool = True) -> None:
         raise ValueError("push must have a token, got none; hf auth login, or set HF_TOKEN")
     metadata = json.loads((root / METADATA).read_text("utf-8"))
     version = metadata["version"]
-    api = HfApi()
-    api.create_repo(repo, repo_type="model", exist_ok=True)
-    api.upload_folder(
-        repo_id=repo,
-        folder_path=root,
-        commit_message=f"{version}: {metadata['changelog'][version]}",
-        allow_patterns=paths,
-    )
+    _upload(root, paths, repo, f"{version}: {metadata['changelog'][version]}", update)
     print(f"uploaded {len(paths)} files to {repo}")
+
+
+def _upload(root: Path, paths: Sequence[str], repo: str, message: str, update: bool) -> None:
+    """Make the repository and add one commit with these files of a folder."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, repo_type="model", exist_ok=update)
+        api.upload_folder(
+            repo_id=repo, folder_path=root, commit_message=message, allow_patterns=list(paths)
+        )
+    except Exception as error:  # of the hub and of the connection
+        code = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if code == 409 and not update:
+            raise ValueError(
+                f"repo must be new, got {repo}, which exists; --update True adds a commit to it"
+            ) from error
+        remedy = (
+            "check the token's rights" if code in (401, 403) else "repeat it with --update True"
+        )
+        raise ValueError(
+            f"push must reach a hub that accepts {repo}, got {type(error).__name__}: "
+            f"{first_line(error)[:200]}; {remedy}"
+        ) from error

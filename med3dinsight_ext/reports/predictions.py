@@ -16,7 +16,12 @@ from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.reports.figures import STYLE, class_colors
 from med3dinsight_ext.reports.formatting import short
 from med3dinsight_ext.reports.pages import write_page
-from med3dinsight_ext.reports.segmentation_figures import FILL, draw_slices, three_slices
+from med3dinsight_ext.reports.segmentation_figures import (
+    FILL,
+    draw_slices,
+    shown_image,
+    three_slices,
+)
 from med3dinsight_ext.reports.viewer import write_viewer
 
 SHOWN = 12  # cases with pictures
@@ -73,7 +78,8 @@ def picture(image: str, label: MetaTensor, classes: Sequence[str]) -> Figure:
     (part,) = figure.subfigures(1, 1, squeeze=False)[0]
     part.suptitle(short(Path(image).name, 60), x=0.01, ha="left", fontsize=9.5, weight="bold")
     nothing = MetaTensor(torch.zeros_like(label.as_tensor()), affine=label.affine)
-    drawn = draw_slices(part, image, three_slices(label, nothing), list(colors.values()))
+    slices = three_slices(label, nothing)
+    drawn = draw_slices(part, *shown_image(image), slices, list(colors.values()))
     named = [(name, color) for n, (name, color) in enumerate(colors.items(), 1) if n in drawn]
     handles = [Patch(facecolor=(color, FILL), label=short(name, 24)) for name, color in named]
     figure.legend(handles=handles, loc="outside lower left", ncols=5, fontsize=8)

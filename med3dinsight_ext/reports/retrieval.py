@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from monai.data import MetaTensor
-from torch import nn
+from torch import Tensor, nn
 
 from med3dinsight_ext.data.slicing import PLANES, cut
 from med3dinsight_ext.metrics.retrieval import depth_group
@@ -99,12 +99,36 @@ def retrieved_slices(
         targets.append(item["image_target"])
         groups.append(depth_group(plane, position, 4))
         slices += slices_of(item)
-    score = F.normalize(torch.cat(tokens), dim=1) @ torch.cat(targets).mT
-    group = torch.cat(groups)
+    return retrieved(
+        torch.cat(tokens), torch.cat(targets), torch.cat(groups), slices, queries, hits
+    )
+
+
+def retrieved(
+    tokens: Tensor,
+    targets: Tensor,
+    group: Tensor,
+    slices: Sequence[Slice],
+    queries: int = 4,
+    hits: int = 5,
+) -> list[tuple[Slice, list[Hit]]]:
+    """Query slices with the slices of their group whose targets are most similar to their tokens.
+
+    Args:
+        tokens: (n, d) of any length.
+        targets: (n, d) of unit length.
+        group: (n,) number of each slice's group.
+        slices: the n slices.
+        queries: at most 4, drawn with a fixed seed from the axial, coronal and sagittal ones.
+        hits: slices a query.
+    """
+    score = F.normalize(tokens, dim=1) @ targets.mT
     generator = torch.Generator().manual_seed(0)
     rows = []
     for number in (2, 1, 0, 2)[:queries]:
         same_plane = [i for i, shown in enumerate(slices) if shown.plane == number]
+        if not same_plane:  # other planes alone are trained on
+            continue
         drawn_from = [i for i in same_plane if slices[i].caption] or same_plane
         query = drawn_from[int(torch.randint(len(drawn_from), (1,), generator=generator))]
         peers = (group == group[query]).nonzero().flatten()

@@ -112,29 +112,37 @@ def overlays(cases: Sequence[Case], names: Sequence[str]) -> Figure:
     for part, (which, i) in zip(parts, chosen.items(), strict=True):
         text = f"{which}: {short(names[i], 40)}, {dice_text(cases[i])}"
         part.suptitle(text, x=0.01, ha="left", fontsize=9.5, weight="bold")
-        drawn |= draw_slices(part, cases[i].image, cases[i].slices, list(colors.values()))
+        shown = shown_image(cases[i].image)
+        drawn |= draw_slices(part, *shown, cases[i].slices, list(colors.values()))
     add_legend(figure, {name: c for n, (name, c) in enumerate(colors.items(), 1) if n in drawn})
     listing = "; ".join(f"{which.lower()} {names[i]}" for which, i in chosen.items())
     figure.set_label(f"Prediction (filled) and label (outlined) on the image: {listing}")
     return figure
 
 
-def draw_slices(part: SubFigure, path: str, slices: bytes, colors: Sequence[str]) -> set[int]:
+def shown_image(path: str) -> tuple[Tensor, list[float]]:
+    """An image's file as (1, x, y, z) in [0, 1], of CT the soft tissue, and its spacing in mm."""
+    image = read_volume(path)
+    return window(image, guess_modality(image))[:1], image.pixdim.tolist()
+
+
+def draw_slices(
+    part: SubFigure, image: Tensor, spacing: Sequence[float], slices: bytes, colors: Sequence[str]
+) -> set[int]:
     """Draw a case in three planes; returns the classes that are shown.
 
     Args:
         part: of a figure.
-        path: of the image, which is read again.
+        image: (1, x, y, z) in RAS and [0, 1].
+        spacing: of the image in mm.
         slices: from ``three_slices``.
         colors: of the classes from 1 on.
     """
-    image = read_volume(path)
-    shown = window(image, guess_modality(image))[:1]  # of CT the soft tissue
     kept = np.load(io.BytesIO(slices))
     drawn = set[int]()
     for plane, ax in enumerate(part.subplots(1, 3)):
         where = torch.tensor([kept["position"][plane]])
-        picture = cut(shown, image.pixdim.tolist(), plane, where, SIZE)[0, 0]
+        picture = cut(image, spacing, plane, where, SIZE)[0, 0]
         draw_image(ax, picture.numpy(), f"{PLANES[plane]} {where.item():.2f}", INK, 0.6)
         pair = torch.from_numpy(kept[PLANES[plane]])
         drawn |= set(pair.unique().tolist()) - {0}

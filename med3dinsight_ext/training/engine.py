@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from med3dinsight_ext.io.errors import TRACEBACK, root_cause, wrong_input
 from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.folder_lock import only_training
 from med3dinsight_ext.training import incremental
 from med3dinsight_ext.training.checkpoints import POSITION, checkpoint, resume
 from med3dinsight_ext.training.history import scalar_metrics
@@ -145,6 +146,8 @@ def run(
 ) -> None:
     """Train, from ``last.ckpt`` if there is one, writing it after every epoch.
 
+    No other process may train in ``ckpt_dir`` at the same time (``only_training``).
+
     MONAI Label starts a training by adding a ``CheckpointLoader`` to the config's handlers and
     nothing else, so with one in ``handlers`` the training is ``incremental``.
 
@@ -157,9 +160,23 @@ def run(
         handlers: of the trainer.
         minutes: after which ``last.ckpt`` is written within an epoch, too; None never does.
     """
-    if loaders := [handler for handler in handlers if isinstance(handler, CheckpointLoader)]:
-        incremental.run(trainer, evaluator, best, state, loaders, ckpt_dir)
-        return
+    loaders = [handler for handler in handlers if isinstance(handler, CheckpointLoader)]
+    with only_training(ckpt_dir):
+        if loaders:
+            incremental.run(trainer, evaluator, best, state, loaders, ckpt_dir)
+        else:
+            _run(trainer, evaluator, best, state, ckpt_dir, minutes)
+
+
+def _run(
+    trainer: Engine,
+    evaluator: Engine | None,
+    best: Sequence[Checkpoint],
+    state: Mapping[str, Any],
+    ckpt_dir: str | Path,
+    minutes: float | None,
+) -> None:
+    """``run`` that is not incremental."""
     path = Path(ckpt_dir) / "last.ckpt"
     scaler = getattr(trainer, "scaler_", None)
     state = {**state, "scaler": scaler} if scaler else dict(state)

@@ -14,7 +14,7 @@ from monai.bundle import ConfigWorkflow
 
 from med3dinsight_ext.io.bundles import bundles_dir
 from med3dinsight_ext.io.configs import with_shared
-from med3dinsight_ext.io.overrides import MLFLOW, check_overrides
+from med3dinsight_ext.io.overrides import TRACKING, check_overrides
 
 
 def bundle_run(bundle: str | Path, overlays: Sequence[str], **overrides: Any) -> ConfigWorkflow:
@@ -35,7 +35,8 @@ def launch(
         bundle: its folder, or its name in bundles/.
         overlays: config files in its configs/ or with an absolute path; the later ones win. The
             files that bundles share follow train.json.
-        overrides: key to value; ``tracking`` may be "mlflow" for the settings of these bundles.
+        overrides: key to value; ``tracking`` may be "mlflow" or "wandb" for the settings of these
+            bundles.
         quiet: print warnings and errors alone.
         verbose: print the messages of ignite and MONAI too.
 
@@ -45,8 +46,8 @@ def launch(
     own = Path(bundle) / "configs"  # a run may be called as a bundle is
     configs = own if own.is_dir() else bundles_dir() / bundle / "configs"
     files = [path for name in overlays for path in with_shared(str(configs / name))]
-    if overrides.get("tracking") == "mlflow":
-        overrides = {**overrides, "tracking": str(bundles_dir() / MLFLOW)}
+    if (tracking := overrides.get("tracking")) in TRACKING:
+        overrides = {**overrides, "tracking": str(bundles_dir() / TRACKING[tracking])}
     short = [os.path.relpath(file) for file in files]
     config = short[0] if len(files) == 1 else str(short).replace(" ", "")
     words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]

@@ -16,7 +16,7 @@ from monai.networks.nets import UNet
 from running import BACKBONES, inference_settings, merged, run, suits
 from torch import Tensor, nn
 
-from med3dinsight_ext.data.clicks import META, AddClicksd, draw_click, optional_clicks
+from med3dinsight_ext.data.clicks import META, AddClicksd, draw_click, optional_clicks, to_grid
 from med3dinsight_ext.training.click_inferer import ClickInferer
 
 NAMES = ["background", "foreground"]
@@ -199,6 +199,39 @@ def test_a_click_is_a_ball_of_ones_with_an_edge_of_one_voxel() -> None:
     gaussian = torch.zeros(9, 8, 7)
     draw_click(gaussian, (4, 3, 3), 1.5, "gaussian")
     assert gaussian[4, 3, 3] == 1 and gaussian[6, 3, 3] == pytest.approx(np.exp(-4 / 4.5))
+
+
+def test_a_gaussian_ends_at_three_standard_deviations_along_each_axis() -> None:
+    channel, centre, radius = torch.zeros(14, 13, 12), (6, 6, 5), 1.5
+    draw_click(channel, centre, radius, "gaussian")
+    away = torch.cartesian_prod(*map(torch.arange, channel.shape)) - torch.tensor(centre)
+    expected = torch.exp(-away.pow(2).sum(1) / (2 * radius**2))
+    expected[away.abs().amax(1) > 3 * radius] = 0
+    assert torch.allclose(channel, expected.view(channel.shape))
+
+
+def test_a_click_of_one_voxel_reaches_the_border() -> None:
+    channel = torch.zeros(4, 4, 4)
+    draw_click(channel, (0, 0, 3), 1)
+    assert channel[0, 0, 3] == 1 and channel[1, 0, 3] == 0.5
+    assert float(channel.sum()) == pytest.approx(1 + 3 * 0.5 + 3 * (1.5 - 2**0.5))
+
+
+@pytest.mark.parametrize("point", [[-0.5, 0, 0], [0, 4.5, 0], [0, 0, 6.2]])
+def test_a_click_beyond_the_faces_of_the_outer_voxels_is_outside(point: list[float]) -> None:
+    meta = {"original_affine": np.eye(4), "spatial_shape": (4, 5, 6)}
+    image = MetaTensor(torch.zeros(1, 4, 5, 6), meta=meta)
+    with pytest.raises(ValueError, match="inside the volume"):
+        to_grid(image, [point], "a")
+    inside = [[-0.49, 0, 0], [0, 4.49, 0], [0, 0, 5.4]]
+    assert np.allclose(to_grid(image, inside, "a"), inside)
+
+
+@pytest.mark.parametrize("point", [[1, "2", 3], [True, 0, 0], [2**53 + 1, 0, 0], [0, 0, -(2**60)]])
+def test_a_click_is_three_numbers_that_a_float_holds(point: list[Any]) -> None:
+    item = {"image": MetaTensor(torch.zeros(1, 4, 5, 6)), "foreground": [[1, 2, 3], point]}
+    with pytest.raises(ValueError, match=r"clicks must be \[i, j, k\] each"):
+        AddClicksd("image", NAMES)(item)
 
 
 @pytest.mark.parametrize("name", suits("seg-finetune"))

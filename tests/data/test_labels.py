@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from med3dinsight_ext.data.labels import ReadCased, check_label, check_labels, label_values
+from med3dinsight_ext.data.labels import (
+    ReadCased,
+    check_label,
+    check_labels,
+    label_values,
+    read_case,
+)
+from med3dinsight_ext.data.laterality import offsets
 
 NAMES = ["background", "left", "right"]
 
@@ -48,6 +55,21 @@ def test_a_bad_label_is_named_with_its_image(changes: dict, message: str, tmp_pa
     with pytest.raises(ValueError, match=rf"(?s)1 bad of 2.*{message}.*bad_seg\.nii of .*bad\.nii"):
         check_labels([[good, bad], []], NAMES)
     assert check_labels([[good, bad], []], NAMES, skip_bad=True) == [[good], []]
+
+
+@pytest.mark.parametrize("row", [[np.nan, 0, 0, 0], [0, 4e-41, 0, 0]], ids=["nan", "flat"])
+def test_a_broken_affine_is_named_though_the_spacing_would_replace_it(
+    row: list[float], tmp_path: Path
+) -> None:
+    item = case(tmp_path, "a")
+    label: Any = nib.load(item["label"])
+    label.header["qform_code"], label.header["srow_x"] = 0, row
+    with open(item["label"], "r+b") as file:
+        label.header.write_to(file)
+    with pytest.raises(ValueError, match=r"lie where its image lies.*a_seg\.nii of"):
+        read_case(item, NAMES)
+    with pytest.raises(ValueError, match=r"label must be readable, got .*a_seg\.nii"):
+        offsets(item["label"], 3)
 
 
 def test_missing_and_broken_labels_are_named_all_at_once(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def config_files(page: Path) -> list[str]:
     text = Template(page.read_text("utf-8")).safe_substitute(variables(page.read_text("utf-8")))
     lists = [listed or one for listed, one in CONFIG_FILE.findall(text)]
     paths = [part.strip(" '") for listed in lists for part in listed.split(",")]
-    return [path for path in paths if not path.startswith("NAME/")]
+    return [path for path in paths if not path.startswith(("NAME/", "runs/"))]
 
 
 def anchors(page: Path) -> set[str]:

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -321,15 +321,41 @@ def _verdict(
     return f"{state}, then equal" if found == wanted else "OPEN: results differ"
 
 
+def arguments(doc: str | None, scenarios: Iterable[str]) -> argparse.ArgumentParser:
+    """Parser of a command that tries scenarios."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("scenario", help="all, or names with commas: " + ", ".join(scenarios))
+    parser.add_argument("--out", type=Path, help="JSON file; other scenarios in it are kept")
+    return parser
+
+
+def record(
+    attempt: Callable[[str], dict[str, Any]], scenarios: Iterable[str], given: argparse.Namespace
+) -> int:
+    """Try scenarios, print their outcomes, and write them; 1 if one is not allowed."""
+    from common import machine
+
+    bad = 0
+    for name in scenarios if given.scenario == "all" else given.scenario.split(","):
+        row = attempt(name)
+        bad += len(row["open"])
+        print(f"{name}: {row['tried']} tried in {row['seconds']} s", flush=True)
+        for outcome, count in row["outcomes"].items():
+            print(f"    {count:>5} {outcome}", flush=True)
+        for fault in row["open"][:12]:
+            print(f"    {fault}", flush=True)
+        if given.out:
+            before = json.loads(given.out.read_text()) if given.out.exists() else {}
+            rows = before.get("scenarios", {}) | {name: row}
+            given.out.write_text(json.dumps(machine() | {"scenarios": rows}, indent=1) + "\n")
+    return int(bad > 0)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("scenario")
+    parser = arguments(__doc__, SCENARIOS)
     parser.add_argument("--faults", default=",".join(FAULTS))
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--most", type=float, default=0.0, help="seconds a scenario")
-    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if SEEN not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
@@ -338,24 +364,8 @@ def main() -> int:
             return subprocess.run(
                 [sys.executable, *sys.argv], env={**os.environ, **more}
             ).returncode
-    names = list(SCENARIOS) if given.scenario == "all" else given.scenario.split(",")
-    bad = 0
-    for name in names:
-        row = inject(name, given.faults.split(","), given.every, given.most)
-        bad += len(row["open"])
-        tried = f"{row['tried']} of {row['of']} tried in {row['seconds']} s"
-        print(f"{name:<14}{row['calls']} calls, {tried}", flush=True)
-        for outcome, count in row["outcomes"].items():
-            print(f"    {count:>5} {outcome}", flush=True)
-        for fault in row["open"][:12]:
-            print(f"    {fault}", flush=True)
-        if given.out:
-            from common import machine
-
-            before = json.loads(given.out.read_text()) if given.out.exists() else {}
-            scenarios = before.get("scenarios", {}) | {name: row}
-            given.out.write_text(json.dumps(machine() | {"scenarios": scenarios}, indent=1) + "\n")
-    return int(bad > 0)
+    words = given.faults.split(","), given.every, given.most
+    return record(lambda name: inject(name, *words), SCENARIOS, given)
 
 
 if __name__ == "__main__":

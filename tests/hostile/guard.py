@@ -13,7 +13,6 @@ import os
 import resource
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -27,7 +26,7 @@ REFUSALS = (ValueError, TypeError, ClaimError)  # and none of their other subcla
 
 MEMORY = 2 << 30  # bytes above what the worker has mapped at its start
 SECONDS = 10.0  # of the processor
-PATIENCE = 6  # times as many on the clock
+PATIENCE = 6  # times as many seconds in which it waits
 TEXT = 40_000  # characters of a message that are kept
 PROGRAMS = (
     "os.system",
@@ -161,12 +160,13 @@ class Worker:
             self.process.start()
             theirs.close()
         self.pipe.send_bytes(argument.encode("utf-8", "surrogateescape"))
-        begin, used = time.monotonic(), self.cpu_seconds()
+        idle, used = 0, self.cpu_seconds()
         try:
             while self.cpu_seconds() - used < self.seconds:
                 if self.pipe.poll(1):
                     return Outcome(*json.loads(self.pipe.recv_bytes()))
-                if time.monotonic() - begin > PATIENCE * self.seconds:  # it waits for something
+                idle += self._stat()[0] != "R"  # a busy machine leaves it runnable
+                if idle > PATIENCE * self.seconds:  # it waits for something
                     break
             found = Outcome("time", f"no result after {self.seconds:g} s")
         except (EOFError, OSError):
@@ -179,8 +179,12 @@ class Worker:
         """Of its processes so far: those of a busy machine's other programs do not count."""
         if self.process is None:
             return self._before
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = self._stat()
         return self._before + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _stat(self) -> list[str]:
+        """Fields of the process in /proc, from its state on."""
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
 
     def close(self) -> None:
         if self.process is not None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def evil(name: str) -> Any:
     if name == "loop":
         while True:
             pass
+    if name == "wait":
+        return time.sleep(100)
     if name == "memory":
         return len(bytearray(4 << 30))
     if name == "write":
@@ -123,6 +126,7 @@ def evil(name: str) -> Any:
     [
         ("crash", "crash"),
         ("loop", "time"),
+        ("wait", "time"),
         ("memory", "error"),
         ("write", "effect"),
         ("program", "effect"),
@@ -131,7 +135,8 @@ def evil(name: str) -> Any:
     ],
 )
 def test_the_guard_sees(name: str, kind: str, tmp_path: Path) -> None:
-    with worker(evil, tmp_path, seconds=1) as made:
+    seconds = 0.5 if name == "wait" else 1
+    with worker(evil, tmp_path, seconds=seconds) as made:
         found: Outcome = made(name)
         assert found.kind == kind and not found.allowed
         assert made("json").kind == "error"  # it goes on

@@ -8,10 +8,10 @@ results that equal those of one undisturbed run, and errors whose text says what
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -26,6 +26,7 @@ from faults import SCENARIOS as WRITERS
 from faults import Scenario, settings, tensors, told, trained, volumes
 
 DELAYS = (0.0, 0.5)  # seconds by which the second begins later
+MEASURED = rb"of \d+ GiB and [\d.]+ s here|about \d+ min"  # in the reasons of a plan
 SMALL = {"device": "$torch.device('cpu')", "max_epochs": 2, "num_workers": 0}
 
 
@@ -41,6 +42,13 @@ def front_door(name: str, *words: str, **more: Any) -> Callable[[Path], Any]:
         getattr(workflows, name)(*words, quiet=True, **more)
 
     return run
+
+
+def quickstart(folder: Path) -> None:
+    from med3dinsight_ext.quickstart import quickstart as run
+
+    os.chdir(folder)
+    run("in", out="out", max_epochs=1)
 
 
 def scans(folder: Path) -> None:
@@ -70,6 +78,8 @@ def files(name: str) -> Callable[[Path], dict[str, Any]]:
                     import nibabel as nib
 
                     content = nib.load(path).get_fdata().tobytes()  # type: ignore[attr-defined]
+                elif path.name == "plan.yaml":
+                    content = re.sub(MEASURED, b"", content)
                 found[relative] = hashlib.sha256(content).hexdigest()
             elif path.name == "history.jsonl":
                 rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -97,6 +107,7 @@ SCENARIOS = {
         files("given/predictions"),
     ),
     "pretrain": Scenario(*WRITERS["pretrain"][:2], lambda folder: trained(folder)),
+    "quickstart": Scenario(scans, quickstart, files("out")),
     "publish": WRITERS["publish"],
     "store": WRITERS["store"],
     "answers": WRITERS["answers"],
@@ -138,6 +149,7 @@ def end(process: tuple[int, int]) -> tuple[str, str]:
 def race(name: str, delays: tuple[float, ...] = DELAYS) -> dict[str, Any]:
     """Outcomes of one scenario, one for each delay, and those that are not allowed."""
     scenario, counts, open_ = SCENARIOS[name], Counter[str](), []
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         work, kept = Path(place) / "work", Path(place) / "kept"
         work.mkdir()
@@ -160,7 +172,12 @@ def race(name: str, delays: tuple[float, ...] = DELAYS) -> dict[str, Any]:
             if "OPEN" in verdict:
                 texts = [why[:400] for _, why in ended]
                 open_.append({"delay": delay, "verdict": verdict, "errors": texts})
-    return {"tried": len(delays), "outcomes": dict(sorted(counts.items())), "open": open_}
+    return {
+        "tried": len(delays),
+        "seconds": round(time.monotonic() - begin, 1),
+        "outcomes": dict(sorted(counts.items())),
+        "open": open_,
+    }
 
 
 def _verdict(
@@ -179,29 +196,6 @@ def _verdict(
     return f"{' and '.join(sorted(state for state, _ in ended))}, equal"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("scenario", help="all, or names with commas: " + ", ".join(SCENARIOS))
-    parser.add_argument("--out", type=Path, help="JSON file; other scenarios in it are kept")
-    given = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    bad = 0
-    for name in list(SCENARIOS) if given.scenario == "all" else given.scenario.split(","):
-        row = race(name)
-        bad += len(row["open"])
-        print(f"{name:<12}{row['outcomes']}", flush=True)
-        for fault in row["open"]:
-            print(f"    {fault}", flush=True)
-        if given.out:
-            from common import machine
-
-            before = json.loads(given.out.read_text()) if given.out.exists() else {}
-            scenarios = before.get("scenarios", {}) | {name: row}
-            given.out.write_text(json.dumps(machine() | {"scenarios": scenarios}, indent=1) + "\n")
-    return int(bad > 0)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.exit(faults.record(race, SCENARIOS, faults.arguments(__doc__, SCENARIOS).parse_args()))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import fakes
 import pytest
 import torch
+from matplotlib.image import imread
 from monai.bundle import (
     ComponentLocator,
     ConfigComponent,
@@ -35,6 +37,7 @@ from running import (
     suits,
 )
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 NETWORKS = {  # small, for each bundle; PlainNet is not MONAI's
@@ -87,7 +90,14 @@ def test_training_writes_what_the_docs_say(trained: tuple[str, dict[str, Any]]) 
         assert {"image", "text", "reconstruction"} <= rows[1].keys()
     else:
         assert json.loads((root / "eval" / "transfer.json").read_text())["file"] == ""
-    assert list((root / "eval").glob("events.out.tfevents.*"))
+    events = EventAccumulator(str(root / "eval")).Reload()
+    assert events.Scalars(METRICS[bundle])
+    tags = {"pretrain": ["validation/retrieval"], "seg-finetune": ["validation/overlay"]}
+    pictures = events.Tags()["images"]
+    assert pictures == tags.get(bundle, [])
+    for tag in pictures:
+        pixels = [imread(BytesIO(found.encoded_image_string)) for found in events.Images(tag)]
+        assert len(pixels) == 2 and all(picture.std() > 0.05 for picture in pixels)
 
 
 def test_a_finished_run_is_left_as_it_is(trained: tuple[str, dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from running import BACKBONES, BUNDLES, ROOT, configs
 
 from med3dinsight_ext.io.configs import with_shared
-from med3dinsight_ext.io.overrides import MLFLOW, check_overrides
+from med3dinsight_ext.io.overrides import TRACKING, check_overrides
 
 
 @pytest.fixture
@@ -165,9 +165,9 @@ def test_other_programs_are_left_alone() -> None:
 def test_settings_of_tracking_may_be_overridden_and_monais_own_are_refused(config: str) -> None:
     words = ["run", "--config_file", config]
     more = ["--experiment_name", "organs"]
-    path = str(ROOT / "bundles" / MLFLOW)
-    check_overrides([*words, "--tracking", path, *more])
+    for name, file in TRACKING.items():
+        check_overrides([*words, "--tracking", str(ROOT / "bundles" / file), *more])
+        with pytest.raises(SystemExit, match=f"tracking must be bundles/{file}, got {name}"):
+            check_overrides([*words, "--tracking", name])
     with pytest.raises(SystemExit, match="override must name a key .* --experiment_name"):
         check_overrides([*words, *more])
-    with pytest.raises(SystemExit, match="tracking must be bundles/shared/mlflow.json, got mlflow"):
-        check_overrides([*words, "--tracking", "mlflow"])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from med3dinsight_ext.losses.transport import _fill, _solve_columns, solve
+from med3dinsight_ext.losses.transport import _fill, _solve_columns, _violation, solve
 
 MASSES = (0.3, 0.8, 0.95, 1)
 EPSILONS = (0.01, 0.03, 0.1, 1)
@@ -198,6 +198,20 @@ def test_the_implicit_gradient_equals_finite_differences(mass: float, epsilon: f
         return (weight * partial_plan(c, mass, epsilon, steps=24)).sum()
 
     assert torch.autograd.gradcheck(value, (cost,), eps=1e-6, atol=1e-4, rtol=1e-3)
+
+
+def test_the_gradient_in_float32_is_that_in_float64() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        cost = cost_matrix(10, seed=6)[None].to(dtype).requires_grad_()
+        found.append(torch.autograd.grad(partial_plan(cost, 0.8).square().sum(), cost)[0].double())
+    assert (found[0] - found[1]).abs().max() < 1e-3 * found[1].abs().max()
+
+
+def test_a_slack_marginal_may_fall_short_and_another_may_not() -> None:
+    marginal = torch.tensor([[0.5, 0.4]])
+    assert float(_violation(marginal, torch.tensor([[False, False]]))) == pytest.approx(0.2)
+    assert float(_violation(marginal - 0.1, torch.tensor([[True, True]]))) == 0
 
 
 @pytest.mark.parametrize("mass", [0.8, 1])

@@ -42,7 +42,10 @@ def test_a_plan_fits_data_and_machine_and_its_file_says_why(folder: Path, tmp_pa
     write_plan(found, tmp_path / "plan.yaml", "title")
     text = (tmp_path / "plan.yaml").read_text()
     assert read_plan(tmp_path / "plan.yaml") == settings and text.startswith("# title\n#   3 ima")
-    assert "# patches in a step; a step takes " in text
+    assert " s a step here; patches in a step" in text
+    assert " min in the network here; fewer for a try" in text
+    chosen = shown(found).splitlines()[len(found.seen) + 1 :]
+    assert len(chosen) == len(settings) and not [line for line in chosen if line.endswith("…")]
     assert len(shown(found).splitlines()) < 24 and max(map(len, shown(found).splitlines())) <= 100
 
 
@@ -119,7 +122,10 @@ def test_ct_is_told_by_air_and_its_range_by_the_labelled_voxels(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("array", "rule"),
     [
-        (np.zeros((9, 9)), r"volume must be 3D, got shape \(9, 9\) in .*leave 2D and 4D"),
+        (
+            np.zeros((9, 9)),
+            r"move them away\):\n  volume must be 3D, got shape \(9, 9\) in .*leave 2D and 4D",
+        ),
         (np.zeros((9, 9, 1)), r"volume must be 3D, got shape \(9, 9, 1\)"),
         (np.zeros((9, 9, 9, 4)), r"volume must be 3D, got shape \(9, 9, 9, 4\)"),
         (np.eye(9)[..., None] * np.ones(9), "images must not be label maps, got only 2 values"),

@@ -18,6 +18,11 @@ ORDERS = {
     "cls-finetune": ["epoch_seed", "linear_probe_init", "freeze_encoder", "lr_schedule",
                      "stop_on_nan", "ema", "validation"],
 }  # fmt: skip
+LOGS = {
+    "pretrain": ["tensorboard", "progress", "history", "pictures"],
+    "seg-finetune": ["pictures", "tensorboard", "progress", "history"],
+    "cls-finetune": ["tensorboard", "progress", "history"],
+}
 
 
 class Log:
@@ -69,7 +74,7 @@ def test_an_overlay_disables_a_handler_by_name() -> None:
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_the_bundles_attach_their_handlers_in_order(bundle: str) -> None:
     config = merged(bundle, "train.json")
-    expected = [*ORDERS[bundle], "tensorboard", "progress", "history"]
+    expected = [*ORDERS[bundle], *LOGS[bundle]]
     assert list(config["train_handlers"]) == expected
     (group,) = config["train"]["handlers"]  # MONAI Label reads a list of components
     assert group["_target_"].endswith("HandlerGroup") and group["handlers"] == "@train_handlers"

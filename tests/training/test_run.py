@@ -15,6 +15,7 @@ from ignite.metrics import Metric
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import CheckpointLoader
+from running import trains_in
 from torch import nn
 
 from med3dinsight_ext.training import engine
@@ -124,6 +125,25 @@ def test_a_run_goes_on_where_it_ended(tmp_path: Path, caplog: pytest.LogCaptureF
     Run(tmp_path, 4, [0.99])()
     assert f"{tmp_path / 'last.ckpt'} is trained for 4 epochs; raise max_epochs" in caplog.text
     assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+def test_a_second_training_in_a_folder_changes_nothing_there(
+    incremental: bool, tmp_path: Path
+) -> None:
+    Run(tmp_path, 1)()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    run = Run(tmp_path, 2)
+    words = (run.trainer, None, [run.best], run.state, tmp_path)
+    loader = CheckpointLoader(str(tmp_path / "model.pt"), {"network": run.network})
+    handlers = [loader] if incremental else []
+    with trains_in(tmp_path):
+        with pytest.raises(ValueError, match=f"one training at a time, got {tmp_path}, where"):
+            engine.run(*words, handlers=handlers)
+        (tmp_path / ".running").unlink()
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    engine.run(*words, handlers=handlers)
+    assert run.trainer.state.epoch == 2
 
 
 def test_the_scaler_of_mixed_precision_is_resumed(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""Uploads to a hub on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_hub import fake_hub
+
+from med3dinsight_ext.publishing.push import push
+
+FILES = {
+    "README.md": "---\nlibrary_name: monai\nlicense: apache-2.0\n---\n# Ball\n",
+    "configs/metadata.json": json.dumps({"version": "0.2.0", "changelog": {"0.2.0": "more"}}),
+    "models/model.pt": "weights",
+}
+
+
+@pytest.fixture
+def ball(tmp_path: Path) -> str:
+    """A published folder."""
+    for name, text in FILES.items():
+        (tmp_path / "ball" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ball" / name).write_text(text)
+    return str(tmp_path / "ball")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Folder of ann/ball, which is not there yet, on a hub that takes the token "writer"."""
+    monkeypatch.setenv("HF_TOKEN", "writer")
+    with fake_hub(tmp_path / "repo", "ann/ball") as (url, _):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        yield tmp_path / "repo"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
+
+
+def test_a_folder_arrives_whole_in_a_new_repository(
+    ball: str, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(ball, "ann/ball", dry_run=False)
+    assert contents(hub) == FILES
+    assert "uploaded 3 files to ann/ball" in capsys.readouterr().out
+
+
+def test_a_repository_that_exists_gets_a_commit_only_if_asked(ball: str, hub: Path) -> None:
+    hub.mkdir()
+    (hub / "other.md").write_text("kept")
+    with pytest.raises(ValueError, match="ann/ball, which exists; --update True adds a commit"):
+        push(ball, "ann/ball", dry_run=False)
+    assert contents(hub) == {"other.md": "kept"}
+    push(ball, "ann/ball", dry_run=False, update=True)
+    assert contents(hub) == FILES | {"other.md": "kept"}
+
+
+def test_a_token_without_the_right_to_write_is_one_line(
+    ball: str, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "reader")
+    with pytest.raises(ValueError, match="accepts ann/ball.*403.*check the token's rights"):
+        push(ball, "ann/ball", dry_run=False)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(
+    ball: str, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="accepts ann/ball, got Conn.*repeat it with --update"):
+        push(ball, "ann/ball", dry_run=False)
+
+
+def test_no_token_is_an_error(ball: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ValueError, match="push must have a token, got none; hf auth login"):
+        push(ball, "ann/ball", dry_run=False)
