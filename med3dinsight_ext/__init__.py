@@ -27,14 +27,16 @@ if TYPE_CHECKING:  # a copy in a published bundle holds few of these modules
     from med3dinsight_ext.embeddings.targets import PrepareSlices as PrepareSlices
     from med3dinsight_ext.embeddings.targets import SampleTargetsd as SampleTargetsd
     from med3dinsight_ext.embeddings.targets import SliceTargets as SliceTargets
-    from med3dinsight_ext.losses import AlignmentLoss as AlignmentLoss
-    from med3dinsight_ext.losses import LossParts as LossParts
-    from med3dinsight_ext.losses import cosine_loss as cosine_loss
-    from med3dinsight_ext.losses import info_nce_loss as info_nce_loss
-    from med3dinsight_ext.losses import masked_mse as masked_mse
-    from med3dinsight_ext.losses import partial_transport_loss as partial_transport_loss
-    from med3dinsight_ext.losses import regression_loss as regression_loss
-    from med3dinsight_ext.losses import siglip_loss as siglip_loss
+    from med3dinsight_ext.losses.alignment import AlignmentLoss as AlignmentLoss
+    from med3dinsight_ext.losses.alignment import LossParts as LossParts
+    from med3dinsight_ext.losses.cosine import cosine_loss as cosine_loss
+    from med3dinsight_ext.losses.info_nce import info_nce_loss as info_nce_loss
+    from med3dinsight_ext.losses.partial_transport import (
+        partial_transport_loss as partial_transport_loss,
+    )
+    from med3dinsight_ext.losses.reconstruction import masked_mse as masked_mse
+    from med3dinsight_ext.losses.regression import regression_loss as regression_loss
+    from med3dinsight_ext.losses.siglip import siglip_loss as siglip_loss
     from med3dinsight_ext.metrics.retrieval import Retrieval as Retrieval
     from med3dinsight_ext.models.classifier import Classifier as Classifier
     from med3dinsight_ext.models.features import encoder_parameters as encoder_parameters
@@ -70,16 +72,13 @@ _MODULES = {
     "models.student": ("Student", "StudentOutput"),
     "models.classifier": ("Classifier",),
     "models.features": ("encoder_parameters", "extract_features", "find_features"),
-    "losses": (
-        "AlignmentLoss",
-        "LossParts",
-        "cosine_loss",
-        "info_nce_loss",
-        "masked_mse",
-        "partial_transport_loss",
-        "regression_loss",
-        "siglip_loss",
-    ),
+    "losses.alignment": ("AlignmentLoss", "LossParts"),
+    "losses.cosine": ("cosine_loss",),
+    "losses.info_nce": ("info_nce_loss",),
+    "losses.partial_transport": ("partial_transport_loss",),
+    "losses.reconstruction": ("masked_mse",),
+    "losses.regression": ("regression_loss",),
+    "losses.siglip": ("siglip_loss",),
     "metrics.retrieval": ("Retrieval",),
     "training.encoder": ("load_encoder",),
     "training.transfer": ("load_pretrained",),

@@ -29,7 +29,8 @@ import headneck  # noqa: E402
 from common import machine  # noqa: E402
 from med3dinsight_ext.embeddings.grids import GridStore  # noqa: E402
 from med3dinsight_ext.embeddings.whitening import position_terms  # noqa: E402
-from med3dinsight_ext.models.pyramid import find_pyramid, pyramid_of  # noqa: E402
+from med3dinsight_ext.models.features import pyramid_of  # noqa: E402
+from med3dinsight_ext.models.pyramid import find_pyramid  # noqa: E402
 from med3dinsight_ext.models.voxel_head import fit_voxel_head  # noqa: E402
 from med3dinsight_ext.training.checkpoints import load_weights  # noqa: E402
 from med3dinsight_ext.training.soft_labels import SoftLabels  # noqa: E402

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from med3dinsight_ext.io.files import sync, write_atomic
+from med3dinsight_ext.io.reading import whole_lines
 
 Slot = tuple[str, int]  # plane and voxel index along the cut axis
 
@@ -32,15 +33,10 @@ class AnswerLog:
 
     def _read(self) -> dict[Slot, str]:
         found = {}
-        # As bytes: a line may be cut within a letter, and answers may hold odd line separators.
-        for line in self.path.read_bytes().split(b"\n") if self.path.exists() else ():
-            try:
-                fields = json.loads(line)
-                slot, answer = (fields["plane"], fields["index"]), fields["answer"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
-            if [type(x) for x in (*slot, answer)] == [str, int, str]:
-                found[slot] = answer
+        for fields in filter(lambda line: isinstance(line, dict), whole_lines(self.path)):
+            row = [fields.get(key) for key in ("plane", "index", "answer")]
+            if [type(x) for x in row] == [str, int, str]:
+                found[row[0], row[1]] = row[2]
         return found
 
     def add(self, slot: Slot, answer: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest, check_least
+from med3dinsight_ext.io.errors import first_line
 from med3dinsight_ext.teachers.checkpoints import model_fingerprint
 
 DOWNLOAD = "hf download ID --local-dir FOLDER"
@@ -270,5 +271,4 @@ def _processor(model: str, revision: str | None, config: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return line if line.endswith(".") else f"{line or type(error).__name__}."
+    return f"{first_line(error).removesuffix('.')}."

@@ -266,9 +266,7 @@ def shape_of(image: str) -> list[int]:
     """
     if "::" in image:
         return list(read_volume(image).shape[1:])
-    try:
+    with readable("image", image):
         header = open_volume(image)
         axes = nib.io_orientation(header.affine)[:, 0].tolist()
         return [header.shape[axes.index(axis)] for axis in range(3)]
-    except Exception as error:  # nibabel, gzip, zlib and numpy each have their own
-        raise ValueError(f"image must be a 3D volume, got {image}: {error}; repair it") from error

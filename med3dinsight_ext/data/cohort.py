@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 import torch.nn.functional as F
 
@@ -20,7 +19,8 @@ from med3dinsight_ext.data.labels import check_label
 from med3dinsight_ext.data.slicing import window
 from med3dinsight_ext.data.volumes import guess_modality, read_volume
 from med3dinsight_ext.io.console import Bar
-from med3dinsight_ext.io.images import open_volume
+from med3dinsight_ext.io.images import open_volume, ras_array
+from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 
 GRID = 24  # cells of a fingerprint along each axis
@@ -190,15 +190,12 @@ def read_labels(path: str, image: str) -> Labels:
         ValueError: it is unreadable, or not on the grid of its image.
     """
     own: Any = open_volume(image)
-    try:
+    with readable("label", path):
         label: Any = open_volume(path)
-        array = np.asanyarray(nib.as_closest_canonical(label).dataobj)
-    except Exception as error:  # nibabel, gzip, zlib and numpy each have their own
-        raise ValueError(f"label must be readable, got {error} in {path}; repair it") from error
+        array = ras_array(label)
     voxel = float(min(own.header.get_zooms()[:3]))
     grids = [(x.shape[:3], x.affine) for x in (own, label)]
     check_label(grids[0], grids[1], voxel, (), (), f"{path} of {image}")
-    array = array.reshape(array.shape[:3])
     whole = np.rint(array).clip(0, LARGEST).astype(np.int32)
     odd = np.unique(array[array != whole])
     size = int(whole.max()) + 1

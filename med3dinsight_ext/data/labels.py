@@ -13,6 +13,7 @@ from monai.transforms import MapTransform, Orientation
 
 from med3dinsight_ext.data.volumes import check_each, load_volume, read_volume
 from med3dinsight_ext.io.images import open_volume
+from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.io.remote import is_remote
 
 TOLERANCE = 0.5  # voxels between the same corner of image and label
@@ -90,16 +91,11 @@ def read_case(item: dict[str, Any], names: Sequence[str]) -> tuple[MetaTensor, M
     if not isinstance(path, str) or not (is_remote(path) or Path(path).is_file()):
         raise _fault("be a file", repr(path), place, "add it, or leave this image out")
     image = open_volume(item["image"])
-    try:
+    with readable("label", path):
         stored = open_volume(path)
         own = stored.affine.copy()  # MONAI replaces a broken one in place
         label = load_volume(path, stored)
         values = label_values(label)
-    except Exception as error:  # nibabel, gzip, zlib and numpy each have their own
-        if isinstance(error, ValueError) and path in str(error):
-            raise  # from a check of ours
-        cause = f"{type(error).__name__}: {error}"
-        raise _fault("be readable", cause, place, "repair it") from error
     shape = stored.shape[:3] if stored.shape[3:] == (1,) else stored.shape
     grid, voxel = (image.shape[:3], image.affine), min(image.header.get_zooms()[:3])
     check_label(grid, (shape, own), voxel, values, names, place)

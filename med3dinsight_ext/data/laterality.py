@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 from monai.config import KeysCollection
 from monai.transforms import Flip, MapTransform, RandomizableTransform
 from torch import Tensor
 
-from med3dinsight_ext.io.images import open_volume
+from med3dinsight_ext.io.images import open_volume, ras_array
 from med3dinsight_ext.io.reading import readable
 
 logger = logging.getLogger(__name__)
@@ -93,8 +92,7 @@ def offsets(path: str, classes: int) -> dict[int, float]:
         ValueError: the file is unreadable, or its affine is.
     """
     with readable("label", path):
-        image: Any = nib.as_closest_canonical(open_volume(path))
-        label = np.asanyarray(image.dataobj).reshape(image.shape[:3])
+        label = ras_array(open_volume(path))
     found = {}
     for number in range(1, classes):
         profile = (label == number).sum((1, 2))

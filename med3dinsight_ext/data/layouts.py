@@ -213,15 +213,8 @@ def class_numbers(items: Sequence[dict[str, Any]]) -> set[int]:
     """
 
     def values(item: dict[str, Any]) -> set[float]:
-        try:
+        with readable("label", item["label"]):
             return set(label_values(open_volume(item["label"]).dataobj))
-        except ValueError:
-            raise
-        except Exception as error:  # nibabel, gzip, zlib and numpy each have their own
-            raise ValueError(
-                f"label must be readable, got {type(error).__name__}: {error} in {item['label']}; "
-                "repair it"
-            ) from error
 
     found = check_each(values, list(items), "labels", skip_bad=None).values()
     union = sorted(set[float]().union(*found))

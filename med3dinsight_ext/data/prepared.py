@@ -6,7 +6,6 @@ files' content and of every setting of the transforms, so a stale entry cannot b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -39,8 +38,9 @@ from med3dinsight_ext.data.labels import label_values
 from med3dinsight_ext.data.settings import described
 from med3dinsight_ext.data.volumes import good_ones
 from med3dinsight_ext.io.console import Bar
-from med3dinsight_ext.io.files import HashMemo
+from med3dinsight_ext.io.files import HashMemo, keyed_path
 from med3dinsight_ext.io.packages import NotHere
+from med3dinsight_ext.io.reading import whole_lines
 
 log = logging.getLogger(__name__)
 FORMAT = 1  # raise it when entries change
@@ -84,22 +84,16 @@ class PreparedCopy:
     def _load_index(self) -> None:
         self._hashes = HashMemo(self.root / "files.jsonl")
         self._records: dict[str, Record] = {}
-        index = self.root / "index.jsonl"
-        for line in index.read_bytes().split(b"\n") if index.exists() else ():
-            try:
-                record = json.loads(line)
+        for record in whole_lines(self.root / "index.jsonl"):
+            if isinstance(record, dict) and isinstance(record.get("entry"), str):
                 self._records[record["entry"]] = record
-            except (ValueError, TypeError, KeyError, RecursionError):  # a line cut by a full disk
-                continue
 
     def entry(self, item: Mapping[str, Any]) -> str:
         """Name of the item's entry, whether it exists or not; reads files that are new."""
         return self._name(item, [_content(item.get(key), self._hashes) for key in self.keys])
 
     def _name(self, item: Mapping[str, Any], hashes: list[Any]) -> str:
-        text = json.dumps([self._settings, item.get("modality"), hashes])
-        name = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:32]
-        return f"{name[:2]}/{name}"
+        return keyed_path(Path(), [self._settings, item.get("modality"), hashes], "").as_posix()
 
     def path(self, entry: str, key: str) -> Path:
         """File of an entry's image or label."""

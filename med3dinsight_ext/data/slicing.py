@@ -195,3 +195,11 @@ def cut(
     slices.clamp_(low, high)  # the weights sum to one but for rounding, and teachers take [0, 1]
     top, left = ((size - n) // 2 for n in shape)
     return F.pad(slices, (left, size - shape[1] - left, top, size - shape[0] - top))
+
+
+def cut_planes(
+    volume: Tensor, spacing: Sequence[float], plane: Tensor, position: Tensor, size: int
+) -> Tensor:
+    """``cut`` for slices of several planes: plane (s,) sorted, position (s,)."""
+    planes = plane.unique().tolist()
+    return torch.cat([cut(volume, spacing, p, position[plane == p], size) for p in planes])

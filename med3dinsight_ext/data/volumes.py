@@ -33,11 +33,18 @@ log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", "NvImgCodecPydicomReader")
 logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 T = TypeVar("T")
+FIX = "repair the file or leave it out"
 
 
 def guess_modality(volume: Tensor) -> str:
     """CT if a voxel is below -150 (air in HU), else MR; PET is not distinguished from MR."""
     return "CT" if volume.min() < -150 else "MR"
+
+
+def modality_of(item: Mapping[str, Any], volume: Tensor) -> str:
+    """An item's modality, guessed where it is "auto" or not given."""
+    given = item.get("modality", "auto")
+    return guess_modality(volume) if given == "auto" else given
 
 
 class ScaleByModalityd(MapTransform):
@@ -56,9 +63,7 @@ class ScaleByModalityd(MapTransform):
         data = dict(data)
         for key in self.keys:
             image = data[key]
-            modality = data.get("modality", "auto")
-            if modality == "auto":
-                modality = guess_modality(image)
+            modality = modality_of(data, image)
             if modality == "CT":
                 data[key] = self.ct(image)
             else:
@@ -89,14 +94,8 @@ def read_volume(path: str) -> MetaTensor:
         volume = MetaTensor(array[None].astype(np.float32), meta={"filename_or_obj": path})
     else:
         image = _checked_header(path)
-        try:
+        with readable("volume", path, FIX):
             volume = Orientation("RAS", labels=None)(load_volume(path, image))
-        except ValueError as error:
-            if path in str(error):
-                raise
-            raise _fault(path, "be readable", f"{type(error).__name__}: {error}") from error
-        except Exception as error:  # gzip, zlib, nibabel and numpy each have their own
-            raise _fault(path, "be readable", f"{type(error).__name__}: {error}") from error
     _require(min(volume.shape[1:]) > 1, path, "be thicker than one voxel", tuple(volume.shape[1:]))
     finite = volume.isfinite().all()
     _require(finite, path, "be finite", f"{int((~volume.isfinite()).sum())} NaN or infinite voxels")
@@ -163,7 +162,7 @@ class ReadVolumed(MapTransform):
 
 
 def _fault(path: str, rule: str, value: object) -> ValueError:
-    return ValueError(f"volume must {rule}, got {value} in {path}; repair the file or leave it out")
+    return ValueError(f"volume must {rule}, got {value} in {path}; {FIX}")
 
 
 def _require(ok: object, path: str, rule: str, value: object) -> None:
@@ -179,7 +178,7 @@ def _npz_array(file: str, name: str) -> np.ndarray:
 
 def _checked_header(path: str) -> Any:
     """The image, after a check of shape, spacing and affine: nibabel repairs some silently."""
-    try:
+    with readable("volume", path, FIX):
         image = open_volume(path)
         if path.endswith(tuple(OTHER)) or os.path.isdir(path):
             spacing = np.array(image.header.get_zooms()[:3])
@@ -187,10 +186,6 @@ def _checked_header(path: str) -> Any:
             with Opener(fetched(path)) as file:
                 raw = type(image.header).from_fileobj(file, check=False)
             spacing = np.array(raw["pixdim"][1:4])
-    except Exception as error:
-        if isinstance(error, ValueError) and path in str(error):
-            raise  # from a check of ours
-        raise _fault(path, "be readable NIfTI", f"{type(error).__name__}: {error}") from error
     shape = image.shape
     _require(len(shape) == 3 or shape[3:] == (1,), path, "be 3D", f"shape {shape}")
     ok = np.isfinite(spacing).all() and (spacing > 0).all()
@@ -247,15 +242,10 @@ def good_ones(
     return {id(item): got for item, got in results if not isinstance(got, ValueError)}
 
 
-def check_volumes(items: list[dict], skip_bad: bool = False) -> list[dict]:
-    """Read every volume once; returns the items with good ones. See ``check_each``."""
-    return check_parts([items], skip_bad)[0]
-
-
 def check_parts(
     parts: Sequence[list[dict]], skip_bad: bool = False, copy: Any = None
 ) -> list[list[dict]]:
-    """``check_volumes`` of items for training and for validation: one error names all bad ones.
+    """Read every volume once; the good items of each part. See ``check_each``.
 
     A ``PreparedCopy`` as ``copy`` reads only the volumes that it does not hold.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from med3dinsight_ext.captions.captioner import Captioner, SlicedVolume
 from med3dinsight_ext.captions.cleaning import Reply
 from med3dinsight_ext.data import slicing
-from med3dinsight_ext.data.volumes import guess_modality, read_volume
+from med3dinsight_ext.data.volumes import modality_of, read_volume
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.teachers.teacher import Teacher
@@ -83,9 +83,7 @@ class EntryMaker:
             ValueError: the volume is bad, or a caption does not fit it.
         """
         volume = read_volume(item["image"])
-        modality = item["modality"]
-        if modality == "auto":
-            modality = guess_modality(volume)
+        modality = modality_of(item, volume)
         item = {**item, "modality": modality}
         shown, size = slicing.window(volume, modality), volume.shape[1:]
         required = self.captioner.required(item, size)
@@ -100,13 +98,10 @@ class EntryMaker:
         plane = torch.tensor([p for p, _ in slots])
         position = torch.tensor([(i + 0.5) / size[p] for p, i in slots])
         spacing, pixels = volume.pixdim.tolist(), self.teacher.image.size
-        slices = [
-            slicing.cut(shown, spacing, p, position[plane == p], pixels)
-            for p in plane.unique().tolist()
-        ]
+        slices = slicing.cut_planes(shown, spacing, plane, position, pixels)
         questions = self.captioner.prepare(item, shown, spacing, slots)
         return SlicedVolume(
-            path, item, plane, position, torch.cat(slices), volume.affine, torch.tensor(size),
+            path, item, plane, position, slices, volume.affine, torch.tensor(size),
             answers, questions,
         )  # fmt: skip
 

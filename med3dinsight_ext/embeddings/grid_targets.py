@@ -144,9 +144,7 @@ class PrepareGrids(PrepareBatch):
         **kwargs: Any,
     ) -> tuple[Tensor, GridTargets, tuple[Tensor], dict[str, Any]]:
         def get(key: str) -> Tensor:
-            value = batchdata[key]
-            if isinstance(value, MetaTensor):
-                value = value.as_tensor()
+            value = batchdata[key].as_subclass(Tensor)  # the network needs no metadata
             return value.to(device=device, non_blocking=non_blocking, **kwargs)
 
         volume, points = get("image"), get("points")

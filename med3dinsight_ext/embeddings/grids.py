@@ -7,8 +7,6 @@ their values, as in ``store``.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.data import slicing
-from med3dinsight_ext.data.volumes import guess_modality, read_volume
+from med3dinsight_ext.data.volumes import modality_of, read_volume
 from med3dinsight_ext.embeddings.whitening import Whitening, fit_whitening
 from med3dinsight_ext.io.console import Bar
-from med3dinsight_ext.io.files import HashMemo, sha256, write_atomic
+from med3dinsight_ext.io.files import HashMemo, key_of, keyed_path, sha256, write_atomic
 from med3dinsight_ext.teachers.dense import encode_grids, find_layers
 from med3dinsight_ext.teachers.teacher import Teacher
 
@@ -145,27 +143,16 @@ class GridStore:
         """Codes of each layer; known once ``fill`` has run."""
         return [part.basis.shape[1] for part in self._whitening.values()]
 
-    def _key(self, parts: list[Any]) -> str:
-        made = [
-            FORMAT,
-            self.teacher.fingerprint,
-            self.layers,
-            self.codes,
-            self.per_plane,
-            self.planes,
-            self.seed,
-            *parts,
-        ]
-        return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:32]
-
-    def _content(self, item: dict[str, Any]) -> list[str]:
-        file, _, place = item["image"].partition("::")
-        return [self._hashes(file), place, item["modality"]]
+    @property
+    def _made(self) -> list[Any]:
+        settings = [self.layers, self.codes, self.per_plane, self.planes, self.seed]
+        return [FORMAT, self.teacher.fingerprint, *settings]
 
     def path(self, item: dict[str, Any]) -> Path:
         """Where the item's grids are, or would be, once ``fill`` has chosen the whitening."""
-        key = self._key([self._whitening_hash, *self._content(item)])
-        return self.root / "grids" / key[:2] / f"{key}.safetensors"
+        content = [*self._hashes.content(item["image"]), item["modality"]]
+        made = [*self._made, self._whitening_hash, *content]
+        return keyed_path(self.root / "grids", made, ".safetensors")
 
     def fill(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Make the grids that are missing.
@@ -210,18 +197,12 @@ class GridStore:
 
     def _slices(self, item: dict[str, Any]) -> _Slices:
         volume = read_volume(item["image"])
-        modality = item["modality"]
-        if modality == "auto":
-            modality = guess_modality(volume)
-        shown = slicing.window(volume, modality)
+        shown = slicing.window(volume, modality_of(item, volume))
         plane, position = slicing.choose(shown, self.per_plane, self.seed, self.planes)
         spacing = [float(mm) for mm in volume.pixdim]
-        pictures = [
-            slicing.cut(shown, spacing, p, position[plane == p], self.teacher.image.size)
-            for p in plane.unique().tolist()
-        ]
-        size = list(volume.shape[1:])
-        return _Slices(torch.cat(pictures), plane, position, volume.affine, size, spacing)
+        size = self.teacher.image.size
+        pictures = slicing.cut_planes(shown, spacing, plane, position, size)
+        return _Slices(pictures, plane, position, volume.affine, list(volume.shape[1:]), spacing)
 
     def _cells(self, slices: _Slices) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Of each layer: features (s, cells, c) and positions (s, cells, 3) as fractions."""
@@ -232,7 +213,7 @@ class GridStore:
             yield layer, features, (voxels + 0.5) / torch.tensor(slices.size)
 
     def _load_whitening(self, sample: Sequence[dict[str, Any]]) -> None:
-        path = self.root / "grids" / f"whitening-{self._key([])}.safetensors"
+        path = self.root / "grids" / f"whitening-{key_of(self._made)}.safetensors"
         if not path.exists():
             fitted = self._fit(sample)
             tensors = {

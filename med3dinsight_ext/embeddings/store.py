@@ -26,7 +26,7 @@ from med3dinsight_ext.data.slicing import PLANES, plane_number
 from med3dinsight_ext.embeddings.entry import EntryMaker, SliceChoice
 from med3dinsight_ext.embeddings.shards import merge_ranks, part_of, rank_share
 from med3dinsight_ext.embeddings.usable_captions import caption_statuses, shown
-from med3dinsight_ext.io.files import HashMemo, write_atomic
+from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
 from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.teachers.teacher import Teacher
 
@@ -114,21 +114,18 @@ class Store:
         """
         per_plane, seed, planes = self.choice
         captions = self.captioner.fingerprint(item)
-        key = self._key(item, [self._teacher_print, captions, per_plane, planes, seed])
-        return self.root / key[:2] / f"{key}.safetensors"
+        settings = [self._teacher_print, captions, per_plane, planes, seed]
+        return keyed_path(self.root, [*self._content(item), *settings], ".safetensors")
 
     def answers_path(self, item: dict[str, Any]) -> Path | None:
         """Path of a model's raw answers, shared by all teachers; None without a model."""
         answers = self.captioner.answer_fingerprint(item)
         if answers is None:
             return None
-        key = self._key(item, [answers])
-        return self.root / "answers" / key[:2] / f"{key}.jsonl"
+        return keyed_path(self.root / "answers", [*self._content(item), answers], ".jsonl")
 
-    def _key(self, item: dict[str, Any], settings: list[Any]) -> str:
-        member = item["image"].partition("::")[2]  # of an archive
-        parts = [FORMAT, self._hashes(_file(item)), member, item["modality"], *settings]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    def _content(self, item: dict[str, Any]) -> list[Any]:
+        return [FORMAT, *self._hashes.content(item["image"]), item["modality"]]
 
     @property
     def embedding_dims(self) -> dict[str, int]:

@@ -251,9 +251,7 @@ class PrepareSlices(PrepareBatch):
         **kwargs: Any,
     ) -> tuple[Tensor, SliceTargets, tuple[Tensor, Tensor], dict[str, Any]]:
         def get(key: str) -> Tensor:
-            value = batchdata[key]
-            if isinstance(value, MetaTensor):  # the network needs no metadata
-                value = value.as_tensor()
+            value = batchdata[key].as_subclass(Tensor)  # the network needs no metadata
             return value.to(device=device, non_blocking=non_blocking, **kwargs)
 
         volume = get("image")

@@ -13,6 +13,7 @@ from stat import S_ISREG
 from typing import Any
 from uuid import uuid4
 
+from med3dinsight_ext.io.reading import whole_lines
 from med3dinsight_ext.io.remote import fetched, is_remote, version
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, files_of
 
@@ -32,6 +33,17 @@ def sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def key_of(parts: Any) -> str:
+    """Hash of a JSON value, to name a file by all that it depends on."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def keyed_path(folder: Path, parts: Any, ending: str) -> Path:
+    """``folder/ab/abcd….ending``, by the ``key_of`` its parts."""
+    key = key_of(parts)
+    return folder / key[:2] / f"{key}{ending}"
 
 
 def sync(path: Path) -> None:
@@ -93,17 +105,18 @@ class HashMemo:
         self.path = path
         self._known: dict[tuple[str, int, int], str] = {}
         self._warned = False
-        for line in path.read_bytes().split(b"\n") if path.exists() else ():
-            try:
-                name, size, mtime, digest = json.loads(line)
-            except (ValueError, TypeError, RecursionError):  # a line cut by a full disk
-                continue
-            if [type(x) for x in (name, size, mtime, digest)] == [str, int, int, str]:
-                self._known[name, size, mtime] = digest
+        for row in whole_lines(path):
+            if isinstance(row, list) and [type(x) for x in row] == [str, int, int, str]:
+                self._known[row[0], row[1], row[2]] = row[3]
 
     def get(self, file: str | Path) -> str | None:
         """The hash if it is cached."""
         return self._known.get(_identity(file))
+
+    def content(self, image: str) -> list[str]:
+        """Hash of an image's file, and its member of an archive: ``file.npz::array::index``."""
+        file, _, member = image.partition("::")
+        return [self(file), member]
 
     def __call__(self, file: str | Path) -> str:
         key = _identity(file)

@@ -47,6 +47,12 @@ def open_volume(path: str | Path) -> Any:
         return nib.Nifti1Image(voxels, affine, dtype=dtype)
 
 
+def ras_array(image: Any) -> np.ndarray:
+    """(x, y, z) voxels in RAS of an image from ``open_volume``."""
+    turned = nib.as_closest_canonical(image)
+    return np.asanyarray(turned.dataobj).reshape(turned.shape[:3])
+
+
 class _Voxels:
     """Nibabel's protocol of arrays that are read when they are needed."""
 

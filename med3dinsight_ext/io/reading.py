@@ -63,6 +63,16 @@ def read_json(path: str | Path, name: str, fix: str = "repair it") -> Any:
         return json.loads(Path(path).read_text("utf-8"))
 
 
+def whole_lines(path: Path) -> Iterator[Any]:
+    """JSON values in the lines of a log; one that a kill or a full disk cut short is skipped."""
+    # As bytes: a line may be cut within a letter, and texts may hold odd line separators.
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+
+
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Rows of a JSONL, CSV or Parquet file, each after its place: ("a.jsonl line 3", row)."""
     path = Path(path)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from med3dinsight_ext.models.features import first_output
-from med3dinsight_ext.models.pyramid import find_pyramid, pyramid_of, sample_points
-from med3dinsight_ext.models.student import block_mask
+from med3dinsight_ext.models.features import first_output, pyramid_of
+from med3dinsight_ext.models.pyramid import find_pyramid, sample_points
+from med3dinsight_ext.models.student import hide
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +79,8 @@ class DenseStudent(nn.Module):
             volume: (b, 1, x, y, z), intensities about [0, 1].
             points: (b, layers, p, 3) voxel coordinates.
         """
-        mask = hidden = None
-        shown = volume
-        if self.training and self.mask_ratio > 0:
-            mask = block_mask(volume, self.mask_ratio, self.mask_block)
-            shown = volume.masked_fill(mask, 0)
-            hidden = hidden_at(mask, points)
+        shown, mask = hide(volume, self.mask_ratio * self.training, self.mask_block)
+        hidden = None if mask is None else hidden_at(mask, points)
         features, output = pyramid_of(self.network, self.levels, shown)
         flat = points.flatten(1, 2)
         codes = []

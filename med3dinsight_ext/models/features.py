@@ -88,6 +88,50 @@ def as_grid(output: Any, size: Sequence[int]) -> Tensor | None:
     return None
 
 
+def seen_features(
+    network: nn.Module, size: Sequence[int], layers: str | Sequence[str]
+) -> list[Features]:
+    """Features that modules return in one dry run on zeros, in the order of their calls.
+
+    Args:
+        network: maps (b, 1, x, y, z) to anything.
+        size: (x, y, z) of its input, in voxels.
+        layers: "auto" for all modules, or paths as in ``network.named_modules()``.
+
+    Raises:
+        ValueError: the network cannot take the input, or a layer is not in it.
+    """
+    modules = {name: module for name, module in network.named_modules() if name}
+    if layers != "auto" and (unknown := [name for name in layers if name not in modules]):
+        raise ValueError(
+            f"feature_layer must name a module of {type(network).__name__}, got {unknown[0]!r}; "
+            f"its top level has {', '.join(n for n in modules if '.' not in n) or 'no modules'}"
+        )
+    seen: list[Features] = []
+    calls: Counter[str] = Counter()
+
+    def collect(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        calls[name] += 1
+        found = as_grid(output, size)
+        if found is not None and len(found) == 1 and math.prod(found.shape[2:]) > 1:
+            seen.append(Features(name, found.shape[1], tuple(found.shape[2:]), calls[name]))
+
+    watched = modules if layers == "auto" else {name: modules[name] for name in layers}
+    hooks = [m.register_forward_hook(partial(collect, name)) for name, m in watched.items()]
+    try:
+        dry_run(network, size)
+    except Exception as error:
+        raise ValueError(
+            f"backbone must take (b, 1, {', '.join(map(str, size))}), but "
+            f"{type(network).__name__} failed with: {error}; set its input channels to 1 and "
+            "patch_size to a size that it takes"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
 def find_features(network: nn.Module, size: Sequence[int], layer: str = "auto") -> Features:
     """Location of the deepest spatial features of a network, by one dry run on zeros.
 
@@ -108,34 +152,7 @@ def find_features(network: nn.Module, size: Sequence[int], layer: str = "auto") 
         >>> find_features(network, (16, 16, 8))
         Features(layer='0', channels=8, grid=(4, 4, 2), call=1)
     """
-    modules = {name: module for name, module in network.named_modules() if name}
-    if layer != "auto" and layer not in modules:
-        raise ValueError(
-            f"feature_layer must name a module of {type(network).__name__}, got {layer!r}; "
-            f"its top level has {', '.join(n for n in modules if '.' not in n) or 'no modules'}"
-        )
-    seen: list[Features] = []
-    calls: Counter[str] = Counter()
-
-    def collect(name: str, _: nn.Module, __: Any, output: Any) -> None:
-        calls[name] += 1
-        found = as_grid(output, size)
-        if found is not None and len(found) == 1 and math.prod(found.shape[2:]) > 1:
-            seen.append(Features(name, found.shape[1], tuple(found.shape[2:]), calls[name]))
-
-    watched = modules if layer == "auto" else {layer: modules[layer]}
-    hooks = [m.register_forward_hook(partial(collect, name)) for name, m in watched.items()]
-    try:
-        dry_run(network, size)
-    except Exception as error:
-        raise ValueError(
-            f"backbone must take (b, 1, {', '.join(map(str, size))}), but "
-            f"{type(network).__name__} failed with: {error}; set its input channels to 1 and "
-            "patch_size to a size that it takes"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    seen = seen_features(network, size, "auto" if layer == "auto" else [layer])
     if not seen:
         raise ValueError(
             f"feature_layer must give features (b, c, x, y, z) or tokens (b, n, c), but "
@@ -174,29 +191,43 @@ def extract_features(
     Raises:
         ValueError: the module does not return features for a volume of this size.
     """
-    caught: list[Any] = []
+    (features,), output = pyramid_of(network, [found], volume, stop)
+    return features, output
+
+
+def pyramid_of(
+    network: nn.Module, found: Sequence[Features], volume: Tensor, stop: bool = False
+) -> tuple[list[Tensor], Any]:
+    """``extract_features`` of several places, in one pass."""
+    caught: dict[str, list[Any]] = {features.layer: [] for features in found}
     stop = stop and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
 
-    def catch(_: nn.Module, __: Any, output: Any) -> None:
-        caught.append(output)
-        if stop and len(caught) == found.call:
+    def catch(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        caught[name].append(output)
+        if stop and all(len(caught[features.layer]) >= features.call for features in found):
             raise _Stop
 
-    hook = network.get_submodule(found.layer).register_forward_hook(catch)
+    hooks = [
+        network.get_submodule(name).register_forward_hook(partial(catch, name)) for name in caught
+    ]
     output = None
     try:
         output = network(volume)
     except _Stop:
         pass
     finally:
-        hook.remove()
-    features = as_grid(caught[found.call - 1], volume.shape[2:])
-    if features is None:
-        raise ValueError(
-            f"volume must have a size that {found.layer} turns into features, got "
-            f"{tuple(volume.shape)}; use patch_size"
-        )
-    return features, output
+        for hook in hooks:
+            hook.remove()
+    values = []
+    for layer, *_, call in found:
+        value = as_grid(caught[layer][call - 1], volume.shape[2:])
+        if value is None:
+            raise ValueError(
+                f"volume must have a size that {layer} turns into features, got "
+                f"{tuple(volume.shape)}; use patch_size"
+            )
+        values.append(value)
+    return values, output
 
 
 def encoder_parameters(network: nn.Module, size: Sequence[int], layer: str = "auto") -> list[str]:

@@ -49,6 +49,14 @@ def block_mask(volume: Tensor, ratio: float, block: int) -> Tensor:
     return mask
 
 
+def hide(volume: Tensor, ratio: float, block: int) -> tuple[Tensor, Tensor | None]:
+    """The volume with zeros in ``block_mask``, and that mask; None for ``ratio`` 0."""
+    if not ratio:
+        return volume, None
+    mask = block_mask(volume, ratio, block)
+    return volume.masked_fill(mask, 0), mask
+
+
 class Student(nn.Module):
     """A 3D network, a PSAT on its deepest features, and one linear head for each target space.
 
@@ -115,11 +123,7 @@ class Student(nn.Module):
             plane: (b, s) long, 0 sagittal, 1 coronal, 2 axial.
             position: (b, s) fraction of the extent, in [0, 1].
         """
-        mask = None
-        shown = volume
-        if self.training and self.mask_ratio > 0:
-            mask = block_mask(volume, self.mask_ratio, self.mask_block)
-            shown = volume.masked_fill(mask, 0)
+        shown, mask = hide(volume, self.mask_ratio * self.training, self.mask_block)
         features, output = self.encode(shown)
         token = self.psat(features, plane, position)
         tokens = {name: head(token) for name, head in self.heads.items()}

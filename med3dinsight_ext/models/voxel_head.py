@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+RATE = 4e-3  # highest learning rate of the cycle
+
 
 class VoxelHead(nn.Module):
     """Standardisation and a two-layer perceptron; one layer with ``hidden`` 0.
@@ -45,7 +47,6 @@ def fit_voxel_head(
     hidden: int = 128,
     steps: int = 600,
     batch: int = 4096,
-    learning_rate: float = 4e-3,
     seed: int = 0,
 ) -> VoxelHead:
     """Fit a head by cross-entropy and Dice over random voxels.
@@ -56,7 +57,6 @@ def fit_voxel_head(
         hidden: width of the hidden layer; 0 for a linear head.
         steps: of AdamW, one cycle.
         batch: voxels a step.
-        learning_rate: highest of the cycle.
         seed: of the weights and the voxels.
     """
     if len(features) != len(labels) or not len(features):
@@ -69,8 +69,8 @@ def fit_voxel_head(
         head = VoxelHead(features.shape[1], labels.shape[1], hidden)
     head.mean.copy_(features.float().mean(0))
     head.std.copy_(features.float().std(0).clamp(min=1e-3))
-    optimizer = torch.optim.AdamW(head.parameters(), learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, 0.1)
+    optimizer = torch.optim.AdamW(head.parameters(), RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, 0.1)
     for _ in range(steps):
         pick = torch.randint(len(features), (batch,), generator=generator)
         goal = labels[pick].float()

@@ -218,20 +218,15 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
     put("val_interval", "$max(1, @max_epochs // 5)", "five validations")
 
 
-def shown(plan: Plan, width: int = WIDTH) -> str:
-    """What was seen and what was chosen and why, in one screen; the file has the whole text.
-
-    Args:
-        plan: to show.
-        width: of a line, in characters.
-    """
+def shown(plan: Plan) -> str:
+    """What was seen and what was chosen and why, in one screen; the file has the whole text."""
     lines = [*plan.seen, ""]
     for key, value in plan.settings.items():
         if key == "backbone":
             value = next((value[name] for name in WIDTHS if name in value), value)
         text = _flow(value)
         lines.append(f"{key:<19}{_cut(text, 25):<26}{plan.reasons[key]}")
-    return "\n".join(f"  {_cut(line, width - 2)}".rstrip() for line in lines)
+    return "\n".join(f"  {_cut(line, WIDTH - 2)}".rstrip() for line in lines)
 
 
 def _cut(text: str, width: int) -> str:

@@ -10,7 +10,8 @@ import nibabel as nib
 import numpy as np
 
 from med3dinsight_ext.data.volumes import check_each, guess_modality, read_volume
-from med3dinsight_ext.io.images import open_volume
+from med3dinsight_ext.io.images import open_volume, ras_array
+from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 
 SAMPLE = 20  # volumes whose voxels are read
@@ -69,12 +70,8 @@ def _grid(path: str) -> tuple[np.ndarray, np.ndarray]:
     if "::" in path:
         volume = read_volume(path)
         return np.asarray(volume.pixdim), np.array(volume.shape[1:])
-    try:
+    with readable("volume", path):
         image = open_volume(path)
-    except ValueError:
-        raise
-    except Exception as error:  # nibabel, gzip and zlib each have their own
-        raise ValueError(f"volume must be readable, got {error} in {path}; repair it") from error
     shape = image.shape[:3]
     if len(shape) < 3 or min(shape) < 2 or image.shape[3:] not in ((), (1,)):
         raise ValueError(
@@ -97,8 +94,7 @@ def _voxels(item: dict[str, Any]) -> tuple[str, np.ndarray | None]:
     guess = guess_modality(volume)
     if not str(item.get("label")).endswith(VOLUME_ENDINGS):
         return guess, None
-    label: Any = nib.as_closest_canonical(open_volume(item["label"]))
-    mask = np.asanyarray(label.dataobj).reshape(label.shape[:3]) > 0
+    mask = ras_array(open_volume(item["label"])) > 0
     if mask.shape != array.shape:
         raise ValueError(
             f"label must have its image's shape {array.shape}, got {mask.shape} in "

@@ -24,7 +24,7 @@ TASKS = {
     "classification": "image-classification",
     "pretraining": "image-feature-extraction",
 }
-USED = ("spacing", "ct_range")  # of train
+USED = {"spacing": 3, "ct_range": 2}  # keys of train, and their numbers
 ONNX = "onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.23.2"  # also of Python 3.10
 
 
@@ -78,6 +78,20 @@ def front_matter(name: str, kind: str, metadata: Mapping[str, Any], licence: str
     return f"---\n{text}---\n\n"
 
 
+def used_settings(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Spacing and ct_range of a train config.
+
+    Raises:
+        ValueError: they do not have the numbers that they need.
+    """
+    parser = ConfigParser(dict(train))
+    used = {key: parser.get_parsed_content(key) for key in USED}
+    for key, count in USED.items():
+        if not isinstance(used[key], (list, tuple)) or len(used[key]) != count:
+            raise ValueError(f"{key} must be {count} numbers, got {used[key]}; correct the overlay")
+    return used
+
+
 def readme(
     name: str, kind: str, metadata: Mapping[str, Any], train: Mapping[str, Any],
     card: Mapping[str, Any], table: str, fault: str, traced: bool,
@@ -97,15 +111,11 @@ def readme(
         record: of the training, from ``read_record``.
 
     Raises:
-        ValueError: spacing or ct_range do not have the numbers that they need.
+        ValueError: as ``used_settings``.
     """
     data = metadata["network_data_format"]
     image, pred = data["inputs"]["image"], data["outputs"]["pred"]
-    parser = ConfigParser(dict(train))
-    used = {key: parser.get_parsed_content(key) for key in USED}
-    for key, count in (("spacing", 3), ("ct_range", 2)):
-        if not isinstance(used[key], (list, tuple)) or len(used[key]) != count:
-            raise ValueError(f"{key} must be {count} numbers, got {used[key]}; correct the overlay")
+    used = used_settings(train)
     backbone = train["backbone"] or train["network_def"]  # of frozen 2D features
     pins = {key: metadata[value] for key, value in PINS.items()}
     pins |= metadata["required_packages_version"]

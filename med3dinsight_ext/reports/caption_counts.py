@@ -150,10 +150,10 @@ class Summary:
         chosen = [row for kind, rows in kept.items() for row in rows[: taken[kind]]]
         return sorted(chosen, key=lambda row: (row.image, row.plane, row.position, row.source))
 
-    def raw(self, status: str, most: int = 3) -> list[str]:
-        """At most ``most`` distinct raw answers of one status."""
+    def raw(self, status: str) -> list[str]:
+        """At most three distinct raw answers of one status."""
         rows = (item[-1] for kind in self._kept if kind[2] == status for item in self._kept[kind])
-        return list(dict.fromkeys(row.raw for row in rows))[:most]
+        return list(dict.fromkeys(row.raw for row in rows))[:3]
 
     def most_repeated(self, most: int) -> list[tuple[int, str, str]]:
         """Count, source and text of the most frequent captions that are used repeatedly."""

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -34,7 +35,7 @@ def pictures(records: Sequence[SliceRecord]) -> list[str]:
             volume = read_volume(group[0].image)
             shown = {name: window(volume, name) for name in {row.modality for row in group}}
             spacing = volume.pixdim.tolist()
-            found += [jpeg_uri(shown[row.modality], spacing, row) for row in group]
+            found += [picture(shown[row.modality], spacing, row) for row in group]
         except (ValueError, OSError, RuntimeError):
             exists = os.path.exists(group[0].image.partition("::")[0])
             fault = "cannot be read" if exists else "no longer exists"
@@ -42,7 +43,7 @@ def pictures(records: Sequence[SliceRecord]) -> list[str]:
     return found
 
 
-def jpeg_uri(shown: Tensor, spacing: Sequence[float], record: SliceRecord) -> str:
+def picture(shown: Tensor, spacing: Sequence[float], record: SliceRecord) -> str:
     """One slice as a data URI; CT in the captioner's window, where that is recorded."""
     place = torch.tensor([record.position])
     pixels = cut(shown, spacing, record.plane, place, PIXELS)[0]
@@ -51,6 +52,11 @@ def jpeg_uri(shown: Tensor, spacing: Sequence[float], record: SliceRecord) -> st
         channel = list(WINDOWS).index(name) if isinstance(name, str) and name in WINDOWS else 0
         pixels = pixels[[channel]]
     array = pixels.mul(255).round().byte().movedim(0, -1).squeeze(-1).contiguous().numpy()
+    return jpeg_uri(array, 85)
+
+
+def jpeg_uri(pixels: np.ndarray, quality: int) -> str:
+    """Bytes (h, w) or (h, w, 3) as a data URI."""
     file = io.BytesIO()
-    Image.fromarray(array).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.colors import to_rgb
-from PIL import Image
 from torch import Tensor
 
 from med3dinsight_ext.data.cohort import Cohort, Record
@@ -18,6 +15,7 @@ from med3dinsight_ext.data.laws import LEVELS, Finding
 from med3dinsight_ext.data.slicing import cut, window
 from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.io.console import Bar
+from med3dinsight_ext.reports.caption_pictures import jpeg_uri
 from med3dinsight_ext.reports.figures import CLASS_COLORS, class_colors
 from med3dinsight_ext.reports.pages import write_page
 
@@ -96,10 +94,7 @@ def thumbnail(record: Record, modality: str) -> str:
             color = np.array(to_rgb(CLASS_COLORS[(number - 1) % len(CLASS_COLORS)]))
             image[area] = 0.45 * image[area] + 0.55 * color
         planes.append(image)
-    file = io.BytesIO()
-    pixels = (np.concatenate(planes, 1) * 255).round().astype(np.uint8)
-    Image.fromarray(pixels).save(file, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return jpeg_uri((np.concatenate(planes, 1) * 255).round().astype(np.uint8), 80)
 
 
 def _label(record: Record) -> Tensor | None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from med3dinsight_ext.teachers.teacher import Teacher
@@ -109,18 +108,9 @@ def encode_grids(teacher: Teacher, slices: Tensor, layers: Sequence[str]) -> dic
             f"layers must name modules of {type(tower.model).__name__}, got {unknown}; "
             f"layers='auto' takes {find_layers(tower)}"
         )
-    mean, std = (
-        torch.tensor(v, device=teacher.device).view(-1, 1, 1) for v in (tower.mean, tower.std)
-    )
     found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    for batch in slices.split(teacher.batch_size):
-        pixels = batch.to(teacher.device, non_blocking=True)
-        if pixels.shape[2:] != (tower.size, tower.size):
-            pixels = F.interpolate(pixels, (tower.size,) * 2, mode="bilinear", antialias=True)
-        pixels = (pixels - mean) / std
-        with torch.autocast(
-            teacher.device.type, torch.bfloat16, enabled=teacher.device.type == "cuda"
-        ):
+    for pixels in teacher.batches(slices):
+        with teacher.autocast():
             maps = _maps(tower, pixels, layers)
         if missing := [layer for layer in layers if layer not in maps]:
             raise ValueError(

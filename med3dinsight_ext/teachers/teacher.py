@@ -6,7 +6,7 @@ Weights are loaded at the first embedding; the fingerprint does not need them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 
 import torch
@@ -80,8 +80,21 @@ class Teacher(nn.Module):
         """Stay in evaluation mode: a parent's ``train()`` must not enable dropout."""
         return super().train(False)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """bf16 on CUDA."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def batches(self, slices: Tensor) -> Iterator[Tensor]:
+        """The image tower's input, batch by batch."""
+        tower = self.image
+        mean, std = (
+            torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (tower.mean, tower.std)
+        )
+        for batch in slices.split(self.batch_size):
+            pixels = batch.to(self.device, non_blocking=True)
+            if pixels.shape[2:] != (tower.size, tower.size):
+                pixels = F.interpolate(pixels, (tower.size,) * 2, mode="bilinear", antialias=True)
+            yield (pixels - mean) / std
 
     @torch.no_grad()  # not inference_mode: a loss may have to save these for backward
     def encode_image(self, slices: Tensor) -> Tensor:
@@ -98,17 +111,10 @@ class Teacher(nn.Module):
                 f"slices must be (n, 1 or 3, h, w), got {tuple(slices.shape)}; "
                 "a volume's slices come from slicing.cut"
             )
-        tower = self.image
-        mean, std = (
-            torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (tower.mean, tower.std)
-        )
         found = []
-        for batch in slices.split(self.batch_size):
-            pixels = batch.to(self.device, non_blocking=True)
-            if pixels.shape[2:] != (tower.size, tower.size):
-                pixels = F.interpolate(pixels, (tower.size,) * 2, mode="bilinear", antialias=True)
-            with self._autocast():
-                found.append(tower.embed((pixels - mean) / std).float())
+        for pixels in self.batches(slices):
+            with self.autocast():
+                found.append(self.image.embed(pixels).float())
         return F.normalize(torch.cat(found), dim=1).cpu()
 
     @torch.no_grad()
@@ -134,7 +140,7 @@ class Teacher(nn.Module):
         flat = [part for parts in pieces for part in parts]
         found = []
         for start in range(0, len(flat), self.batch_size):
-            with self._autocast():
+            with self.autocast():
                 found.append(self.text.embed(flat[start : start + self.batch_size]).float().cpu())
         unit = F.normalize(torch.cat(found), dim=1)
         total = torch.zeros(len(texts), unit.shape[1]).index_add_(0, owner, unit)

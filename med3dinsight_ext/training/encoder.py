@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from med3dinsight_ext.io.hub import local_folder
 from med3dinsight_ext.io.reading import read_json
-from med3dinsight_ext.models.pyramid import find_pyramid, pyramid_of
+from med3dinsight_ext.models.features import pyramid_of
+from med3dinsight_ext.models.pyramid import find_pyramid
 from med3dinsight_ext.training.checkpoints import load_weights
 from med3dinsight_ext.training.record import FILE
 

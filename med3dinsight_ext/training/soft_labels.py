@@ -8,8 +8,6 @@ arXiv:1911.04252), or are the mean of the two.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ from med3dinsight_ext.data.volumes import ScaleByModalityd, read_volume
 from med3dinsight_ext.embeddings.grid_volumes import codes_on_grid
 from med3dinsight_ext.embeddings.whitening import position_terms
 from med3dinsight_ext.io.console import Bar
-from med3dinsight_ext.io.files import HashMemo, sha256, write_atomic
+from med3dinsight_ext.io.files import HashMemo, keyed_path, sha256, write_atomic
 from med3dinsight_ext.models.voxel_head import VoxelHead, fit_voxel_head
 from med3dinsight_ext.training.checkpoints import load_weights
 
@@ -186,10 +184,8 @@ class SoftLabels:
         ]
         if self.network:
             made += [self.network.fingerprint, self.head]
-        paths = []
-        for item in unlabelled:
-            key = hashlib.sha256(json.dumps([*made, self._source(item)]).encode()).hexdigest()[:32]
-            paths.append(self.root / "soft" / key[:2] / f"{key}.nii.gz")
+        folder, sources = self.root / "soft", map(self._source, unlabelled)
+        paths = [keyed_path(folder, [*made, source], ".nii.gz") for source in sources]
         missing = [(i, p) for i, p in zip(unlabelled, paths, strict=True) if not p.exists()]
         if missing:
             logger.info(f"{len(missing)} of {len(unlabelled)} volumes have no soft label")

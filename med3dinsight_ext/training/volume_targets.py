@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
+from monai.transforms import Compose
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from med3dinsight_ext.data.settings import described
 from med3dinsight_ext.io.console import Bar
-from med3dinsight_ext.io.files import HashMemo, write_atomic
+from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
 from med3dinsight_ext.models.teacher_classifier import TeacherFeatures
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,7 @@ class VolumeTargets:
     Args:
         root: of the files, one a volume.
         features: of a volume as the network gets it.
-        load: reads the volume of an item to (1, x, y, z) in [0, 1], without chance.
-        settings: of ``load``, whatever changes its result: part of a file's name.
+        transforms: from an item to its image (1, x, y, z) in [0, 1], without chance.
         device: where the encoder runs.
     """
 
@@ -37,13 +36,12 @@ class VolumeTargets:
         self,
         root: str | Path,
         features: TeacherFeatures,
-        load: Callable[[dict[str, Any]], dict[str, Any]],
-        settings: Sequence[Any],
+        transforms: Sequence[Any],
         device: torch.device | str = "cpu",
     ) -> None:
-        self.root, self.features, self.load = Path(root), features, load
+        self.root, self.features, self.load = Path(root), features, Compose(transforms)
         self.device = torch.device(device)
-        self._made = [FORMAT, features.fingerprint().hex(), settings]
+        self._made = [FORMAT, features.fingerprint().hex(), described(list(transforms))]
         self._hashes = HashMemo(self.root / "files.jsonl")
 
     def fill(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -66,10 +64,9 @@ class VolumeTargets:
         return [{**item, "label": row} for item, row in zip(items, rows, strict=True)]
 
     def _path(self, item: dict[str, Any]) -> Path:
-        file, _, member = str(item["image"]).partition("::")
-        made = [*self._made, self._hashes(file), member, item.get("modality")]
-        key = hashlib.sha256(json.dumps(made).encode("utf-8", "backslashreplace")).hexdigest()[:32]
-        return self.root / "volumes" / key[:2] / f"{key}.safetensors"
+        content = self._hashes.content(str(item["image"]))
+        made = [*self._made, *content, item.get("modality")]
+        return keyed_path(self.root / "volumes", made, ".safetensors")
 
     @torch.no_grad()
     def _write(self, item: dict[str, Any], path: Path) -> None:

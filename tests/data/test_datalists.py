@@ -25,7 +25,6 @@ from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.data.volumes import (
     ScaleByModalityd,
     check_parts,
-    check_volumes,
     guess_modality,
     read_volume,
 )
@@ -67,9 +66,9 @@ def with_value(path: Path, value: float) -> str:
 
 PIXDIM, SROW_X = 80, 280  # byte offsets of the first spacing and the first affine row
 BAD = {
-    "text": (lambda p: text_file(p / "v.nii.gz"), "be readable NIfTI"),
-    "absent": (lambda p: str(p / "v.nii.gz"), "be readable NIfTI, got FileNotFoundError"),
-    "truncated .nii.gz": (lambda p: cut_short(p / "v.nii.gz"), "be readable, got EOFError"),
+    "text": (lambda p: text_file(p / "v.nii.gz"), "be readable, got .* BadGzipFile"),
+    "absent": (lambda p: str(p / "v.nii.gz"), "be readable, got .* FileNotFoundError"),
+    "truncated .nii.gz": (lambda p: cut_short(p / "v.nii.gz"), "be readable, got .* EOFError"),
     "truncated .nii": (
         lambda p: cut_short(p / "v.nii"),
         "header must claim what its file can hold",
@@ -127,7 +126,7 @@ def test_all_bad_volumes_are_named_at_once(tmp_path: Path) -> None:
     paths = [nifti(tmp_path / "good.nii"), nifti(tmp_path / "flat.nii", 0 * GOOD)]
     paths.append(text_file(tmp_path / "text.nii"))
     with pytest.raises(ValueError, match="got 2 bad of 3 .skip_bad leaves") as caught:
-        check_volumes([{"image": path} for path in paths])
+        check_parts([[{"image": path} for path in paths]])
     assert paths[1] in str(caught.value) and paths[2] in str(caught.value)
     assert paths[0] not in str(caught.value)
 
@@ -137,7 +136,7 @@ def test_bad_volumes_can_be_left_out_and_are_listed(
 ) -> None:
     items = [{"image": nifti(tmp_path / f"{i}.nii", i * GOOD)} for i in range(3)]
     with caplog.at_level(logging.WARNING):
-        assert check_volumes(items, skip_bad=True) == items[1:]
+        assert check_parts([items], skip_bad=True) == [items[1:]]
     assert items[0]["image"] in caplog.text
 
 
@@ -155,7 +154,7 @@ def test_bad_volumes_of_all_parts_are_named_or_left_out(tmp_path: Path) -> None:
 
 def test_leaving_all_volumes_out_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 1 bad of 1"):
-        check_volumes([{"image": text_file(tmp_path / "v.nii")}], skip_bad=True)
+        check_parts([[{"image": text_file(tmp_path / "v.nii")}]], skip_bad=True)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +360,7 @@ def test_real_splits_keep_patients_apart() -> None:
 
 def test_real_volumes_pass_the_check_and_show_their_modality() -> None:
     items = datalist(real_data("sarcoma") / "index.json")[::4]
-    assert len(check_volumes(items)) == len(items) == 31
+    assert len(check_parts([items])[0]) == len(items) == 31
     for item in items[:12]:
         guess = guess_modality(read_volume(item["image"]))
         assert (guess == "CT") == (item["modality"] == "CT")

@@ -168,7 +168,7 @@ def test_class_numbers_must_count_up(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"0, 1, 2, … without a gap, got 0, 5 in 1 label maps"):
         class_numbers(read_dataset(tmp_path).items)
     (tmp_path / "labels/a.nii.gz").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"label must be readable, got .*labels/a.nii.gz; repair"):
+    with pytest.raises(ValueError, match=r"label must be readable, got .*labels/a.nii.gz: Bad"):
         class_numbers(read_dataset(tmp_path).items)
 
 

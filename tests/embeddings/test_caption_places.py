@@ -21,15 +21,12 @@ from fakes import SIZE, FakeImages, FakeMllm
 from monai.data import DataLoader, Dataset
 from monai.transforms import (
     Compose,
-    Flip,
     RandFlipd,
     RandSpatialCropd,
-    Rotate90,
-    SpatialCrop,
-    SpatialPad,
     SpatialPadd,
 )
 from safetensors.torch import save_file
+from test_targets import MOVES
 from torch import Tensor
 
 from med3dinsight_ext.captions.captioner import Captioner
@@ -246,17 +243,6 @@ def sampled(
     data = sample({**item, "image": move(read_volume(item["image"]))})
     batch = {key: value[None] for key, value in data.items() if isinstance(value, Tensor)}
     return PrepareSlices()(batch)[1]
-
-
-MOVES = {
-    "nothing": lambda volume: volume,
-    "flip": Flip(spatial_axis=(0, 2)),
-    "crop": SpatialCrop(roi_start=(2, 3, 4), roi_end=(11, 13, 19)),
-    "pad": SpatialPad((17, 20, 25)),
-    "turn": Rotate90(k=1, spatial_axes=(0, 2)),
-    "all": Compose([Flip(0), SpatialPad((20, 20, 24)), Rotate90(1, (1, 2)),
-                    SpatialCrop((1, 2, 3), (19, 20, 19))]),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("source", ["by_file", "by_model", "by_template"])

@@ -17,16 +17,6 @@ from med3dinsight_ext.io.files import HashMemo
 from med3dinsight_ext.teachers.teacher import Teacher
 
 
-@pytest.fixture
-def items(tmp_path: Path) -> list[dict]:
-    return [volume(tmp_path / f"{i}.nii.gz", i) for i in range(3)]
-
-
-@pytest.fixture
-def store(tmp_path: Path, teacher: Teacher) -> Store:
-    return Store(tmp_path / "store", teacher, TemplateCaptions(), per_plane=4)
-
-
 def test_an_entry_holds_embeddings_of_slices_and_captions(items: list[dict], store: Store) -> None:
     done = store.fill(items)[0]
     entry = load_file(done["targets"])

@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from running import BACKBONES, ROOT, inference_settings, run, settings, suits
 
 from med3dinsight_ext.data import datalists as data
-from med3dinsight_ext.data.volumes import check_volumes
+from med3dinsight_ext.data.volumes import check_parts
 from med3dinsight_ext.training.transfer_report import TransferReport
 
 SMALL: dict[str, dict[str, Any]] = {  # sizes at which a step takes a second; same wiring
@@ -347,6 +347,6 @@ def test_volumes_beyond_max_cases_are_not_read(tmp_path: Path, volumes: Path) ->
     given["datalist"] = str(tmp_path / "rows.json")
     Path(given["datalist"]).write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=f"got {len(items) - 2} bad of {len(items)}"):
-        check_volumes(rows)
+        check_parts([rows])
     parser = run("cls-finetune", ["train.json"], **given).parser
     assert len(parser.get_parsed_content("train_items")) == 2

@@ -9,8 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fakes import write_volumes
-from test_publish import NAMES, published  # noqa: F401
+from test_publish import NAMES, inference_words, published  # noqa: F401
 
 PYTHON = os.environ.get("MED3D_ZOO_PYTHON", "")
 pytestmark = [
@@ -59,25 +58,8 @@ MONAI = 'sys.argv[0] = "monai.bundle"; runpy.run_module("monai.bundle", run_name
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inference_runs_from_any_folder(name: str, published: Path, tmp_path: Path) -> None:  # noqa: F811
-    volumes = write_volumes(tmp_path / "volumes", 1)
-    (tmp_path / "list.json").write_text(json.dumps([{"image": "v0.nii.gz"}]))
     folder = published / name
-    words = [
-        "run",
-        "--config_file",
-        str(folder / "configs" / "inference.json"),
-        "--bundle_root",
-        str(folder),
-        "--dataset_dir",
-        str(volumes),
-        "--datalist",
-        str(tmp_path / "list.json"),
-        "--output_dir",
-        str(tmp_path / "eval"),
-        "--dataloader::num_workers",
-        "0",
-    ]
-    alone(folder, MONAI, words)
+    alone(folder, MONAI, inference_words(folder, tmp_path))
     assert (tmp_path / "eval" / RESULTS[name]).is_file()
 
 

@@ -5,17 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from med3dinsight_ext.losses import (
-    AlignmentLoss,
-    Residual,
-    cosine_loss,
-    info_nce_loss,
-    mahalanobis,
-    masked_mse,
-    partial_transport_loss,
-    regression_loss,
-    siglip_loss,
-)
+from med3dinsight_ext.losses.alignment import AlignmentLoss
+from med3dinsight_ext.losses.cosine import cosine_loss
+from med3dinsight_ext.losses.info_nce import info_nce_loss
+from med3dinsight_ext.losses.partial_transport import mahalanobis, partial_transport_loss
+from med3dinsight_ext.losses.reconstruction import masked_mse
+from med3dinsight_ext.losses.regression import Residual, regression_loss
+from med3dinsight_ext.losses.siglip import siglip_loss
 
 PAIRED = {
     "cosine": cosine_loss,

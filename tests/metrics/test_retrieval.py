@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from ignite.exceptions import NotComputableError
 from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
+from test_recall import pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,15 +56,6 @@ def cohort(b: int = 5, s: int = 7, noise: float = 1.0, seed: int = 0) -> tuple[P
     patient = torch.arange(b)[:, None].expand(b, s)
     modality = patient % 2
     return Pred(tokens), Target(image, text, has_text, valid, plane, position, modality, patient)
-
-
-def pairs(n: int = 40, d: int = 6, seed: int = 0) -> tuple[Tensor, ...]:
-    """Noisy tokens, targets, plane, position, modality and patient of n slices."""
-    g = torch.Generator().manual_seed(seed)
-    targets = F.normalize(torch.randn(n, d, generator=g), dim=1)
-    tokens = targets + 0.5 * torch.randn(n, d, generator=g)
-    plane, position = torch.randint(3, (n,), generator=g), torch.rand(n, generator=g)
-    return tokens, targets, plane, position, torch.zeros(n).long(), torch.arange(n) // 4
 
 
 def part(pred: Pred, target: Target, rows: slice) -> tuple[Pred, Target]:

@@ -6,7 +6,8 @@ from torch import nn
 from med3dinsight_ext.embeddings.grid_targets import GridTargets
 from med3dinsight_ext.losses.dense import DenseLoss, code_loss
 from med3dinsight_ext.models.dense import DenseStudent, hidden_at
-from med3dinsight_ext.models.pyramid import find_pyramid, pyramid_of, sample_points
+from med3dinsight_ext.models.features import pyramid_of
+from med3dinsight_ext.models.pyramid import find_pyramid, sample_points
 
 SIZE = (24, 16, 32)
 
@@ -38,7 +39,7 @@ def test_a_vit_has_the_one_level_that_it_has() -> None:
 def test_named_layers_are_taken_in_their_order() -> None:
     names = ["model.2", "model.0"]
     assert [f.layer for f in find_pyramid(unet(), SIZE, names)] == names
-    with pytest.raises(ValueError, match="feature_layers must name modules of UNet, got"):
+    with pytest.raises(ValueError, match="feature_layer must name a module of UNet, got"):
         find_pyramid(unet(), SIZE, ["model.7"])
 
 

@@ -150,27 +150,24 @@ print("CODE", sys.modules["med3dinsight_ext.training.engine"].__file__)
 """
 
 
+def inference_words(folder: Path, root: Path) -> list[str]:
+    """Arguments of a published bundle's inference on a volume that is written below ``root``."""
+    volumes, listed = write_volumes(root / "volumes", 1), root / "list.json"
+    listed.write_text(json.dumps([{"image": "v0.nii.gz"}]))
+    given = {
+        "config_file": folder / "configs" / "inference.json",
+        "bundle_root": folder,
+        "dataset_dir": volumes,
+        "datalist": listed,
+        "output_dir": root / "eval",
+        "dataloader::num_workers": 0,
+    }
+    return ["run", *(str(x) for key, value in given.items() for x in (f"--{key}", value))]
+
+
 def test_inference_runs_elsewhere_without_the_package(published: Path, tmp_path: Path) -> None:
-    volumes = write_volumes(tmp_path / "volumes", 1)
     folder = published / "ball_segmentation"
-    (tmp_path / "list.json").write_text(json.dumps([{"image": "v0.nii.gz"}]))
-    words = [
-        "run",
-        "--config_file",
-        str(folder / "configs" / "inference.json"),
-        "--bundle_root",
-        str(folder),
-        "--dataset_dir",
-        str(volumes),
-        "--datalist",
-        str(tmp_path / "list.json"),
-        "--output_dir",
-        str(tmp_path / "eval"),
-        "--dataloader::num_workers",
-        "0",
-        "--device",
-        "$torch.device('cpu')",
-    ]
+    words = [*inference_words(folder, tmp_path), "--device", "$torch.device('cpu')"]
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     clean |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(

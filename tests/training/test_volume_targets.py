@@ -6,22 +6,18 @@ from typing import Any
 import pytest
 import torch
 from fakes import write_volumes
+from monai.transforms import ScaleIntensityd
 from test_dense import teacher
 
 from med3dinsight_ext.data.datalists import datalist
-from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.data.volumes import ReadVolumed
 from med3dinsight_ext.models.teacher_classifier import TeacherFeatures
 from med3dinsight_ext.training.volume_targets import VolumeTargets
 
 
-def load(item: dict[str, Any]) -> dict[str, Any]:
-    volume = read_volume(item["image"])
-    return {"image": (volume - volume.min()) / (volume.max() - volume.min())}
-
-
-def targets(root: Path, per_plane: int = 2, settings: tuple[Any, ...] = ()) -> VolumeTargets:
+def targets(root: Path, per_plane: int = 2, most: float = 1.0) -> VolumeTargets:
     features = TeacherFeatures(teacher(), [1.0] * 3, per_plane)
-    return VolumeTargets(root, features, load, settings)
+    return VolumeTargets(root, features, [ReadVolumed("image"), ScaleIntensityd("image", 0, most)])
 
 
 @pytest.fixture
@@ -33,7 +29,7 @@ def test_targets_are_the_standardised_features_of_each_volume(
     tmp_path: Path, items: list[dict[str, Any]]
 ) -> None:
     made = targets(tmp_path / "store")
-    rows = torch.stack([made.features(load(item)["image"][None])[0] for item in items])
+    rows = torch.stack([made.features(made.load(item)["image"][None])[0] for item in items])
     found = torch.stack([item["label"] for item in made.fill(items)])
     expected = (rows - rows.mean(0)) / rows.std(0)
     varied = rows.std(0) > 1e-4
@@ -54,7 +50,7 @@ def test_whatever_changes_a_target_makes_a_new_file(
         Path(items[1]["image"]).unlink()  # its content has a file already
         items = [items[0], *items[2:]]
     elif change == "settings":
-        again = targets(root, settings=([64, 64, 64],))
+        again = targets(root, most=0.9)
     elif change == "per_plane":
         again = targets(root, per_plane=3)
     else:

@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from med3dinsight_ext.io.reading import whole_lines
+
 logger = logging.getLogger(__name__)
 NAME = "answers.jsonl"
 LOCK = threading.Lock()
@@ -38,16 +40,11 @@ class AnswerLog:
 
     def events(self) -> list[dict[str, Any]]:
         """All lines that are whole."""
-        found = []
-        text = self.path.read_text("utf-8", "replace") if self.path.exists() else ""
-        for line in text.splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:  # cut off by a full disk
-                continue
-            if isinstance(event, dict) and {"time", "image"} <= event.keys():
-                found.append(event)
-        return found
+        return [
+            event
+            for event in whole_lines(self.path)
+            if isinstance(event, dict) and {"time", "image"} <= event.keys()
+        ]
 
 
 def clicks_of(request: Mapping[str, Any], labels: Sequence[str]) -> dict[str, int]:

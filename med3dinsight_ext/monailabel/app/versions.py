@@ -20,6 +20,9 @@ ROUND = "round"  # folder in models/ of a training that has not ended
 EARLIER = "earlier"  # folder in models/ of the weights that a round has replaced
 
 
+MOST = 4  # images with a history, which holds the scores of a volume in half precision
+
+
 def weights_of(models: Path) -> dict[str, Any]:
     """Date, epochs and validation score of the weights in a folder; None where not recorded.
 
@@ -95,13 +98,10 @@ class Versions:
 
     Args:
         models: the folder.
-        most: largest number of images with a history, which holds the scores of a volume in half
-            precision.
     """
 
-    def __init__(self, models: Path, most: int = 4) -> None:
+    def __init__(self, models: Path) -> None:
         self.models = models
-        self.most = most
         self._weights: tuple[int, dict[str, Any]] = (0, {})
         self._histories: OrderedDict[tuple[Any, ...], History] = OrderedDict()
 
@@ -120,7 +120,7 @@ class Versions:
         key = image, stat.st_mtime_ns, stat.st_size, self._changed()
         found = self._histories.setdefault(key, History())
         self._histories.move_to_end(key)
-        while len(self._histories) > self.most:
+        while len(self._histories) > MOST:
             self._histories.popitem(last=False)
         return found
 
