@@ -114,6 +114,6 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_values_are_python_literals_by_position_and_by_name() -> None:
     found = parsed("push", ["folder", "--repo=ann/ball", "--dry-run", "False"])
-    assert found == {"folder": "folder", "repo": "ann/ball", "dry_run": False}
+    assert found == {"folder": "folder", "repo": "ann/ball", "dry_run": False, "update": False}
     found = parsed("transfer-report", ["a.pt", "b.json", "--spacing", "[1,2,3]"])
     assert found == {"weights": "a.pt", "network": "b.json", "spacing": [1, 2, 3]}

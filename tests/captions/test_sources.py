@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import real_data
+from real_data import real_data
 
 from med3dinsight_ext.captions.sources import FileCaptions, TemplateCaptions
 from med3dinsight_ext.data.datalists import datalist

@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import real_data
 from monai.data import MetaTensor
+from real_data import real_data
 
 from med3dinsight_ext.data import datalists
 from med3dinsight_ext.data.datalists import (

@@ -7,10 +7,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import real_data
 from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 from monai.transforms import RandFlipd
+from real_data import real_data
 
 from med3dinsight_ext.data.laterality import (
     Mirror,

@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import real_data
 from monai.data import MetaTensor
+from real_data import real_data
 
 from med3dinsight_ext.data import slicing
 from med3dinsight_ext.data.slicing import choose, cut, depth, plane_number, usable, window

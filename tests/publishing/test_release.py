@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import real_data
+from real_data import real_data
 from running import ROOT, environment
 
 
