@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from med3dinsight_ext.data.modalities import modality_name
-from med3dinsight_ext.data.patients import patient_name, patients_of
+from med3dinsight_ext.data.patients import name_series, patients_of
 from med3dinsight_ext.io.claims import npz_array
-from med3dinsight_ext.io.dicom import patient_id
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import parse_json, read_rows, readable
 from med3dinsight_ext.io.remote import check_servers, is_remote
@@ -81,10 +80,7 @@ def datalist(
             )
     if not items:
         raise ValueError(f"source must list images, got none in {source}; name another source")
-    for item in items:
-        series = not item["image"].endswith(VOLUME_ENDINGS) and not patient_name(item, "")
-        if series and (found_id := patient_id(item["image"])):
-            item["patient"] = found_id
+    name_series(items)
     if not split:
         return items
     with readable("split", split, "correct it"):

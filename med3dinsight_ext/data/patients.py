@@ -7,6 +7,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from med3dinsight_ext.io.dicom import patient_id
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
+
 log = logging.getLogger(__name__)
 CONTENT = ("targets", "prepared", "grids")  # entries that are named by a volume's content
 
@@ -44,6 +47,14 @@ def patient_name(item: dict[str, Any], default: str) -> str:
     """The ``patient`` of an item; tables have an empty text where there is none."""
     given = item.get("patient")
     return default if given in (None, "") else str(given)
+
+
+def name_series(items: Sequence[dict[str, Any]]) -> None:
+    """Give DICOM series without a patient their PatientID."""
+    for item in items:
+        series = not item["image"].endswith(VOLUME_ENDINGS) and not patient_name(item, "")
+        if series and (found_id := patient_id(item["image"])):
+            item["patient"] = found_id
 
 
 def patients_of(items: Sequence[dict[str, Any]]) -> list[str]:

@@ -208,7 +208,12 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
             tried = patch
     cost = f"{used / 2**30:.1f} of {free / 2**30:.0f} GiB, {seconds:.1f} s a step here"
     plan.reasons["batch_size"] = f"{cost}; {plan.reasons['batch_size']}"
-    steps = steps_for(batch * int(np.prod(patch)), limits.budget, limits.least, limits.most)
+    _put_steps(put, plan, limits, batch * int(np.prod(patch)), seconds)
+
+
+def _put_steps(put: Any, plan: Plan, limits: Machine, voxels: int, seconds: float) -> None:
+    """Steps and what follows from them, from voxels and seconds of a step."""
+    steps = steps_for(voxels, limits.budget, limits.least, limits.most)
     put("steps", steps, "fewer for a try")
     if isinstance(steps := plan.settings["steps"], int):  # else an expression of a given plan
         minutes = f"about {steps * seconds / 60:.0f} min in the network here"
