@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import fakes
 import hypothesis
 import pytest
+import torch
 
+from med3dinsight_ext.planning import plan as planning
 from med3dinsight_ext.teachers.teacher import Teacher
 
 hypothesis.settings.register_profile("short", max_examples=20, deadline=None, derandomize=True)
@@ -16,3 +20,11 @@ hypothesis.settings.load_profile("short")  # more examples: pytest --hypothesis-
 @pytest.fixture
 def teacher() -> Teacher:
     return fakes.teacher()
+
+
+@pytest.fixture
+def small_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory, and plans that take a second to train."""
+    monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 1, 1, 1, 2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)

@@ -13,7 +13,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 import yaml
 from fakes import write_volumes
 from running import trains_in
@@ -23,7 +22,6 @@ import med3dinsight_ext
 from med3dinsight_ext import workflows
 from med3dinsight_ext.cli import main
 from med3dinsight_ext.io.images import open_volume
-from med3dinsight_ext.planning import plan as planning
 from med3dinsight_ext.planning.plan import read_plan
 
 TEACHER = {"_target_": "fakes.teacher"}
@@ -32,11 +30,8 @@ SMALL = {"teacher": TEACHER, "per_plane": 8, "slices": 4, "device": "$torch.devi
 
 
 @pytest.fixture
-def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Five images, three labels, a working directory, and plans that take a second to train."""
-    monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 1, 1, 1, 2))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
+def scans(small_plans: None) -> Path:
+    """Five images, three labels."""
     folder = write_volumes(Path("scans"), 5)
     for name in ("v3", "v4"):
         (folder / "labels" / f"{name}.nii.gz").unlink()

@@ -159,13 +159,12 @@ class ClickInferer(Inferer):
             min(n, math.floor(c + reach) + 1) for n, c in zip(before.shape[1:], centre, strict=True)
         ]
         inner = (slice(None), *map(slice, low, high))
-        starts = [side.start for side in window]
-        box = [slice(s + a, s + b) for s, a, b in zip(starts, low, high, strict=True)]
-        starts = [side.start for side in box]
+        starts = [side.start + a for side, a in zip(window, low, strict=True)]
+        box = [slice(s, s + b - a) for s, a, b in zip(starts, low, high, strict=True)]
+        last = [c - a for c, a in zip(centre, low, strict=True)]
         changed = found[inner].clone()
         if not _contested(clicks[-1], clicks):
-            _lift(changed, clicks[-1], starts)
-        last = [c - a for c, a in zip(centre, low, strict=True)]
+            _lift(changed, int(clicks[-1][0]), last)
         near = _squares(changed, last) <= reach**2
         changed = torch.where(near, changed, before[inner])
         _hold(changed, clicks, starts)
@@ -190,7 +189,7 @@ def _contested(click: Click, clicks: Sequence[Click]) -> bool:
     return any(n != number and math.dist(centre, c) < 2 * HELD for n, *c in clicks)
 
 
-def _lift(scores: Tensor, click: Click, starts: Sequence[int]) -> None:
+def _lift(scores: Tensor, number: int, place: Sequence[float]) -> None:
     """Raise the score of a click's class around it, by what it lacks to be the largest there.
 
     Networks are seldom sure enough to follow a click, whose error they made themselves. Voxels
@@ -200,16 +199,14 @@ def _lift(scores: Tensor, click: Click, starts: Sequence[int]) -> None:
 
     Args:
         scores: (classes, x, y, z) of a part of the volume, is changed.
-        click: in voxels of the volume.
-        starts: first voxel of the part.
+        number: class of the click.
+        place: of the click, in voxels of the part.
     """
-    number, *place = click
-    centre = [c - start for c, start in zip(place, starts, strict=True)]
-    i, j, k = (min(max(round(c), 0), n - 1) for c, n in zip(centre, scores.shape[1:], strict=True))
+    i, j, k = (min(max(round(c), 0), n - 1) for c, n in zip(place, scores.shape[1:], strict=True))
     here = scores[:, i, j, k]
-    others = torch.cat([here[: int(number)], here[int(number) + 1 :]])
-    lack = (others.max() + MARGIN - here[int(number)]).clamp(min=0)
-    scores[int(number)] += lack * torch.exp(-_squares(scores, centre) / (2 * RISE**2))
+    others = torch.cat([here[:number], here[number + 1 :]])
+    lack = (others.max() + MARGIN - here[number]).clamp(min=0)
+    scores[number] += lack * torch.exp(-_squares(scores, place) / (2 * RISE**2))
 
 
 def _hold(scores: Tensor, clicks: Sequence[Click], starts: Sequence[int]) -> None:

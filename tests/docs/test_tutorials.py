@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fakes import write_volumes
 from running import ROOT
 
 from med3dinsight_ext.cli import main, parsed
-from med3dinsight_ext.planning import plan as planning
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("bundles/**/*.md")])
 TUTORIALS = ROOT / "docs" / "tutorials"
@@ -54,11 +52,8 @@ def test_pages_have_commands() -> None:
 
 
 @pytest.fixture
-def scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with five labelled volumes, and plans that take a second to train."""
-    monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 1, 1, 1, 2))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
+def scans(small_plans: None) -> Path:
+    """Five labelled volumes."""
     folder = write_volumes(Path("scans"), 5)
     for name in ("segmentation.json", "classification.json"):
         (folder / name).unlink()
