@@ -121,6 +121,76 @@ def sarcoma(result: Result) -> str:
     )
 
 
+def commands(result: Result) -> str:
+    """Section of bench_commands.py."""
+    rows = result["rows"]
+    first = rows["headneck_newcomer"]
+    names = ("pretrain", "finetune", "predict")
+    return fill(
+        "commands",
+        where=where(result),
+        dice=ends(first["test"]["mean"]["dice"]),
+        cases=first["test"]["cases"],
+        newcomer=table([name, first[name]["words"], *_minutes(first[name])] for name in names),
+        others="\n".join(_plans(rows) + _seconds(rows)).rstrip(),
+        **{key: first[key] for key in ("images", "labelled", "predicted")},
+    )
+
+
+def _minutes(row: Result) -> list[str]:
+    return [f"{row[key] / 60:.1f}" for key in ("seconds", "cpu_seconds")]
+
+
+def _plans(rows: Result) -> list[str]:
+    """The plan alone against an overlay by hand."""
+    arms = {
+        "hippocampus, plan alone": "hippocampus_planned",
+        "head and neck, plan alone": "headneck_planned",
+        "head and neck, by hand (`headneck_by_hand.yaml`)": "headneck_by_hand",
+    }
+    lines = []
+    for text, name in arms.items():
+        row = rows[name]
+        lines.append(
+            [text, row["steps"], *_minutes(row["finetune"]), f"{row['validation_dice']:.3f}"]
+            + [ends(row["test"]["mean"]["dice"])]
+        )
+    dice = {name: rows[name]["test"]["mean"]["dice"]["mean"] for name in arms.values()}
+    behind = dice["headneck_by_hand"] - dice["headneck_planned"]
+    return [
+        "**The plan alone**, `finetune DIR` from scratch. Goals: hippocampus at least 0.88 "
+        f"({reached(dice['hippocampus_planned'] >= 0.88)}), head and neck at most one point below "
+        f"the overlay by hand ({100 * behind:+.1f} points: {reached(behind <= 0.01)}).\n",
+        "| data, settings | steps | minutes | CPU minutes | Dice, validation | Dice, test |",
+        "|---|---|---|---|---|---|",
+        table(lines) + "\n",
+        "Settings on the 21 validation cases, from which batch, rate and running mean of the plan "
+        "were chosen (84 training cases):\n",
+        "| spacing | patch | batch | learning rate | running mean | steps | Dice |",
+        "|---|---|---|---|---|---|---|",
+        table(_tried(row) for name, row in rows.items() if "settings" in row) + "\n",
+    ]
+
+
+def _tried(row: Result) -> list[object]:
+    sizes = [" × ".join(map(str, row["settings"][key])) for key in ("spacing", "patch_size")]
+    others = [row["settings"][key] for key in ("batch_size", "learning_rate", "ema_decay")]
+    return [*sizes, *others, row["steps"], f"{row['validation_dice']:.3f}"]
+
+
+def _seconds(rows: Result) -> list[str]:
+    """One file, and quickstart."""
+    one, quick = rows["one_file"], rows["quickstart"]["quickstart"]
+    return [
+        f"**`predict` on one file** with a published bundle takes {span(one['whole'], 1)} s: "
+        f"{span(one['import'], 1)} s are the imports of torch and MONAI, {span(one['network'], 1)} "
+        f"s the network, {span(one['beyond'], 1)} s the rest (goal 3 s: "
+        f"{reached(one['beyond']['median'] < 3)}).\n",
+        f"**`quickstart`** takes {quick['seconds'] / 60:.1f} minutes on "
+        f"{quick['threads']} threads (goal 6: {reached(quick['seconds'] <= 360)}).\n",
+    ]
+
+
 def hippocampus(result: Result) -> str:
     """Section of bench_finetune.py on hippocampus."""
     test, seconds = result["test"], result["train_seconds"]
@@ -879,6 +949,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "filling": filling,
     "transport": transport,
     "sarcoma": sarcoma,
+    "commands": commands,
     "hippocampus": hippocampus,
     "headneck": headneck,
     "clicks_hippocampus": clicks,

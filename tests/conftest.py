@@ -25,6 +25,6 @@ def teacher() -> Teacher:
 @pytest.fixture
 def small_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working directory, and plans that take a second to train."""
-    monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 1, 1, 1, 2))
+    monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 1, 2, 1, 2, 4))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)

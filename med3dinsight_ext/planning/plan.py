@@ -24,12 +24,19 @@ from med3dinsight_ext.planning.rules import (
 )
 from med3dinsight_ext.planning.survey import Survey, survey
 
-BATCH = 4  # patches in a step
+VOLUMES = 4  # in a step of a classifier, whose norm is that of the batch
 SHARE = 0.7  # of the free memory that a step may take
 SMALLEST = 16**3  # voxels of a patch
 WIDTHS = ("channels", "features_per_stage")  # of a backbone: what is shown of it
 WIDTH = 100  # characters of a line on the screen
-TASK = ("label_names", "class_names", "mirror_axes", "mirror_pairs", "patches_per_volume")
+TASK = (
+    "label_names",
+    "class_names",
+    "mirror_axes",
+    "mirror_pairs",
+    "patches_per_volume",
+    "ema_decay",
+)
 
 
 class Machine(NamedTuple):
@@ -38,19 +45,22 @@ class Machine(NamedTuple):
     voxels: of a patch, at most.
     wide: voxels of a patch up to which the network has 32 filters instead of 16.
     levels: halvings of the network.
-    budget, least, most: of the training, see ``steps_for``.
+    batch: patches in a step.
+    budget: voxels that a training sees.
+    least, most: patches that it sees.
     """
 
     voxels: int
     wide: int
     levels: int
+    batch: int
     budget: float
     least: int
     most: int
 
 
-CPU = Machine(330_000, 130_000, 3, 8e8, 600, 2500)
-GPU = Machine(128**3, 128**3, 4, 8e10, 5_000, 20_000)
+CPU = Machine(330_000, 130_000, 3, 2, 8e8, 2_400, 10_000)
+GPU = Machine(128**3, 128**3, 4, 4, 8e10, 20_000, 80_000)
 
 
 class Plan(NamedTuple):
@@ -152,6 +162,7 @@ def _put_classes(put: Any, dataset: Dataset) -> None:
     put("mirror_axes", list(flips.axes), flips.reason)
     put("mirror_pairs", [list(pair) for pair in flips.pairs], "classes that swap when mirrored")
     put("patches_per_volume", 1, "so that batch_size counts the patches of a step")
+    put("ema_decay", 0.99, "a running mean of the weights is validated and kept")
 
 
 def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: bool) -> None:
@@ -167,7 +178,8 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
     limits = GPU if device.type == "cuda" else CPU
     native = target_spacing(found.spacings, found.shapes)
     extent = np.median(found.shapes * found.spacings, 0)
-    free, voxels, batch = usable_memory(device), limits.voxels, BATCH
+    free, voxels = usable_memory(device), limits.voxels
+    batch = VOLUMES if whole else limits.batch
     tried: list[int] = []
     while True:
         spacing = covering_spacing(extent / native, native, voxels, 1.0 if whole else 0.25)
@@ -208,12 +220,15 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
             tried = patch
     cost = f"{used / 2**30:.1f} of {free / 2**30:.0f} GiB, {seconds:.1f} s a step here"
     plan.reasons["batch_size"] = f"{cost}; {plan.reasons['batch_size']}"
-    _put_steps(put, plan, limits, batch * int(np.prod(patch)), seconds)
+    _put_steps(put, plan, limits, batch, int(np.prod(patch)), seconds)
 
 
-def _put_steps(put: Any, plan: Plan, limits: Machine, voxels: int, seconds: float) -> None:
-    """Steps and what follows from them, from voxels and seconds of a step."""
-    steps = steps_for(voxels, limits.budget, limits.least, limits.most)
+def _put_steps(
+    put: Any, plan: Plan, limits: Machine, batch: int, voxels: int, seconds: float
+) -> None:
+    """Steps and what follows from them, from patches, their voxels and seconds of a step."""
+    least, most = limits.least // batch, limits.most // batch
+    steps = steps_for(batch * voxels, limits.budget, least, most)
     put("steps", steps, "fewer for a try")
     if isinstance(steps := plan.settings["steps"], int):  # else an expression of a given plan
         minutes = f"about {steps * seconds / 60:.0f} min in the network here"

@@ -31,8 +31,7 @@ from med3dinsight_ext.reports.segmentation_figures import Case, boxes, overlays,
 from med3dinsight_ext.reports.viewer import write_viewer
 
 DIGITS = {"dice": 3, "nsd": 3, "hd95": 1}
-LOWEST = 10  # cases in the page's table
-VIEWED = 12  # cases with a viewer, the first
+LOWEST = 10  # cases in the page's table, with viewers
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class SegmentationReport:
     in ``engine.state.metrics`` (``dice``, ``nsd``, ``hd95``, ``dice_<class>``), the first writes
     ``cases.csv``, ``metrics.json`` (with the ``confusion`` of classes over all cases and the
     ``worst_class`` of each case), ``boxes.png``, ``overlays.png``, ``report.html`` and, of
-    the first cases, ``viewer``.
+    those of its cases with the lowest Dice, ``viewer``.
 
     Args:
         output_dir: folder to write to.
@@ -74,7 +73,7 @@ class SegmentationReport:
         self.tolerance = tolerance
         self.title, self.weights = title, weights
         self.cases: list[Case] = []
-        self.viewers: dict[str, str] = {}
+        self.viewers: dict[str, tuple[float, str]] = {}  # mean Dice and page by image
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -98,17 +97,22 @@ class SegmentationReport:
             shown = self.label_names.index(worst, 1) if worst else 0
             slices = three_slices(prediction, label, shown)
             self.cases.append(Case(image, scores, counts, slices))
-            first = idist.get_rank() == 0 and len(self.viewers) < VIEWED
-            if first and Path(image).exists():
-                self.view(image, prediction, label)
+            if idist.get_rank() == 0 and worst and Path(image).exists():
+                self.view(image, mean_scores(scores)["dice"], prediction, label)
 
-    def view(self, image: str, prediction: MetaTensor, label: MetaTensor) -> None:
-        """Write the viewer of a case."""
-        page = f"viewer/case-{len(self.viewers) + 1:02d}.html"
+    def view(self, image: str, dice: float, prediction: MetaTensor, label: MetaTensor) -> None:
+        """Write the viewer of a case with one of the lowest Dice; the highest of them makes way."""
+        page, highest = f"viewer/case-{len(self.viewers) + 1:02d}.html", None
+        if len(self.viewers) == LOWEST:
+            highest = max(self.viewers, key=self.viewers.__getitem__)
+            limit, page = self.viewers[highest]
+            if dice >= limit:
+                return
         maps = {"Prediction": prediction, "Label": label}
         target = self.output_dir / page
         if write_viewer(target, image, maps, self.label_names[1:], "../report.html"):
-            self.viewers[image] = page
+            self.viewers.pop(highest or "", None)
+            self.viewers[image] = dice, page
 
     def write(self, engine: Engine) -> None:
         every = [case for rank in idist.all_gather(self.cases) for case in rank]
@@ -144,7 +148,8 @@ class SegmentationReport:
         figures = {"boxes": boxes(cases), "overlays": overlays(cases, names)}
         for name, figure in figures.items():
             save_png(self.output_dir / f"{name}.png", figure)
-        viewers = {n: self.viewers.get(c.image) for n, c in zip(names, cases, strict=True)}
+        viewed = {image: page for image, (_, page) in self.viewers.items()}
+        viewers = {n: viewed.get(c.image) for n, c in zip(names, cases, strict=True)}
         page = self.output_dir / "report.html"
         write_page(
             page,

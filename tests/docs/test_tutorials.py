@@ -100,8 +100,16 @@ def test_the_figures_of_the_answers_are_those_of_the_results() -> None:
     )
     recall = result("sarcoma")["summary"]["image_within_r1"]
     arms = {name: arm["119"]["mean"] for name, arm in frozen["arms"].items()}
+    first = result("commands")["rows"]["headneck_newcomer"]
+    minutes = sum(first[name]["seconds"] for name in ("pretrain", "finetune", "predict")) / 60
+    took = f"{minutes:.0f} minutes on two threads"
+    dice_first = f"{first['test']['mean']['dice']['mean']:.3f}"
+    network = (TUTORIALS / "first-network.md").read_text("utf-8")
+    assert took in network and f"mean Dice of {dice_first} on" in network
+    assert f"{minutes:.0f} minutes on two CPU threads" in (ROOT / "README.md").read_text("utf-8")
     starts = scale["start_seg"]["start"], scale["start_seg"]["resume"]
     for figure in (
+        f"{took}, Dice of four organs {dice_first} on test cases",
         f"{rate:.1f} slices a second on two threads",
         f"1,000 volumes of 48 slices in {48000 / rate / 60:.0f} minutes",
         f"{step:.2f} times the network alone",

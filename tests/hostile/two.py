@@ -38,7 +38,7 @@ def front_door(name: str, *words: str, **more: Any) -> Callable[[Path], Any]:
         from med3dinsight_ext.planning import plan
 
         os.chdir(folder)
-        plan.CPU = plan.Machine(16**3, 0, 1, 1, 1, 2)
+        plan.CPU = plan.Machine(16**3, 0, 1, 2, 1, 2, 4)
         getattr(workflows, name)(*words, quiet=True, **more)
 
     return run

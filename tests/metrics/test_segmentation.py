@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -27,6 +28,7 @@ from med3dinsight_ext.metrics.segmentation import (
     summary,
     worst_class,
 )
+from med3dinsight_ext.reports import segmentation, viewer
 from med3dinsight_ext.reports.figures import CLASS_COLORS
 from med3dinsight_ext.reports.formatting import case_names
 from med3dinsight_ext.reports.segmentation import SegmentationReport
@@ -287,6 +289,22 @@ def test_swapped_organs_are_seen_at_a_glance(tmp_path: Path) -> None:
     assert left < right and truth[0] > truth[1]  # each fill lies in the other's outline
     for name, color in zip(names[1:], CLASS_COLORS, strict=False):
         assert f'style="color:{color}">■</span>&nbsp;{name}' in page
+
+
+@pytest.mark.skipif(viewer.niivue() is None, reason="nilearn is not installed")
+def test_the_cases_with_the_lowest_dice_have_viewers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segmentation, "LOWEST", 2)
+    evaluate(SegmentationReport(tmp_path / "out", NAMES), *three_cases(tmp_path))
+    pages = [path.read_text("utf-8") for path in sorted((tmp_path / "out/viewer").glob("*.html"))]
+    titles = [re.findall("<title>(.*?)</title>", page)[0] for page in pages]
+    assert [title.partition(".")[0] for title in titles] == ["half", "most"]
+    report = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert re.findall(r'href="viewer/(\S+)">(\w+)<', report) == [
+        ("case-01.html", "half"),
+        ("case-02.html", "most"),
+    ]
 
 
 def test_slices_are_cut_through_the_worst_class(tmp_path: Path) -> None:

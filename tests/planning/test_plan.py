@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 2, 1e5, 2, 50))
+    monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 2, 4, 1e5, 8, 200))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_kept_settings_stay_and_classes_are_those_of_the_data(folder: Path) -> N
 def test_a_list_of_classes_gets_class_names_and_a_patch_of_the_whole_volume(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "CPU", planning.Machine(12**3, 0, 2, 1e5, 2, 50))
+    monkeypatch.setattr(planning, "CPU", planning.Machine(12**3, 0, 2, 4, 1e5, 8, 200))
     dataset = read_dataset(folder, folder / "classification.json")
     settings = make_plan(dataset, device=CPU).settings
     assert settings["backbone"]["norm"] == "BATCH"
@@ -87,7 +87,7 @@ def test_a_list_of_classes_gets_class_names_and_a_patch_of_the_whole_volume(
 
 
 def test_too_little_memory_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 2, 1e5, 2, 50))
+    monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 2, 4, 1e5, 8, 200))
     monkeypatch.setattr(planning, "usable_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="memory must hold a training step, got 0.0 GiB free"):
         make_plan(read_dataset(folder), device=CPU)
@@ -96,7 +96,7 @@ def test_too_little_memory_is_one_line(folder: Path, monkeypatch: pytest.MonkeyP
 def test_less_memory_gives_fewer_patches_before_a_smaller_patch(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "CPU", planning.Machine(32**3, 0, 2, 1e5, 2, 50))
+    monkeypatch.setattr(planning, "CPU", planning.Machine(32**3, 0, 2, 4, 1e5, 8, 200))
     monkeypatch.setattr(planning, "usable_memory", lambda device: 10**6)
     monkeypatch.setattr(
         planning, "step_cost", lambda network, patch, batch: (batch * int(np.prod(patch)) * 20, 1.0)
