@@ -9,7 +9,7 @@ import ignite.distributed as idist
 from monai.data import DistributedSampler
 
 REMEDIES = {
-    "validation": "raise val_fraction, list more of them, or set val_fraction 0 to validate on none",
+    "validation": "raise val_fraction, list more of them, or set val_fraction 0 for no validation",
     "training": "add volumes, or raise max_cases",
 }
 
