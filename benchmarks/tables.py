@@ -722,15 +722,6 @@ def scale(result: Result) -> str:
     slow, *_, ours = chunks.values()
     ratio = ours["patches_per_second"]["median"] / slow["patches_per_second"]["median"]
     rate = prepare["volumes_per_minute"]
-    costs = [
-        [
-            f"{n:,}",
-            f"{n * prepare['megabytes_nii_gz'] / 1000:,.0f}",
-            f"{n * prepare['megabytes_per_volume'] / 1000:,.0f}",
-            f"{n / rate['1']['median'] / 60:,.1f}",
-        ]
-        for n in (1000, 10_000, 100_000)
-    ]
     return fill(
         "scale",
         where=where(result),
@@ -747,8 +738,53 @@ def scale(result: Result) -> str:
         prepare_ratio=span(prepare["ratio"]),
         prepare_goal=reached(prepare["ratio"]["median"] >= 1.7),
         load=prepare["load_average"],
-        costs=table(costs),
         more="".join(_scale_part(name, result[name]) for name in SCALE_PARTS if name in result),
+    )
+
+
+def volume_costs(part: Result) -> str:
+    """Disk and core hours of 1,000, 10,000 and 100,000 volumes; docs/guides/scale.md has it too."""
+    seconds = {name: row["median"] for name, row in part["cpu_seconds"].items()}
+    epoch = seconds["step"] / part["batch"]  # of one volume
+    rows = [
+        [f"{n:,}"]
+        + [f"{n * size / 1000:,.0f}" for size in part["megabytes"].values()]
+        + [f"{n * one / 3600:,.0f}" for one in (seconds["preparing"], seconds["filling"], epoch)]
+        for n in (1000, 10_000, 100_000)
+    ]
+    return (
+        "| volumes | .nii.gz, GB | prepared copy, GB | store, GB | preparing, core hours "
+        "| filling, core hours | an epoch of a patch per volume, core hours |\n"
+        f"|---|---|---|---|---|---|---|\n{table(rows)}"
+    )
+
+
+def costs(result: Result) -> str:
+    """Section of bench_costs.py."""
+    part, losses = result["volume"], result["losses"]
+    step = part["cpu_seconds"]["step"]["median"]
+    *_, reads = (load("scale") or {})["chunks"].values()
+    sizes = dict.fromkeys(row["pairs"] for row in losses["rows"])
+    return fill(
+        "costs",
+        where=where(result),
+        size=" × ".join(map(str, part["size"])),
+        voxel=" × ".join(map(str, part["voxel_mm"])),
+        nii=part["megabytes"]["nii.gz"],
+        peak=part["preparing_peak_megabytes"] / 1000,
+        slices=part["slices"],
+        batch=part["batch"],
+        **{name: span(row, 1) for name, row in part["cpu_seconds"].items()},
+        volumes=volume_costs(part),
+        epochs=part["epochs"],
+        training=part["epochs"] * 1000 * step / 3600,
+        patches=reads["patches_per_second"]["median"],
+        length=losses["length"],
+        matrices=" and ".join(f"{4 * n**2 / 1e6:,.0f} MB at {n:,}" for n in sizes),
+        losses=table(
+            [kind, f"{n:,}", f"{seconds:.1f}", f"{peak:,.0f}"]
+            for kind, n, seconds, peak in (row.values() for row in losses["rows"])
+        ),
     )
 
 
@@ -877,6 +913,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "gpu": gpu,
     "scale": scale,
     "filling": filling,
+    "costs": costs,
     "transport": transport,
     "sarcoma": sarcoma,
     "hippocampus": hippocampus,
