@@ -15,8 +15,7 @@ import fakes
 import pytest
 from running import ROOT, settings
 
-from formatting import load
-from tables import volume_costs
+from tables import with_costs
 
 TEXT = (ROOT / "docs" / "guides" / "scale.md").read_text("utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
@@ -76,8 +75,7 @@ def test_the_page_prepares_splits_embeds_and_trains(
 
 
 def test_the_page_has_the_measured_costs() -> None:
-    result = load("costs")
-    assert result is not None and volume_costs(result["volume"]) in TEXT
+    assert with_costs(TEXT) == TEXT and "| 100,000 |" in TEXT
 
 
 def test_the_page_has_the_lines_that_run() -> None:
