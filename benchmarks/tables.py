@@ -1,4 +1,4 @@
-"""Write benchmarks/README.md: templates/*.md filled with results/*.json.
+"""Write benchmarks/README.md, templates/*.md filled with results/*.json; and costs in a guide.
 
 python benchmarks/tables.py
 """
@@ -792,15 +792,6 @@ def scale(result: Result) -> str:
     slow, *_, ours = chunks.values()
     ratio = ours["patches_per_second"]["median"] / slow["patches_per_second"]["median"]
     rate = prepare["volumes_per_minute"]
-    costs = [
-        [
-            f"{n:,}",
-            f"{n * prepare['megabytes_nii_gz'] / 1000:,.0f}",
-            f"{n * prepare['megabytes_per_volume'] / 1000:,.0f}",
-            f"{n / rate['1']['median'] / 60:,.1f}",
-        ]
-        for n in (1000, 10_000, 100_000)
-    ]
     return fill(
         "scale",
         where=where(result),
@@ -817,8 +808,42 @@ def scale(result: Result) -> str:
         prepare_ratio=span(prepare["ratio"]),
         prepare_goal=reached(prepare["ratio"]["median"] >= 1.7),
         load=prepare["load_average"],
-        costs=table(costs),
+        costs=volume_costs(result, load("pretrain") or {}),
         more="".join(_scale_part(name, result[name]) for name in SCALE_PARTS if name in result),
+    )
+
+
+def volume_costs(scale: Result, pretrain: Result) -> str:
+    """Costs of 1,000, 10,000 and 100,000 volumes; docs/guides/scale.md has this table too."""
+    prepare, store, steps = scale["prepare"], pretrain["store"], pretrain["overhead"]
+    hours = [
+        1 / 60 / prepare["volumes_per_minute"]["1"]["median"],
+        SLICES / store["fill_slices_per_second"]["median"] / 3600,
+        steps["networks"]["SegResNet"]["ours_seconds"]["median"] / steps["batch"] / 3600,
+    ]
+    sizes = [prepare["megabytes_nii_gz"], prepare["megabytes_per_volume"]]
+    rows = [
+        [f"{n:,}", *(f"{n * mb / 1000:,.0f}" for mb in sizes), *(f"{n * h:,.1f}" for h in hours)]
+        for n in (1000, 10_000, 100_000)
+    ]
+    return (
+        "| volumes | .nii.gz, GB | prepared copy, GB | preparing, hours | filling the store, hours "
+        f"| an epoch of training, hours |\n|---|---|---|---|---|---|\n{table(rows)}"
+    )
+
+
+def pairs(result: Result) -> str:
+    """Section of bench_pairs.py."""
+    sizes = dict.fromkeys(row["pairs"] for row in result["rows"])
+    return fill(
+        "pairs",
+        where=where(result),
+        length=result["length"],
+        matrices=" and ".join(f"{4 * n**2 / 1e6:,.0f} MB at {n:,}" for n in sizes),
+        rows=table(
+            [kind, f"{n:,}", f"{seconds:.1f}", f"{peak:,.0f}"]
+            for kind, n, seconds, peak in (row.values() for row in result["rows"])
+        ),
     )
 
 
@@ -933,6 +958,7 @@ def _scale_part(name: str, part: Result) -> str:
     return f"\n**Start** of {head}: {text} (goals 60 s and 2 GB: {reached(good)}).\n"
 
 
+SLICES = 48  # of a volume, by default
 KILLS = {
     "kills": "filling the store",
     "prepare_kills": "preparing",
@@ -947,6 +973,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "gpu": gpu,
     "scale": scale,
     "filling": filling,
+    "pairs": pairs,
     "transport": transport,
     "sarcoma": sarcoma,
     "commands": commands,
@@ -980,5 +1007,15 @@ def readme() -> str:
     return "\n".join(["# Benchmarks\n", f"{intro}\n", *sections])
 
 
+def with_costs(page: str) -> str:
+    """docs/guides/scale.md with the table of ``volume_costs``."""
+    before, start, rest = page.partition("<!-- costs -->\n")
+    _, end, after = rest.partition("<!-- end of costs -->")
+    costs = volume_costs(load("scale") or {}, load("pretrain") or {})
+    return f"{before}{start}\n{costs}\n\n{end}{after}"
+
+
 if __name__ == "__main__":
     Path(__file__).with_name("README.md").write_text(readme())
+    guide = Path(__file__).parents[1] / "docs" / "guides" / "scale.md"
+    guide.write_text(with_costs(guide.read_text()))

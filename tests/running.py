@@ -19,6 +19,13 @@ from med3dinsight_ext.io.folder_lock import only_training
 ROOT = Path(__file__).parents[1]
 BUNDLES = ("pretrain", "seg-finetune", "cls-finetune")
 BACKBONES = {path.stem: path for path in sorted((ROOT / "bundles" / "backbones").glob("*.yaml"))}
+NETWORKS = {  # small, for each bundle; PlainNet is not MONAI's
+    "pretrain": {"backbone": {"_target_": "fakes.PlainNet"}},
+    "seg-finetune": {"backbone": {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1,
+                     "out_channels": "@out_channels", "channels": [4, 8], "strides": [2]}},
+    "cls-finetune": {"backbone": {"_target_": "fakes.PlainNet"},
+                     "class_names": ["even", "odd"], "val_fraction": 0.4},
+}  # fmt: skip
 
 
 def configs(bundle: str) -> Path:

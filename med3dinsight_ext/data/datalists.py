@@ -17,7 +17,7 @@ from med3dinsight_ext.data.patients import name_series, patients_of
 from med3dinsight_ext.io.claims import npz_array
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import parse_json, read_rows, readable
-from med3dinsight_ext.io.remote import check_servers, is_remote
+from med3dinsight_ext.io.remote import check_servers, is_remote, local_path
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes, real_path
 
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
@@ -52,7 +52,7 @@ def datalist(
         and other fields as given. An image in an .npz is named ``file.npz::train_images::12``. A
         DICOM series without a ``patient`` has its PatientID.
     """
-    source = Path(source)
+    source = local_path(source, "source", "name a local list of its volumes' addresses")
     root = Path(root or (source if source.is_dir() else source.parent))
     sections = _sections(source)
     section = next(iter(sections)) if split or not subset else subset

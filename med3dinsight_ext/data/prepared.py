@@ -41,6 +41,7 @@ from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, keyed_path
 from med3dinsight_ext.io.packages import NotHere
 from med3dinsight_ext.io.reading import whole_lines
+from med3dinsight_ext.io.remote import local_path
 
 log = logging.getLogger(__name__)
 FORMAT = 1  # raise it when entries change
@@ -57,8 +58,9 @@ def prepared_copy(root: str | Path | None, load_transforms: Sequence[Any], worke
         return None
     if find_spec("blosc2") is None:
         raise ValueError("prepared must find blosc2; pip install 'med3dinsight-ext[scale]'")
+    copy = PreparedCopy(root, [t for t in load_transforms if not isinstance(t, PADS)], workers)
     log.info(f"volumes are read by patches from the prepared copy in {root}")
-    return PreparedCopy(root, [t for t in load_transforms if not isinstance(t, PADS)], workers)
+    return copy
 
 
 class PreparedCopy:
@@ -72,10 +74,14 @@ class PreparedCopy:
         transforms: deterministic ones, from paths to (1, x, y, z) images and labels; each fault of
             a volume is a ValueError.
         workers: processes that prepare volumes.
+
+    Raises:
+        ValueError: ``root`` is an address.
     """
 
     def __init__(self, root: str | Path, transforms: Sequence[Any], workers: int = 0) -> None:
-        self.root, self.transforms, self.workers = Path(root), list(transforms), workers
+        self.root = local_path(root, "prepared")
+        self.transforms, self.workers = list(transforms), workers
         self._settings = json.dumps([FORMAT, described(self.transforms)])
         keys = [key for t in self.transforms for key in getattr(t, "keys", ())]
         self.keys = [key for key in ("image", "label") if key in keys]

@@ -28,6 +28,7 @@ from med3dinsight_ext.embeddings.shards import merge_ranks, part_of, rank_share
 from med3dinsight_ext.embeddings.usable_captions import caption_statuses, shown
 from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
 from med3dinsight_ext.io.reading import read_json
+from med3dinsight_ext.io.remote import local_path
 from med3dinsight_ext.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Store:
         readers: threads that read and cut volumes while the teacher computes.
 
     Raises:
-        ValueError: ``planes`` is empty or names an unknown plane.
+        ValueError: ``root`` is an address; ``planes`` is empty or names an unknown plane.
 
     Examples:
         >>> import tempfile, nibabel, numpy, safetensors.torch
@@ -87,7 +88,7 @@ class Store:
         planes: Sequence[str] = PLANES,
         readers: int = 1,
     ) -> None:
-        self.root = Path(root)
+        self.root = local_path(root, "store_dir")
         self.readers = max(1, readers)
         self.teacher = teacher.on(device)
         self.captioner = captioner

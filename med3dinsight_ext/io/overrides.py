@@ -11,11 +11,13 @@ from monai.bundle import ConfigParser
 
 from med3dinsight_ext.io.configs import missing_shared
 from med3dinsight_ext.io.errors import advice
+from med3dinsight_ext.io.remote import COPY, is_remote
 
 RUN_ARGUMENTS = (  # of ``monai.bundle run`` itself
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
     "args_file", "workflow_name", "workflow_type",
 )  # fmt: skip
+FOLDERS = ("bundle_root", "ckpt_dir", "output_dir", "store_dir", "prepared")  # written to
 TRACKING = {"mlflow": "shared/mlflow.json", "wandb": "shared/wandb.json"}  # in bundles/
 
 
@@ -25,14 +27,15 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
     MONAI adds an unknown key silently, so that ``--learning_rat 0.1`` trains at the default rate.
     Lists need lists, and sizes as many numbers, also in overlays: ``--patch_size 64`` would fail
     hours later.
+    A folder that is written to is no address, which pathlib takes for a folder named ``s3:``.
 
     Args:
         arguments: of ``python -m monai.bundle run``; default: this process's.
 
     Raises:
-        SystemExit: names the key, and the nearest one or what it takes; or a file that the bundles
-            share and ``config_file`` lacks; or MONAI's own settings of ``tracking``. Not an error
-            type, so that MONAI does not wrap it in "Failed to evaluate".
+        SystemExit: names the key, and the nearest one or what it takes; or an address; or a file
+            that the bundles share and ``config_file`` lacks; or MONAI's own settings of
+            ``tracking``. Not an error type, so that MONAI does not wrap it in "Failed to evaluate".
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     given: dict[str, Any] = {}
@@ -75,6 +78,8 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
         else:
             value = DefaultParseValue(value) if isinstance(value, str) else value
             _check_list("override", f"--{name} {value}", name, value, node)
+            if name in FOLDERS and is_remote(value):
+                raise SystemExit(f"--{name} must be a path on this machine, got {value}; {COPY}")
 
 
 def _tracking_keys(settings: object) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Volumes at addresses such as s3://bucket/a.nii.gz, fetched once into a local folder by fsspec."""
+"""Addresses such as s3://bucket/a.nii.gz: fsspec fetches volumes once into a local folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from med3dinsight_ext.io.errors import first_line
 from med3dinsight_ext.io.packages import NotHere, package
 
+COPY = "copy to and from there with the lines of docs/guides/scale.md"
 VERSION = (
     "size",
     "ETag",
@@ -27,6 +28,22 @@ VERSION = (
 def is_remote(path: object) -> bool:
     """Whether a path is an address, as s3://bucket/a.nii.gz is."""
     return "://" in str(path)
+
+
+def local_path(path: str | Path, name: str, remedy: str = COPY) -> Path:
+    """A path that is no address; pathlib takes one for a folder named ``s3:``.
+
+    Args:
+        path: to check.
+        name: of its key, for the message.
+        remedy: for the message.
+
+    Raises:
+        ValueError: it is an address.
+    """
+    if is_remote(path):
+        raise ValueError(f"{name} must be a path on this machine, got {path}; {remedy}")
+    return Path(path)
 
 
 def cache_folder() -> Path:

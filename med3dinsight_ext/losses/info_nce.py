@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from med3dinsight_ext.losses.pairs import check_pairs, cosine_matrix, excluded
+from med3dinsight_ext.losses.pairs import check_pairs, cosine_matrix, excluded, sum_of_rows
 
 
 def info_nce_loss(
@@ -31,8 +31,22 @@ def info_nce_loss(
         tensor(True)
     """
     check_pairs(student, teacher)
-    logits = cosine_matrix(student, teacher) / temperature
-    if allowed is not None:
-        logits = logits.masked_fill(excluded(allowed), -math.inf)
-    label = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, label) + F.cross_entropy(logits.mT, label)) / 2
+    left_out = None if allowed is None else excluded(allowed)
+    there = _retrieval(student, teacher, temperature, left_out)
+    back = _retrieval(teacher, student, temperature, None if left_out is None else left_out.mT)
+    return (there + back) / 2
+
+
+def _retrieval(
+    queries: Tensor, keys: Tensor, temperature: float, left_out: Tensor | None
+) -> Tensor:
+    """Mean cross-entropy () of each query's own key among all that are not left out (n, n)."""
+    label = torch.arange(len(queries), device=queries.device)
+
+    def part(rows: slice) -> Tensor:
+        logits = cosine_matrix(queries[rows], keys) / temperature
+        if left_out is not None:
+            logits = logits.masked_fill(left_out[rows], -math.inf)
+        return F.cross_entropy(logits, label[rows], reduction="sum")
+
+    return sum_of_rows(part, len(queries)) / len(queries)

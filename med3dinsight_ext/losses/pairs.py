@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+BLOCK = 4096**2  # entries of a matrix of pairs that are in memory at a time: 64 MB in float32
 
 
 def check_pairs(student: Tensor, teacher: Tensor) -> None:
@@ -33,3 +38,23 @@ def cosine_matrix(student: Tensor, teacher: Tensor) -> Tensor:
 def excluded(allowed: Tensor) -> Tensor:
     """Pairs (n, n) that a loss leaves out: those not ``allowed``, but never the diagonal."""
     return ~(allowed | torch.eye(len(allowed), dtype=torch.bool, device=allowed.device))
+
+
+def sum_of_rows(part: Callable[[slice], Tensor], n: int) -> Tensor:
+    """The sum () of ``part`` over blocks of the rows of an (n, n) matrix.
+
+    Above 4096 pairs the gradient computes each block again, so that one block is in memory at a
+    time.
+
+    Args:
+        part: sum () of what some rows add to a loss.
+        n: pairs.
+    """
+    rows = max(1, BLOCK // n)
+    if rows >= n:
+        return part(slice(0, n))
+    parts = [
+        checkpoint(part, slice(i, i + rows), use_reentrant=False, preserve_rng_state=False)
+        for i in range(0, n, rows)
+    ]
+    return torch.stack(parts).sum()

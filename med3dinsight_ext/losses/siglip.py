@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from med3dinsight_ext.losses.pairs import check_pairs, cosine_matrix, excluded
+from med3dinsight_ext.losses.pairs import check_pairs, cosine_matrix, excluded, sum_of_rows
 
 
 def prior_bias(allowed: Tensor) -> Tensor:
@@ -49,9 +49,15 @@ def siglip_loss(
         True
     """
     check_pairs(student, teacher)
-    logits = cosine_matrix(student, teacher) * log_scale.exp() + bias
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    loss = -F.logsigmoid(torch.where(own, logits, -logits))
-    if allowed is not None:
-        loss = loss.masked_fill(excluded(allowed), 0)
-    return loss.sum() / len(logits)
+    number = torch.arange(len(student), device=student.device)
+    left_out = None if allowed is None else excluded(allowed)
+
+    def part(rows: slice) -> Tensor:
+        logits = cosine_matrix(student[rows], teacher) * log_scale.exp() + bias
+        own = number[rows, None] == number
+        loss = -F.logsigmoid(torch.where(own, logits, -logits))
+        if left_out is not None:
+            loss = loss.masked_fill(left_out[rows], 0)
+        return loss.sum()
+
+    return sum_of_rows(part, len(student)) / len(student)

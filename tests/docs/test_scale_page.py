@@ -15,6 +15,8 @@ import fakes
 import pytest
 from running import ROOT, settings
 
+from tables import with_costs
+
 TEXT = (ROOT / "docs" / "guides" / "scale.md").read_text("utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 LINES = "\n".join(BLOCKS).replace("\\\n", " ").splitlines()
@@ -70,6 +72,10 @@ def test_the_page_prepares_splits_embeds_and_trains(
         assert "3 volumes are in" in capsys.readouterr().out
     run(monkeypatch, train, tmp_path, steps_per_epoch=2, max_epochs=1)
     assert [row["steps"] for row in history(tmp_path)] == [2]
+
+
+def test_the_page_has_the_measured_costs() -> None:
+    assert with_costs(TEXT) == TEXT and "| 100,000 |" in TEXT
 
 
 def test_the_page_has_the_lines_that_run() -> None:

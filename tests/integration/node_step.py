@@ -1,8 +1,9 @@
-"""Started by torchrun: one step of a student, or a training that is killed and resumed."""
+"""Started by torchrun: one step of a student, or a training that is cut off and resumed."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -52,8 +53,19 @@ def step(kind: str, path: Path) -> None:
         torch.save({"loss": value.detach(), **gradients}, path)
 
 
-def train(kill_at: int, path: Path) -> None:
-    """Train with checkpoints after every step; all ranks stop at a step."""
+def lose_node() -> None:
+    """Kill torchrun and this rank of it, as a node without power."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(end: str, path: Path) -> None:
+    """Train with checkpoints after every step.
+
+    Args:
+        end: "never"; "all:4", all ranks stop at step 4; or "1:4", the node of rank 1 is lost then.
+        path: folder of the checkpoints.
+    """
     torch.manual_seed(7)
     network = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1))
     optimizer = torch.optim.Adam(network.parameters(), 0.1)
@@ -65,11 +77,17 @@ def train(kill_at: int, path: Path) -> None:
     model = nn.parallel.DistributedDataParallel(network)
     trainer = SupervisedTrainer("cpu", 2, loader, model, optimizer, nn.MSELoss())
 
-    def kill(running: Engine) -> None:
-        if running.state.iteration == kill_at:
-            os._exit(0)
+    who, _, step = end.partition(":")
 
-    trainer.add_event_handler(Events.ITERATION_STARTED, kill)
+    def cut_off(running: Engine) -> None:
+        if str(running.state.iteration) != step:
+            return
+        if who == "all":
+            os._exit(0)
+        if who == str(idist.get_rank()):
+            lose_node()
+
+    trainer.add_event_handler(Events.ITERATION_STARTED, cut_off)
     EpochSeed(3, loader).attach(trainer)
     best = checkpoint({"model": network}, path, "model.pt")
     state = {"network": network, "optimizer": optimizer, "trainer": trainer, "best": best}
@@ -85,5 +103,5 @@ if __name__ == "__main__":
     if what == "step":
         step(argument, Path(where))
     else:
-        train(int(argument), Path(where))
+        train(argument, Path(where))
     idist.finalize()

@@ -1,4 +1,4 @@
-"""The bundles' configs as MONAI runs them: in this process, killed and resumed, on two ranks."""
+"""The bundles' configs as MONAI runs them: in this process, killed and resumed."""
 
 import inspect
 import json
@@ -26,6 +26,7 @@ from monai.bundle import (
 from running import (
     BACKBONES,
     BUNDLES,
+    NETWORKS,
     command,
     configs,
     environment,
@@ -40,13 +41,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-NETWORKS = {  # small, for each bundle; PlainNet is not MONAI's
-    "pretrain": {"backbone": {"_target_": "fakes.PlainNet"}},
-    "seg-finetune": {"backbone": {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1,
-                     "out_channels": "@out_channels", "channels": [4, 8], "strides": [2]}},
-    "cls-finetune": {"backbone": {"_target_": "fakes.PlainNet"},
-                     "class_names": ["even", "odd"], "val_fraction": 0.4},
-}  # fmt: skip
 METRICS = {
     "pretrain": "image_within_r1", "seg-finetune": "val_mean_dice", "cls-finetune": "val_auroc",
 }  # fmt: skip
@@ -357,24 +351,3 @@ def test_a_failed_run_ends_with_its_cause(tmp_path: Path, volumes: Path) -> None
         .split("\n")[-1]
         .startswith("ValueError: label_names must name the background and a class")
     )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bundle", BUNDLES)
-def test_two_ranks_train_the_bundle(bundle: str, tmp_path: Path, volumes: Path) -> None:
-    more = {**NETWORKS[bundle], "max_epochs": 2, "val_fraction": 0.4}
-    changes = settings(bundle, tmp_path, volumes, **more)
-    del changes["device"]
-    words = command(bundle, ["train.json", "multi_gpu_train.json"], changes)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *launch, *words],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, [x for x in done.stderr.splitlines() if "rror" in x][:12]
-    rows = (tmp_path / "eval" / "history.jsonl").read_text().splitlines()
-    assert [json.loads(row)["epoch"] for row in rows] == [1, 2]
-    assert (tmp_path / "models" / "model.pt").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,15 @@ from running import environment, free_port
 PROGRAM = str(Path(__file__).with_name("node_step.py"))
 
 
-def start(nodes: int, ranks: int, *words: str) -> None:
-    """Run the program on this machine as so many nodes of so many ranks."""
+def launch(nodes: int, ranks: int, *words: str, timeout: float = 240) -> tuple[list[int], str]:
+    """Exit statuses of the program as so many nodes of so many ranks, and their errors.
+
+    Args:
+        nodes: launched on this machine.
+        ranks: of each node.
+        words: arguments of the program.
+        timeout: seconds after which a node that still runs fails the test.
+    """
     launches = [[sys.executable, PROGRAM, *words]]
     if nodes * ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--master_addr", "127.0.0.1"]
@@ -28,11 +36,17 @@ def start(nodes: int, ranks: int, *words: str) -> None:
         subprocess.Popen(x, env=environment(), stderr=subprocess.PIPE, text=True) for x in launches
     ]
     try:
-        errors = [job.communicate(timeout=240)[1] for job in jobs]
+        errors = [job.communicate(timeout=timeout)[1] for job in jobs]
     finally:
         for job in jobs:
             job.terminate()  # torchrun ends its ranks; nothing where it has ended
-    assert [job.returncode for job in jobs] == [0] * nodes, errors[0][-3000:]
+    return [job.returncode for job in jobs], "".join(errors)
+
+
+def start(nodes: int, ranks: int, *words: str) -> None:
+    """``launch`` of nodes that end well."""
+    codes, errors = launch(nodes, ranks, *words)
+    assert codes == [0] * nodes, errors[-3000:]
 
 
 @pytest.mark.slow
@@ -49,9 +63,26 @@ def test_loss_and_gradients_do_not_depend_on_the_nodes(kind: str, tmp_path: Path
 
 @pytest.mark.slow
 def test_two_nodes_go_on_within_an_epoch_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    start(2, 1, "train", "0", str(tmp_path / "whole"))
-    for kill in ("4", "0"):
-        start(2, 1, "train", kill, str(tmp_path / "killed"))
-    one, other = (torch.load(tmp_path / name / "model.pt") for name in ("whole", "killed"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    start(2, 1, "train", "never", str(tmp_path / "whole"))
+    for end in ("all:4", "never"):
+        start(2, 1, "train", end, str(tmp_path / "cut"))
+    same_model(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_node_ends_the_other_and_the_next_start_goes_on(lost: int, tmp_path: Path) -> None:
+    start(2, 1, "train", "never", str(tmp_path / "whole"))
+    codes, errors = launch(2, 1, "train", f"{lost}:4", str(tmp_path / "cut"), timeout=90)
+    assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 1
+    assert "gloo/transport/tcp" in errors  # its own error, not that of the lost node
+    saved = torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)
+    assert saved["position"]["step"] == 3 and saved["trainer"]["epoch_length"] == 5
+    start(2, 1, "train", "never", str(tmp_path / "cut"))
+    same_model(tmp_path / "whole", tmp_path / "cut")
+
+
+def same_model(folder: Path, other: Path) -> None:
+    one, two = (torch.load(path / "model.pt") for path in (folder, other))
+    assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["0.weight"], torch.zeros(3, 2))

@@ -7,7 +7,7 @@ import pytest
 from running import BACKBONES, BUNDLES, ROOT, configs
 
 from med3dinsight_ext.io.configs import with_shared
-from med3dinsight_ext.io.overrides import TRACKING, check_overrides
+from med3dinsight_ext.io.overrides import FOLDERS, TRACKING, check_overrides
 
 
 @pytest.fixture
@@ -44,6 +44,14 @@ def test_known_overrides_pass(config: str, argument: str) -> None:
 def test_a_mistyped_override_stops_the_run(config: str, argument: str, advice: str) -> None:
     with pytest.raises(SystemExit, match=f"override must name a key .*{advice}"):
         check_overrides(["run", "--config_file", config, argument, "1"])
+
+
+def test_an_address_is_no_folder_to_write_to() -> None:
+    files = with_shared(configs("pretrain") / "train.json")
+    for name in FOLDERS:
+        with pytest.raises(SystemExit, match=f"--{name} must be a path .* s3://b/x; copy to and"):
+            check_overrides(["run", "--config_file", str(files), f"--{name}", "s3://b/x"])
+        check_overrides(["run", "--config_file", str(files), f"--{name}", "/b/x"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,18 +16,22 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fakes
 import fsspec
 import nibabel as nib
 import numpy as np
 import pytest
 from data.test_prepared import case, segmentation
+from running import ROOT
 
+from med3dinsight_ext.captions.sources import TemplateCaptions
 from med3dinsight_ext.data.datalists import datalist
 from med3dinsight_ext.data.labels import read_case
 from med3dinsight_ext.data.prepared import PreparedCopy
 from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.embeddings.store import Store
 from med3dinsight_ext.io.files import HashMemo
-from med3dinsight_ext.io.remote import fetched
+from med3dinsight_ext.io.remote import fetched, local_path
 
 NAMES = ["background", "organ"]
 
@@ -118,6 +124,25 @@ def test_a_broken_object_names_its_address(tmp_path: Path) -> None:
         fetched("memory://five/a.mhd")
 
 
+def test_an_address_of_a_folder_that_is_written_to_is_one_line(tmp_path: Path) -> None:
+    for name, build in (
+        ("prepared", lambda root: PreparedCopy(root, segmentation())),
+        ("store_dir", lambda root: Store(root, fakes.teacher(), TemplateCaptions())),
+    ):
+        message = f"{name} must be .* got s3://bucket/x; copy .* lines of docs/guides/scale.md"
+        with pytest.raises(ValueError, match=message):
+            build("s3://bucket/x")
+    with pytest.raises(ValueError, match="source must be .* s3://bucket/x; name a local list"):
+        datalist("s3://bucket/x")
+    assert local_path("a/b", "prepared") == Path("a/b")
+    assert rsync_lines()
+
+
+def rsync_lines() -> list[str]:
+    """The lines that copy to and from a bucket."""
+    return re.findall(r"^python -c .*rsync.*", (ROOT / "docs/guides/scale.md").read_text(), re.M)
+
+
 def test_a_web_server_is_read(item: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "data"))
@@ -185,6 +210,39 @@ def test_volumes_on_s3_are_prepared_by_worker_processes(
     copy.check(listed)
     copy.check(local := [dict(i) for i in (item, *others)])
     assert [i["prepared"] for i in listed] == [i["prepared"] for i in local]
+
+
+@pytest.mark.slow
+def test_a_copy_and_a_store_go_through_a_bucket(
+    s3: dict[str, Any],
+    item: dict[str, Any],
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for bucket in ("volumes", "copies"):
+        fsspec.filesystem("s3", **s3).mkdir(bucket)
+    remote = put(item, "s3://volumes", **s3)
+    folder = tmp_path / "COPY"
+
+    def found() -> tuple[str, str]:
+        (sound,) = PreparedCopy(folder, segmentation()).sound([dict(remote)])
+        store = Store(folder, fakes.teacher(), TemplateCaptions(), per_plane=2)
+        (filled,) = store.fill([{"image": remote["image"], "modality": "CT"}])
+        return sound["prepared"], filled["targets"]
+
+    made = found()
+    files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    push, pull = (
+        line.replace("BUCKET", "copies").replace("python", sys.executable, 1)
+        for line in rsync_lines()
+    )
+    subprocess.run(["bash", "-c", push], cwd=tmp_path, check=True)
+    shutil.rmtree(folder)
+    shutil.rmtree(cache)
+    subprocess.run(["bash", "-c", pull], cwd=tmp_path, check=True)
+    assert files == {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert found() == made and not cache.exists()  # no volume is fetched again
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from test_pairwise_losses import KINDS, PAIRED, unit
 from test_transport import oracle
 from torch import Tensor
 
+from med3dinsight_ext.losses import pairs
 from med3dinsight_ext.losses.alignment import AlignmentLoss
 from med3dinsight_ext.losses.cosine import cosine_loss
 from med3dinsight_ext.losses.info_nce import info_nce_loss
@@ -66,6 +67,42 @@ def test_siglip_counts_allowed_negatives(n: int, seed: int) -> None:
                 total += math.log(1 + math.exp(-logit if i == j else logit))
     found = siglip_loss(student, teacher, torch.tensor(1.3), torch.tensor(-2.0), allowed)
     assert float(found) == pytest.approx(total / n, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "info_nce"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_rows_give_the_loss_and_gradient_of_all(
+    kind: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher, allowed = draw(7, 0)
+    given = allowed if masked else None
+    found = []
+    for block in (49, 21):  # entries: all 7 rows; 3, 3 and 1 of them
+        monkeypatch.setattr(pairs, "BLOCK", block)
+        inputs = [x.clone().requires_grad_() for x in (student, teacher, torch.tensor([1.3, -2.0]))]
+        z, y, (scale, bias) = inputs
+        if kind == "siglip":
+            loss = siglip_loss(z, y, scale, bias, given)
+        else:
+            loss = info_nce_loss(z, y, 0.5, given)
+        loss.backward()
+        found.append([loss, *(x.grad for x in inputs if x.grad is not None)])
+    assert len(found[0]) == len(found[1]) == (4 if kind == "siglip" else 3)
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*found, strict=True))
+
+
+def test_a_large_loss_keeps_one_block_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "BLOCK", 64 * 512)
+    student, teacher = torch.randn(2, 512, 8)
+    kept: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        info_nce_loss(student.requires_grad_(), teacher)
+    assert sum(kept) < 64 * 512
 
 
 def test_the_bias_of_siglip_is_zero_where_there_is_less_than_one_negative() -> None:

@@ -1,0 +1,36 @@
+"""The share of a rank in what all ranks score together."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+import ignite.distributed as idist
+from monai.data import DistributedSampler
+
+REMEDIES = {
+    "validation": "raise val_fraction, list more of them, or set val_fraction 0 for no validation",
+    "training": "add volumes, or raise max_cases",
+}
+
+
+def rank_sampler(dataset: Sized, kind: str = "validation") -> DistributedSampler | None:
+    """Every volume once on one of the ranks, in order; None without volumes.
+
+    Args:
+        dataset: that all ranks have.
+        kind: of its volumes, of ``REMEDIES``.
+
+    Raises:
+        ValueError: a rank would have no volume, and wait for the metrics of the others forever.
+    """
+    count, ranks = len(dataset), idist.get_world_size()
+    if count == 0:
+        return None
+    if count < ranks:
+        raise ValueError(
+            f"{kind} volumes must be at least as many as the processes, got {count} for {ranks}; "
+            f"start fewer processes, {REMEDIES[kind]}"
+        )
+    data: Any = dataset
+    return DistributedSampler(data, even_divisible=False, shuffle=False)
