@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import io
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name not in COMMANDS:
         stop(2, f"unknown command {name}", advice(name, COMMANDS, f"see {PROGRAM} --help"))
     else:
+        if not sys.stderr.isatty():  # in a file the bars of libraries are noise
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         given = parsed(name, rest[:-1])
         module, _, function = COMMANDS[name].rpartition(".")
         named = definition(name).args

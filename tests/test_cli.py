@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -27,6 +28,14 @@ def test_light_commands_import_neither_torch_nor_monai(words: list[str]) -> None
         timeout=20,
     )
     assert done.returncode == 0 and done.stdout and not done.stderr
+
+
+def test_libraries_draw_no_bars_into_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    with pytest.raises(SystemExit, match="1"):
+        main(["plan", "nowhere"])
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
