@@ -18,7 +18,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "med3dinsight_ext"
-REFERENCE = "docs/reference"
+REFERENCE, STYLE = "docs/reference", "docs/site.css"
 LINK = re.compile(r"\]\(([^)#\s]+)")
 EQUATION = re.compile(r"(?<![\\$\w])\$([^\s$](?:[^$\n]*[^\s$])?)\$(?![\w$])")
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
@@ -32,7 +32,7 @@ def on_files(files: Files, config: Any) -> Files:
     linked = {target for page in pages for target in links(page) if (ROOT / target).is_file()}
     found = [
         File.generated(config, name, abs_src_path=str(ROOT / name))
-        for name in sorted(linked.union(pages))
+        for name in sorted({*linked, *pages, STYLE})
     ]
     found += [File.generated(config, name, content=text) for name, text in made.items()]
     return Files([*theme, *found])
