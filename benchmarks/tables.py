@@ -58,6 +58,23 @@ def pretrain(result: Result) -> str:
     )
 
 
+def ranks(result: Result) -> str:
+    """Section of bench_ranks.py."""
+    rows = [
+        [name, span(row["patches_per_second"], 3)]
+        + [span({k: 100 * v for k, v in row["waiting"].items()}, 1)]
+        for name, row in result["ranks"].items()
+    ]
+    return fill(
+        "ranks",
+        where=where(result),
+        rows=table(rows),
+        ratio=result["ratio"],
+        ratio_goal=reached(result["ratio"] >= 1.6),
+        waiting_goal=reached(result["ranks"]["1"]["waiting"]["median"] < 0.05),
+    )
+
+
 def transport(result: Result) -> str:
     """Section of bench_transport.py."""
     speed, grid, peak = result["speed"], result["agreement"], result["peak_mb_at_4096"]
@@ -973,6 +990,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "gpu": gpu,
     "scale": scale,
     "filling": filling,
+    "ranks": ranks,
     "pairs": pairs,
     "transport": transport,
     "sarcoma": sarcoma,
