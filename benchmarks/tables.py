@@ -5,6 +5,7 @@ python benchmarks/tables.py
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -712,7 +713,7 @@ def fuzz(result: Result) -> str:
     )
 
 
-FAULTS = 6  # kinds that faults.py knows
+FAULTS = ("kill", "ENOSPC", "EIO", "EINTR", "EROFS", "EACCES")  # as in faults.py
 
 
 def two(result: Result) -> str:
@@ -734,19 +735,36 @@ def two(result: Result) -> str:
 
 def faults(result: Result) -> str:
     """Section of tests/hostile/faults.py."""
-    lines = []
+    commands: dict[str, dict[str, Result]] = {}
     for name, row in result["scenarios"].items():
-        found = "; ".join(f"{outcome} {count}" for outcome, count in row["outcomes"].items())
-        part = f"{row['tried']} of {FAULTS * row['calls']:,}"
-        lines.append([name, str(row["calls"]), part, found])
+        command, fault = name.split(": ")
+        commands.setdefault(command, {})[fault] = row
+    lines = []
+    for command, rows in commands.items():
+        outcomes = Counter[str]()
+        for row in rows.values():
+            outcomes.update(row["outcomes"])
+        told = outcomes["the second run says what to do"]
+        equal = sum(count for outcome, count in outcomes.items() if outcome.endswith("equal"))
+        calls = max(row["calls"] for row in rows.values())
+        tried = [_tried(rows.get(fault)) for fault in FAULTS]
+        lines.append([command, f"{calls:,}", *tried, f"{equal:,}", f"{told:,}"])
     scenarios = result["scenarios"].values()
     return fill(
         "faults",
         where=where(result),
         open=sum(len(row["open"]) for row in scenarios),
         total=sum(row["tried"] for row in scenarios),
+        kinds=" | ".join(FAULTS),
         rows=table(lines),
     )
+
+
+def _tried(row: Result | None) -> str:
+    """Of a fault's calls: "all", their number, or none."""
+    if row is None:
+        return "–"
+    return "all" if row["tried"] == row["calls"] else f"{row['tried']:,}"
 
 
 def gpu(result: Result) -> str:
