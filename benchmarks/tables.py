@@ -692,23 +692,28 @@ def mutation(result: Result) -> str:
 
 def fuzz(result: Result) -> str:
     """Section of tests/hostile/fuzz.py."""
-    limits, readers = result["limits"], result["readers"]
-    lines, forbidden = [], 0
-    for name, row in sorted(readers.items()):
+    limits, lines, kinds = result["limits"], [], {}
+    for name, row in sorted(result["readers"].items()):
         found = row["outcomes"]
         bad = sum(found.values()) - found.get("value", 0) - found.get("refused", 0)
-        forbidden += bad
-        share = f"{100 * row['seconds'] / (60 * limits['issue_minutes']):.1f} %"
         counts = [row["inputs"], found.get("value", 0), found.get("refused", 0), bad]
-        lines.append([f"`{name}`", *(f"{n:,}" for n in counts), f"{row['seconds']:,.0f}", share])
+        lines.append([f"`{name}`", *(f"{n:,}" for n in counts), f"{row['seconds']:,.0f}"])
+        kinds.setdefault(row["kind"], []).append((row["inputs"], bad, row["seconds"] / 60))
+    sums = {kind: tuple(map(sum, zip(*rows, strict=True))) for kind, rows in kinds.items()}
+    goal = limits["issue_minutes"]
+    short = sorted(sums.items(), key=lambda item: item[1][2])
     return fill(
         "fuzz",
         where=where(result),
         memory=limits["memory_bytes"] / 2**30,
         seconds=limits["seconds"],
-        minutes=limits["issue_minutes"],
-        forbidden=forbidden,
-        total=sum(row["inputs"] for row in readers.values()),
+        minutes=goal,
+        forbidden=sum(bad for _, bad, _ in sums.values()),
+        total=sum(inputs for inputs, _, _ in sums.values()),
+        kinds=table(
+            [kind, f"{inputs:,}", bad, f"{minutes:.1f}", f"{100 * minutes / goal:.0f} %"]
+            for kind, (inputs, bad, minutes) in short
+        ),
         rows=table(lines),
     )
 

@@ -88,8 +88,13 @@ def test_runs_of_fuzzing_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert fuzz.main() == 0 and fuzz.main() == 0
     row, whole = json.loads(out.read_text())["readers"][words[1]], fuzz.fuzz(words[1], inputs=30)
-    assert row["inputs"] == 30 and row["outcomes"] == whole["outcomes"]
+    assert row["inputs"] == 30 and row["kind"] == "headers" and row["outcomes"] == whole["outcomes"]
     assert 0 < row["seconds"] < 60
+
+
+def test_readers_are_of_the_kinds_that_have_a_goal() -> None:
+    named = "headers npz captions datalists overlays checkpoints safetensors answers clicks"
+    assert {reader.kind for reader in READERS.values()} == {*named.split(), "records"}
 
 
 def test_a_reader_with_faults_begins_anew() -> None:
