@@ -11,11 +11,11 @@ import ignite.distributed as idist
 import torch
 from torch import nn
 
-from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.folder_lock import only_training
 from med3dinsight_ext.models.classifier import Classifier, fit_head
 from med3dinsight_ext.models.probes import KNNHead
 from med3dinsight_ext.training.record import record_fit
+from med3dinsight_ext.training.weights import write_torch
 
 logger = logging.getLogger(__name__)
 HEADS = {"linear": nn.Linear, "knn": KNNHead}
@@ -51,6 +51,6 @@ def run(
         fit_head(classifier, loader, device, search=True)
         if idist.get_rank() == 0:
             path = Path(ckpt_dir) / "model.pt"
-            write_atomic(path, lambda draft: torch.save(classifier.state_dict(), draft))
+            write_torch(path, classifier.state_dict())
             logger.info(f"wrote {path}")
             record_fit(ckpt_dir, loader, device)

@@ -163,7 +163,7 @@ def inject(
                 verdict = _verdict(scenario, work, wanted, first, second)
                 counts[verdict] += 1
                 if verdict.startswith("OPEN"):
-                    texts = {"first": first.why[:300], "second": second.why[:300]}
+                    texts = {"first": first.why[-300:], "second": second.why[-300:]}  # the cause
                     open_.append({"call": k, "verdict": verdict, **texts})
             yield (
                 f"{name}: {fault}",
