@@ -692,7 +692,8 @@ def mutation(result: Result) -> str:
 
 def fuzz(result: Result) -> str:
     """Section of tests/hostile/fuzz.py."""
-    limits, lines, kinds = result["limits"], [], {}
+    limits, lines = result["limits"], []
+    kinds: dict[str, list[tuple[int, int, float]]] = {}
     for name, row in sorted(result["readers"].items()):
         found = row["outcomes"]
         bad = sum(found.values()) - found.get("value", 0) - found.get("refused", 0)
