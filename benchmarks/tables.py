@@ -753,7 +753,7 @@ def faults(result: Result) -> str:
         told = outcomes["the second run says what to do"]
         equal = sum(count for outcome, count in outcomes.items() if outcome.endswith("equal"))
         calls = max(row["calls"] for row in rows.values())
-        tried = [_tried(rows.get(fault)) for fault in FAULTS]
+        tried = [_tried_calls(rows.get(fault)) for fault in FAULTS]
         lines.append([command, f"{calls:,}", *tried, f"{equal:,}", f"{told:,}"])
     scenarios = result["scenarios"].values()
     return fill(
@@ -766,7 +766,7 @@ def faults(result: Result) -> str:
     )
 
 
-def _tried(row: Result | None) -> str:
+def _tried_calls(row: Result | None) -> str:
     """Of a fault's calls: "all", their number, or none."""
     if row is None:
         return "–"
