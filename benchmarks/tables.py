@@ -5,6 +5,7 @@ python benchmarks/tables.py
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -708,28 +709,34 @@ def mutation(result: Result) -> str:
 
 def fuzz(result: Result) -> str:
     """Section of tests/hostile/fuzz.py."""
-    limits, readers = result["limits"], result["readers"]
-    lines, forbidden = [], 0
-    for name, row in sorted(readers.items()):
+    limits, lines = result["limits"], []
+    kinds: dict[str, list[tuple[int, int, float]]] = {}
+    for name, row in sorted(result["readers"].items()):
         found = row["outcomes"]
         bad = sum(found.values()) - found.get("value", 0) - found.get("refused", 0)
-        forbidden += bad
-        share = f"{100 * row['seconds'] / (60 * limits['issue_minutes']):.1f} %"
         counts = [row["inputs"], found.get("value", 0), found.get("refused", 0), bad]
-        lines.append([f"`{name}`", *(f"{n:,}" for n in counts), f"{row['seconds']:,.0f}", share])
+        lines.append([f"`{name}`", *(f"{n:,}" for n in counts), f"{row['seconds']:,.0f}"])
+        kinds.setdefault(row["kind"], []).append((row["inputs"], bad, row["seconds"] / 60))
+    sums = {kind: tuple(map(sum, zip(*rows, strict=True))) for kind, rows in kinds.items()}
+    goal = limits["issue_minutes"]
+    short = sorted(sums.items(), key=lambda item: item[1][2])
     return fill(
         "fuzz",
         where=where(result),
         memory=limits["memory_bytes"] / 2**30,
         seconds=limits["seconds"],
-        minutes=limits["issue_minutes"],
-        forbidden=forbidden,
-        total=sum(row["inputs"] for row in readers.values()),
+        minutes=goal,
+        forbidden=sum(bad for _, bad, _ in sums.values()),
+        total=sum(inputs for inputs, _, _ in sums.values()),
+        kinds=table(
+            [kind, f"{inputs:,}", bad, f"{minutes:.1f}", f"{100 * minutes / goal:.0f} %"]
+            for kind, (inputs, bad, minutes) in short
+        ),
         rows=table(lines),
     )
 
 
-FAULTS = 6  # kinds that faults.py knows
+FAULTS = ("kill", "ENOSPC", "EIO", "EINTR", "EROFS", "EACCES")  # as in faults.py
 
 
 def two(result: Result) -> str:
@@ -751,19 +758,36 @@ def two(result: Result) -> str:
 
 def faults(result: Result) -> str:
     """Section of tests/hostile/faults.py."""
-    lines = []
+    commands: dict[str, dict[str, Result]] = {}
     for name, row in result["scenarios"].items():
-        found = "; ".join(f"{outcome} {count}" for outcome, count in row["outcomes"].items())
-        part = f"{row['tried']} of {FAULTS * row['calls']:,}"
-        lines.append([name, str(row["calls"]), part, found])
+        command, fault = name.split(": ")
+        commands.setdefault(command, {})[fault] = row
+    lines = []
+    for command, rows in commands.items():
+        outcomes = Counter[str]()
+        for row in rows.values():
+            outcomes.update(row["outcomes"])
+        told = outcomes["the second run says what to do"]
+        equal = sum(count for outcome, count in outcomes.items() if outcome.endswith("equal"))
+        calls = max(row["calls"] for row in rows.values())
+        tried = [_tried_calls(rows.get(fault)) for fault in FAULTS]
+        lines.append([command, f"{calls:,}", *tried, f"{equal:,}", f"{told:,}"])
     scenarios = result["scenarios"].values()
     return fill(
         "faults",
         where=where(result),
         open=sum(len(row["open"]) for row in scenarios),
         total=sum(row["tried"] for row in scenarios),
+        kinds=" | ".join(FAULTS),
         rows=table(lines),
     )
+
+
+def _tried_calls(row: Result | None) -> str:
+    """Of a fault's calls: "all", their number, or none."""
+    if row is None:
+        return "–"
+    return "all" if row["tried"] == row["calls"] else f"{row['tried']:,}"
 
 
 def gpu(result: Result) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -15,7 +14,6 @@ from monai.visualize import GradCAM
 from torch import Tensor, nn
 
 from med3dinsight_ext.io.console import Bar
-from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.models.features import (
     dry_run,
     extract_features,
@@ -211,34 +209,3 @@ class LinearProbeInit:
     def __call__(self, engine: Engine) -> None:
         if engine.state.epoch == 0:
             self.fit()
-
-
-def probe(
-    classifier: Classifier,
-    loader: Iterable[dict[str, Any]],
-    device: torch.device,
-    mode: str,
-    ckpt_dir: str | Path,
-) -> None:
-    """Fit the head by `fit_head`, and write the classifier's weights to model.pt.
-
-    Args:
-        classifier: with the head of ``mode``.
-        loader: as in `fit_head`.
-        device: to run on.
-        mode: "linear" for logistic regression, "knn" for a vote of the nearest training cases.
-        ckpt_dir: folder of model.pt.
-
-    Raises:
-        ValueError: ``mode`` is another one, or does not fit the classifier's head.
-    """
-    heads = {"linear": nn.Linear, "knn": KNNHead}
-    if mode not in heads or not isinstance(classifier.head, heads[mode]):
-        raise ValueError(
-            f"mode must be finetune, linear (head pooled) or knn (head neighbours), got {mode!r} "
-            f"with the head {type(classifier.head).__name__}; leave head at its default"
-        )
-    fit_head(classifier, loader, device, search=True)
-    path = Path(ckpt_dir) / "model.pt"
-    write_atomic(path, lambda draft: torch.save(classifier.state_dict(), draft))
-    logger.info(f"wrote {path}")

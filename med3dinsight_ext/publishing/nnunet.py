@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.planning.nnunet import AXES, NETWORKS
 from med3dinsight_ext.training.encoder import trained_network
+from med3dinsight_ext.training.weights import write_torch
 
 FILE = "nnunet.pth"
 
@@ -36,7 +34,7 @@ def export_nnunet(folder: str | Path) -> Path:
         )
     weights = turned(network.state_dict(), config[AXES])
     path = Path(folder) / "models" / FILE
-    write_atomic(path, partial(torch.save, {"network_weights": weights}))
+    write_torch(path, {"network_weights": weights})
     print(
         f"wrote {path}: nnUNetv2_train DATASET 3d_fullres FOLD -p PLANS -pretrained_weights {path}"
     )

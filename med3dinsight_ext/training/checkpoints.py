@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,22 @@ from ignite.engine import Engine
 from ignite.handlers import Checkpoint, DiskSaver
 from torch import nn
 
-from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import readable
-from med3dinsight_ext.training.weights import not_finite
+from med3dinsight_ext.training.weights import not_finite, write_torch
 
 logger = logging.getLogger(__name__)
 POSITION = "position"  # of a checkpoint within an epoch
 
 
 class KeepingDiskSaver(DiskSaver):
-    """Replaces a file by ``write_atomic``; ignite's ``DiskSaver`` deletes the old one first."""
+    """Replaces a file by ``write_torch``; ignite's ``DiskSaver`` deletes the old one first."""
 
     def __init__(self, dirname: str | Path) -> None:
         super().__init__(str(dirname), create_dir=True, require_empty=False)
 
     def __call__(self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None) -> None:
         if idist.get_rank() == self.save_on_rank:
-            write_atomic(Path(self.dirname) / filename, partial(torch.save, checkpoint))
+            write_torch(Path(self.dirname) / filename, checkpoint)
 
     def remove(self, filename: str) -> None:
         """Nothing: the next save has the same name."""

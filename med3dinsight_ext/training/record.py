@@ -209,9 +209,7 @@ def recorded(
 
 
 def record_fit(folder: str | Path, loader: Any, device: Any) -> None:
-    """Record a head that was fitted without epochs, after model.pt was written."""
-    if idist.get_rank() > 0:
-        return
+    """Record a head that was fitted without epochs, after model.pt was written; on rank 0."""
     record = RunRecord(folder, ["model.pt"], {"training": loader}, device)
     record._hashed.result()
     record.content.update(seconds=None, weights_sha256=_hashes(record.files))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from med3dinsight_ext.io.errors import first_line
+from med3dinsight_ext.io.files import write_atomic
 
 NESTED = ("state_dict", "model", "network", "student")  # keys that hold the weights in a file
 
@@ -20,6 +21,21 @@ NESTED = ("state_dict", "model", "network", "student")  # keys that hold the wei
 def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
     return [name for name, value in weights.items() if not value.isfinite().all()]
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """Write a file of ``torch.save`` in one step.
+
+    Raises:
+        OSError: the disk is full or fails. Of a path, ``torch.save`` raises a RuntimeError about
+            positions instead.
+    """
+
+    def write(draft: Path) -> None:
+        with draft.open("wb") as file:
+            torch.save(content, file)
+
+    write_atomic(path, write)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -134,6 +134,7 @@ def main() -> int:
 
             limits = {"memory_bytes": MEMORY, "seconds": SECONDS, "issue_minutes": ISSUE_MINUTES}
             rows[name] = joined(before, row)
+            rows = {key: {"kind": READERS[key].kind} | value for key, value in rows.items()}
             text = json.dumps(machine() | {"limits": limits, "readers": rows}, indent=1)
             path.write_text(text + "\n")
     return int(any(row["faults"] for row in found))

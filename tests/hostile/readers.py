@@ -52,12 +52,14 @@ class Reader(NamedTuple):
     """A reader under test.
 
     Attributes:
+        kind: of what it reads, as the goal of minutes is for a kind.
         make: writes a valid sample and what belongs to it into a folder; returns its path.
         read: reads a file of that name in that folder.
         how: mutation that suits the format.
         named: what an error must contain; by default the file's name.
     """
 
+    kind: str
     make: Callable[[Path], Path]
     read: Read
     how: mutate.Mutation
@@ -67,11 +69,13 @@ class Reader(NamedTuple):
 READERS: dict[str, Reader] = {}
 
 
-def reader(name: str, make: Callable[[Path], Path], how: mutate.Mutation, **more: Any) -> Any:
+def reader(
+    name: str, kind: str, make: Callable[[Path], Path], how: mutate.Mutation, **more: Any
+) -> Any:
     """Register a reading function."""
 
     def register(read: Read) -> Read:
-        READERS[name] = Reader(make, read, how, **more)
+        READERS[name] = Reader(kind, make, read, how, **more)
         return read
 
     return register
@@ -115,22 +119,24 @@ def series(folder: Path) -> Path:
     return folder / "series" / "0002.dcm"
 
 
-@reader("dicom", series, mutate.binary, named="series")
+@reader("dicom", "headers", series, mutate.binary, named="series")
 def read_series(path: Path) -> Any:
     return read_volume(str(path.parent)).shape
 
 
-@reader("nrrd", other(write_nrrd, "v.nrrd"), mutate.binary)
-@reader("nrrd_gzip", other(lambda path: write_nrrd(path, "gzip"), "v.nrrd"), mutate.binary)
-@reader("metaimage", other(write_mha, "v.mha"), mutate.binary)
-@reader("metaimage_header", other(write_mhd, "v.mhd"), mutate.text)
-@reader("nifti", nifti("v.nii"), mutate.binary)
-@reader("nifti_gz", nifti("v.nii.gz"), mutate.gzipped)
+@reader("nrrd", "headers", other(write_nrrd, "v.nrrd"), mutate.binary)
+@reader(
+    "nrrd_gzip", "headers", other(lambda path: write_nrrd(path, "gzip"), "v.nrrd"), mutate.binary
+)
+@reader("metaimage", "headers", other(write_mha, "v.mha"), mutate.binary)
+@reader("metaimage_header", "headers", other(write_mhd, "v.mhd"), mutate.text)
+@reader("nifti", "headers", nifti("v.nii"), mutate.binary)
+@reader("nifti_gz", "headers", nifti("v.nii.gz"), mutate.gzipped)
 def read_image(path: Path) -> Any:
     return read_volume(str(path)).shape
 
 
-@reader("nifti_header", nifti("v.nii"), mutate.binary)
+@reader("nifti_header", "headers", nifti("v.nii"), mutate.binary)
 def read_header(path: Path) -> Any:
     return shape_of(str(path))
 
@@ -143,7 +149,7 @@ def label_map(folder: Path) -> Path:
     return folder / "label.nii.gz"
 
 
-@reader("label", label_map, mutate.gzipped)
+@reader("label", "headers", label_map, mutate.gzipped)
 def read_labels(path: Path) -> Any:
     item = {"image": str(path.with_name("image.nii.gz")), "label": str(path)}
     return read_label(item, ["background", "organ"]), offsets(str(path), 2)
@@ -155,7 +161,7 @@ def archive(folder: Path) -> Path:
     return folder / "v.npz"
 
 
-@reader("npz", archive, mutate.zipped)
+@reader("npz", "npz", archive, mutate.zipped)
 def read_archive(path: Path) -> Any:
     items = datalist(path)
     return items[:2], [read_volume(item["image"]).shape for item in items[:2]]
@@ -190,10 +196,13 @@ def lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-@reader("datalist_json", with_images("list.json", json.dumps(DECATHLON)), mutate.text)
-@reader("datalist_jsonl", with_images("list.jsonl", lines(ROWS)), mutate.text)
+@reader("datalist_json", "datalists", with_images("list.json", json.dumps(DECATHLON)), mutate.text)
+@reader("datalist_jsonl", "datalists", with_images("list.jsonl", lines(ROWS)), mutate.text)
 @reader(
-    "datalist_csv", with_images("list.csv", "image,label\n0.nii.gz,a\n1.nii.gz,b\n"), mutate.text
+    "datalist_csv",
+    "datalists",
+    with_images("list.csv", "image,label\n0.nii.gz,a\n1.nii.gz,b\n"),
+    mutate.text,
 )
 def read_list(path: Path) -> Any:
     return datalist(path)
@@ -207,13 +216,13 @@ def split(folder: Path) -> Path:
     return written("split.json", json.dumps(SPLIT))(folder)
 
 
-@reader("split", split, mutate.text)
+@reader("split", "datalists", split, mutate.text)
 def read_split(path: Path) -> Any:
     return datalist(path.with_name("list.json"), split=path, subset="development")
 
 
-@reader("captions_jsonl", with_images("captions.jsonl", lines(CAPTIONS)), mutate.text)
-@reader("captions_csv", with_images("captions.csv", CSV), mutate.text)
+@reader("captions_jsonl", "captions", with_images("captions.jsonl", lines(CAPTIONS)), mutate.text)
+@reader("captions_csv", "captions", with_images("captions.csv", CSV), mutate.text)
 def read_captions(path: Path) -> Any:
     captions = FileCaptions(path)
     items = [{"image": str(path.with_name(f"{i}.nii.gz"))} for i in range(2)]
@@ -229,7 +238,9 @@ def loaded(path: str) -> MetaTensor:
     return LoadImage(image_only=True, ensure_channel_first=True)(path)
 
 
-@reader("clicks_json", with_images("clicks.json", json.dumps(CLICKS)), mutate.text, named="")
+@reader(
+    "clicks_json", "clicks", with_images("clicks.json", json.dumps(CLICKS)), mutate.text, named=""
+)
 def read_clicks(path: Path) -> Any:
     item = datalist(path)[0]
     image = loaded(str(path.with_name("0.nii.gz")))
@@ -276,29 +287,46 @@ RECALLS = {f"image_within_r1{end}": 0.3 for end in ("", "_low", "_high", "_chanc
 RETRIEVAL = {"student": RECALLS | {"image_within_queries": 48.0}, "volume_zero": RECALLS}
 
 
-@reader("overlay_yaml", written("overlay.yaml", OVERLAY), mutate.text)
-@reader("overlay_json", written("overlay.json", json.dumps(yaml.safe_load(OVERLAY))), mutate.text)
+@reader("overlay_yaml", "overlays", written("overlay.yaml", OVERLAY), mutate.text)
+@reader(
+    "overlay_json",
+    "overlays",
+    written("overlay.json", json.dumps(yaml.safe_load(OVERLAY))),
+    mutate.text,
+)
 def read_overlay(path: Path) -> Any:
     bundle = ROOT / "bundles" / "seg-finetune"
     return sorted(merged_configs(bundle, str(path), click=False)["train"])
 
 
-@reader("card", written("card.yaml", yaml.safe_dump(CARD)), mutate.text)
+@reader("card", "overlays", written("card.yaml", yaml.safe_dump(CARD)), mutate.text)
 def read_model_card(path: Path) -> Any:
     return read_card(path)
 
 
-@reader("metrics_segmentation", written("metrics.json", json.dumps(SEGMENTATION)), mutate.text)
+@reader(
+    "metrics_segmentation",
+    "records",
+    written("metrics.json", json.dumps(SEGMENTATION)),
+    mutate.text,
+)
 def read_segmentation(path: Path) -> Any:
     return read_scores(path, "segmentation", ["organ"])
 
 
-@reader("metrics_classification", written("metrics.json", json.dumps(CLASSIFICATION)), mutate.text)
+@reader(
+    "metrics_classification",
+    "records",
+    written("metrics.json", json.dumps(CLASSIFICATION)),
+    mutate.text,
+)
 def read_classification(path: Path) -> Any:
     return read_scores(path, "classification", ["a", "b"])
 
 
-@reader("metrics_retrieval", written("retrieval.json", json.dumps(RETRIEVAL)), mutate.text)
+@reader(
+    "metrics_retrieval", "records", written("retrieval.json", json.dumps(RETRIEVAL)), mutate.text
+)
 def read_retrieval(path: Path) -> Any:
     return read_scores(path, "pretraining")
 
@@ -306,7 +334,7 @@ def read_retrieval(path: Path) -> Any:
 METADATA = (ROOT / "bundles/seg-finetune/configs/metadata.json").read_text()
 
 
-@reader("metadata", written("configs/metadata.json", METADATA), mutate.text)
+@reader("metadata", "records", written("configs/metadata.json", METADATA), mutate.text)
 def read_metadata(path: Path) -> Any:
     return class_names(path.parents[1])
 
@@ -315,7 +343,12 @@ PREPROCESSOR = {"crop_size": {"height": 24, "width": 24}, "image_mean": [0.5] * 
                 "image_std": [0.2] * 3}  # fmt: skip
 
 
-@reader("preprocessor", written("preprocessor_config.json", json.dumps(PREPROCESSOR)), mutate.text)
+@reader(
+    "preprocessor",
+    "records",
+    written("preprocessor_config.json", json.dumps(PREPROCESSOR)),
+    mutate.text,
+)
 def read_preprocessor(path: Path) -> Any:
     return image_settings(str(path.parent))
 
@@ -343,13 +376,13 @@ def stored(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-@reader("weights_pt", saved(state), mutate.zipped)
-@reader("weights_safetensors", stored, mutate.safetensors)
+@reader("weights_pt", "checkpoints", saved(state), mutate.zipped)
+@reader("weights_safetensors", "safetensors", stored, mutate.safetensors)
 def read_any_weights(path: Path) -> Any:
     return {name: tuple(value.shape) for name, value in read_weights(path).items()}
 
 
-@reader("network_pt", saved(state), mutate.zipped)
+@reader("network_pt", "checkpoints", saved(state), mutate.zipped)
 def read_network(path: Path) -> Any:
     return load_weights(fakes.PlainNet(), path)
 
@@ -366,7 +399,7 @@ def run_state() -> dict[str, Any]:
     return {name: value.state_dict() for name, value in training().items()}
 
 
-@reader("checkpoint", saved(run_state, "last.ckpt"), mutate.zipped)
+@reader("checkpoint", "checkpoints", saved(run_state, "last.ckpt"), mutate.zipped)
 def read_checkpoint(path: Path) -> Any:
     objects = training()
     return resume(path, objects, objects["trainer"])
@@ -376,7 +409,7 @@ def student() -> dict[str, Any]:
     return {"network.a": torch.zeros(2), "heads.image.weight": torch.zeros(6, 4)}
 
 
-@reader("student_pt", saved(student, "student.pt"), mutate.zipped)
+@reader("student_pt", "checkpoints", saved(student, "student.pt"), mutate.zipped)
 def read_student(path: Path) -> Any:
     return embedding_dims_of(path)
 
@@ -401,7 +434,7 @@ def entry(end: str) -> Callable[[Path], Path]:
     return make
 
 
-@reader("entry", entry(".safetensors"), mutate.safetensors)
+@reader("entry", "safetensors", entry(".safetensors"), mutate.safetensors)
 def read_entry(path: Path) -> Any:
     image = loaded(str(path.parents[2] / "v.nii.gz"))
     sample = SampleTargetsd("image", {"image": 6, "text": 8}, slices=4)
@@ -409,7 +442,13 @@ def read_entry(path: Path) -> Any:
     return {key: tuple(found[key].shape) for key in ("image_target", "text_target", "plane")}
 
 
-@reader("entry_json", entry(".json"), mutate.text, named="store must be a folder with entries")
+@reader(
+    "entry_json",
+    "records",
+    entry(".json"),
+    mutate.text,
+    named="store must be a folder with entries",
+)
 def read_entry_json(path: Path) -> Any:
     return read_store(path.parents[1], 3, 0).total.slices
 
@@ -420,7 +459,7 @@ def teacher_file(folder: Path) -> Path:
     return path
 
 
-@reader("teacher_json", teacher_file, mutate.text)
+@reader("teacher_json", "records", teacher_file, mutate.text)
 def read_teacher(path: Path) -> Any:
     return Store(path.parent, fakes.teacher(), TemplateCaptions()).embedding_dims
 
@@ -428,7 +467,9 @@ def read_teacher(path: Path) -> Any:
 LOG = [{"plane": "axial", "index": i, "answer": f"Slice {i}."} for i in range(4)]
 
 
-@reader("answer_log", written("log.jsonl", '{"kind": "mllm"}\n' + lines(LOG)), mutate.text)
+@reader(
+    "answer_log", "answers", written("log.jsonl", '{"kind": "mllm"}\n' + lines(LOG)), mutate.text
+)
 def read_log(path: Path) -> Any:
     log = AnswerLog(path, {"kind": "mllm"})
     log.add(("axial", 9), "Nine.")
@@ -439,7 +480,7 @@ def read_log(path: Path) -> Any:
 MEMO = ["/a/b.nii.gz", 10, 2 * 10**18, "ab" * 32]
 
 
-@reader("hash_memo", written("files.jsonl", "\n" + json.dumps(MEMO)), mutate.text)
+@reader("hash_memo", "records", written("files.jsonl", "\n" + json.dumps(MEMO)), mutate.text)
 def read_memo(path: Path) -> Any:
     return len(HashMemo(path)._known)
 
@@ -447,7 +488,7 @@ def read_memo(path: Path) -> Any:
 HISTORY = [{"epoch": i, "steps": 2, "loss": 0.5, "seconds": 1.0} for i in (1, 2)]
 
 
-@reader("history", written("history.jsonl", lines(HISTORY)), mutate.text)
+@reader("history", "records", written("history.jsonl", lines(HISTORY)), mutate.text)
 def read_training_history(path: Path) -> Any:
     return [row["epoch"] for row in read_history(path)]
 
@@ -459,7 +500,7 @@ def gzipped_text(data: bytes, rng: Any) -> bytes:
     return mutate.gzipped(data, rng, mutate.text)
 
 
-@reader("evidence_runs", written("cpu.jsonl.gz", RUNS), gzipped_text)
+@reader("evidence_runs", "records", written("cpu.jsonl.gz", RUNS), gzipped_text)
 def read_runs(path: Path) -> Any:
     return list(results.read("cpu", path.parent))
 
@@ -495,13 +536,14 @@ def answer_file(folder: Path) -> Path:
     return written("answer.json", json.dumps(ANSWER))(folder)
 
 
-@reader("server_answer", answer_file, mutate.text, named="")
+@reader("server_answer", "answers", answer_file, mutate.text, named="")
 def read_answer(path: Path) -> Any:
     return answered(path.read_bytes())
 
 
 @reader(
     "caption_text",
+    "answers",
     written("a.txt", "<think>x</think>**Sure:** The liver, 3 cm. Fat."),
     mutate.text,
     named="",

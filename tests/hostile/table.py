@@ -13,9 +13,9 @@ HERE = ("tests/hostile", "tests", "benchmarks", "")
 sys.path[:0] = [str(ROOT / part) for part in HERE]
 
 from cases import CASES  # noqa: E402
-from faults import FAULTS, SCENARIOS  # noqa: E402
+from faults import FAULTS  # noqa: E402
 from readers import READERS  # noqa: E402
-from two import SCENARIOS as PAIRS  # noqa: E402
+from scenarios import SCENARIOS  # noqa: E402
 
 PAGE = ROOT / "docs" / "security.md"
 START, END = "<!-- table: tests/hostile/table.py -->\n", "<!-- end of table -->\n"
@@ -57,7 +57,7 @@ def rows() -> list[tuple[str, str, str]]:
             short = name in ("evidence", "store") and fault in ("kill", "ENOSPC")
             test = "`test_faults_lose_nothing`" if short else "`faults.py` (nightly)"
             found.append((f"`{name}` {WHAT[fault]} any write", behaviour, test))
-    for name in PAIRS:
+    for name in SCENARIOS:
         behaviour = "the results equal one run's, or an error says what to do"
         test = "`test_two_processes_at_once_lose_nothing`"
         test = test if name in ("evidence", "store") else "`two.py` (nightly)"

@@ -14,11 +14,11 @@ import fuzz
 import pytest
 import two
 from cases import CASES
-from faults import SCENARIOS
 from guard import Outcome, worker
 from mutate import mutant, text, zipped
 from readers import READERS
 from running import environment
+from scenarios import SCENARIOS, files
 from table import PAGE, page, rows
 
 HERE = Path(__file__).parent
@@ -54,9 +54,11 @@ def test_faults_lose_nothing(name: str, every: int, tmp_path: Path) -> None:
     words = [sys.executable, str(HERE / "faults.py"), name, "--faults", "kill,ENOSPC"]
     words += ["--every", str(every), "--out", str(tmp_path / "found.json")]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True)
-    row = json.loads((tmp_path / "found.json").read_text())["scenarios"][name]
-    assert not row["open"] and done.returncode == 0
-    assert {state.split(":")[0] for state in row["outcomes"]} == {"kill", "ENOSPC"}
+    rows = json.loads((tmp_path / "found.json").read_text())["scenarios"]
+    assert list(rows) == [f"{name}: kill", f"{name}: ENOSPC"] and done.returncode == 0
+    for row in rows.values():
+        assert row["tried"] == len(range(1, row["calls"] + 1, every)) and not row["open"]
+    assert rows[f"{name}: kill"]["outcomes"].keys() == {"killed, then equal"}
 
 
 @pytest.mark.parametrize("name", ["evidence", "store"])
@@ -66,14 +68,13 @@ def test_two_processes_at_once_lose_nothing(name: str) -> None:
 
 
 def test_two_trainings_are_compared_by_what_they_wrote(tmp_path: Path) -> None:
-    results = two.files("out")
+    results = files("out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "history.jsonl").write_text('{"epoch": 1, "seconds": 2.5}\n')
     first = results(tmp_path)
     assert first == {"out/history.jsonl": [{"epoch": 1}]}
     (tmp_path / "out" / "plan.yaml").write_text("a: 1")
     assert results(tmp_path).keys() == {"out/history.jsonl", "out/plan.yaml"}
-    assert two.SCENARIOS.keys() >= {"plan", "prepare", "pretrain", "finetune", "predict", "publish"}
 
 
 def test_the_table_of_the_docs_is_that_of_the_tests() -> None:
@@ -87,8 +88,13 @@ def test_runs_of_fuzzing_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert fuzz.main() == 0 and fuzz.main() == 0
     row, whole = json.loads(out.read_text())["readers"][words[1]], fuzz.fuzz(words[1], inputs=30)
-    assert row["inputs"] == 30 and row["outcomes"] == whole["outcomes"]
+    assert row["inputs"] == 30 and row["kind"] == "headers" and row["outcomes"] == whole["outcomes"]
     assert 0 < row["seconds"] < 60
+
+
+def test_readers_are_of_the_kinds_that_have_a_goal() -> None:
+    named = "headers npz captions datalists overlays checkpoints safetensors answers clicks"
+    assert {reader.kind for reader in READERS.values()} == {*named.split(), "records"}
 
 
 def test_a_reader_with_faults_begins_anew() -> None:
@@ -153,5 +159,6 @@ def test_a_mutant_depends_on_its_seed_alone(how: Any, tmp_path: Path) -> None:
     assert first == [mutant(data, how, seed) for seed in range(20)] and len(set(first)) > 15
 
 
-def test_every_scenario_of_faults_is_named_by_the_issue() -> None:
-    assert set(SCENARIOS) == {"store", "answers", "pretrain", "segmentation", "publish", "evidence"}
+def test_commands_that_write_have_a_scenario() -> None:
+    written = {"split", "init", "pretrain", "finetune", "predict", "evaluate", "plan", "publish"}
+    assert SCENARIOS.keys() >= written | {"export", "store", "answers", "prepare", "probe"}

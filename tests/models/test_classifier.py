@@ -17,7 +17,6 @@ from med3dinsight_ext.models.classifier import (
     fit_head,
     grad_cam,
     pooled_features,
-    probe,
 )
 from med3dinsight_ext.models.probes import KNNHead, fit_linear, knn_probe, select_l2
 
@@ -142,18 +141,15 @@ def loader(count: int) -> list[dict]:
     return batches
 
 
-def test_the_linear_mode_is_the_logistic_regression_on_frozen_features(tmp_path: Path) -> None:
+def test_a_pooled_head_is_the_logistic_regression_on_frozen_features() -> None:
     classifier = Classifier(Net(), 2, SIZE)
     before = {k: v.clone() for k, v in classifier.network.state_dict().items()}
-    probe(classifier, loader(6), torch.device("cpu"), "linear", tmp_path)
+    fit_head(classifier, loader(6), torch.device("cpu"), search=True)
     features, labels = pooled_features(classifier, loader(6), torch.device("cpu"))
     expected = fit_linear(features, labels, select_l2(features, labels))(features)
     scores = torch.cat([classifier.eval()(batch["image"]) for batch in loader(6)])
     assert torch.allclose(scores, expected, atol=1e-4)
     assert all(torch.equal(v, classifier.network.state_dict()[k]) for k, v in before.items())
-    other = Classifier(Net(), 2, SIZE)
-    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    assert torch.equal(other.eval()(loader(1)[0]["image"]), scores[:2])
 
 
 def test_fine_tuning_starts_from_the_probe_and_a_resumed_one_does_not() -> None:
@@ -193,26 +189,18 @@ def test_two_processes_share_the_cases_and_get_one_head(tmp_path: Path) -> None:
         assert torch.allclose(first[name], value, atol=1e-5)
 
 
-def test_the_knn_mode_carries_its_cases_in_the_weights(tmp_path: Path) -> None:
+def test_a_head_of_neighbours_carries_its_cases_in_the_weights() -> None:
     classifier = Classifier(Net(), 3, SIZE, head="neighbours")
     assert classifier(torch.rand(1, 1, *SIZE)).shape == (1, 3)  # before there are any
-    probe(classifier, loader(6), torch.device("cpu"), "knn", tmp_path)
+    fit_head(classifier, loader(6), torch.device("cpu"))
     other = Classifier(Net(), 3, SIZE, head="neighbours").eval()
-    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    other.load_state_dict(classifier.state_dict())
     assert isinstance(other.head, KNNHead) and len(other.head.labels) == 12
     volume = loader(2)[1]["image"]
     vote = other(volume).softmax(1)
     features, labels = pooled_features(other, loader(6), torch.device("cpu"))
     assert torch.allclose(vote[:, :2], knn_probe(features, labels, other.pooled(volume)), atol=1e-4)
     assert vote[:, 2].max() < 1e-6
-
-
-def test_a_mode_that_does_not_go_with_the_head_is_an_error(tmp_path: Path) -> None:
-    classifier = Classifier(Net(), 2, SIZE)
-    for mode in ("knn", "lineer"):
-        with pytest.raises(ValueError, match=f"mode must be finetune, linear .*, got '{mode}'"):
-            probe(classifier, loader(1), torch.device("cpu"), mode, tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_features_that_are_not_finite_name_the_case() -> None:

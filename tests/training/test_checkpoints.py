@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ def test_a_kill_while_saving_keeps_the_old_checkpoint(
     engine.run([0], max_epochs=1)
     before = (tmp_path / "model.pt").read_bytes()
 
-    def die(content: object, file: Path) -> None:
-        file.write_bytes(b"half")
+    def die(content: object, file: IO[bytes]) -> None:
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", die)

@@ -1,11 +1,13 @@
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from running import forked
 from torch import nn
 
-from med3dinsight_ext.training.weights import not_finite, read_weights, renamed
+from med3dinsight_ext.training.weights import not_finite, read_weights, renamed, write_torch
 
 
 def test_a_rename_that_matches_nothing_is_an_error() -> None:
@@ -18,6 +20,23 @@ def test_a_rename_that_matches_nothing_is_an_error() -> None:
 def test_renames_are_applied_in_their_order() -> None:
     found = renamed({"a.weight": torch.ones(1), "x": torch.zeros(1)}, {"^a": "b", "^b": "c"})
     assert found == {"c.weight": torch.ones(1), "x": torch.zeros(1)}
+
+
+@pytest.mark.parametrize("values", [1, 10**4])
+def test_weights_that_find_no_room_name_the_fault_and_leave_the_earlier_ones(
+    values: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pt"
+    write_torch(path, {"a": torch.zeros(1)})
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))  # bytes
+        with pytest.raises(OSError, match="File too large"):
+            write_torch(path, {"a": torch.ones(values)})
+
+    with forked(write):
+        assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    assert read_weights(path) == {"a": torch.zeros(1)}
 
 
 def test_what_is_no_weights_is_named_by_its_first_keys(tmp_path: Path) -> None:
