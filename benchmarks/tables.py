@@ -922,8 +922,11 @@ def _processes(result: Result) -> str:
         for n in (1000, 10_000, 100_000)
     ]
     shares = [f"{row['ratio']['median'] / control:.0%}" for row in (own, store)]
+    one_share = store["share_of_a_core"]["1"]["median"]
     return fill(
         "filling_processes",
+        one_share=one_share,
+        most=2 / one_share,
         load_first=part["load_average"],
         load_last=part["load_average_at_the_end"],
         processes=table(lines),

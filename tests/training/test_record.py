@@ -58,7 +58,7 @@ def test_a_record_holds_what_ran(trained: Path) -> None:
         "epochs": 2,
         "seed": 3,
         "batch_size": 2,
-        "learning_rate": 0.001,
+        "learning_rate": 0.002,
         "device": "cpu",
         "resumed_after": [],
         "rounds": [],
