@@ -1,4 +1,4 @@
-"""Training from a prepared copy: the share of a step that waits for data, and two ranks against one.
+"""Training from a prepared copy: waiting for data, and two ranks against one.
 
 python benchmarks/bench_ranks.py [--folder DIR]
 
@@ -15,7 +15,6 @@ import sys
 import tempfile
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import fire
 import nibabel as nib
@@ -113,9 +112,12 @@ def main(folder: str | None = None) -> None:
         (root / "list.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
         trained(root, 1, REPEATS)  # prepares the copy
         load = os.getloadavg()[0]
-        found = {ranks: [trained(root, ranks, i) for i in range(REPEATS)] for ranks in (1, 2)}
-        found = {k: {key: spread([row[key] for row in v]) for key in v[0]} for k, v in found.items()}
-        rate = {k: v["patches_per_second"]["median"] for k, v in found.items()}
+        runs = {ranks: [trained(root, ranks, i) for i in range(REPEATS)] for ranks in (1, 2)}
+        found = {
+            ranks: {key: spread([row[key] for row in rows]) for key in rows[0]}
+            for ranks, rows in runs.items()
+        }
+        rate = {ranks: row["patches_per_second"]["median"] for ranks, row in found.items()}
         write("ranks", {"ranks": found, "ratio": rate[2] / rate[1], "load_average": load})
 
 
