@@ -7,8 +7,8 @@ from typing import Any
 
 import fakes
 import pytest
-from faults import settings, trained
 from running import command, environment
+from scenarios import files, settings
 
 BUNDLES = ("pretrain", "seg-finetune")
 
@@ -22,7 +22,7 @@ def train(bundle: str, folder: Path, seed: int = 0) -> dict[str, Any]:
         [sys.executable, *words], env=environment(), cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return trained(folder)
+    return files("out/models")(folder) | files("out/eval")(folder)
 
 
 @pytest.mark.slow
@@ -31,5 +31,5 @@ def test_a_seed_gives_the_same_bits_in_another_process(bundle: str, tmp_path: Pa
     first, second, other = (
         train(bundle, tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
-    assert first == second and len(first["history"]) == 2
-    assert first["model.pt"] != other["model.pt"]
+    assert first == second and len(first["out/eval/history.jsonl"]) == 2
+    assert first["out/models/model.pt"] != other["out/models/model.pt"]
