@@ -262,6 +262,27 @@ def test_a_volume_smaller_than_the_patch_is_padded(tmp_path: Path, volumes: Path
     assert (tmp_path / "models" / "model.pt").exists()  # also without validation cases
 
 
+@pytest.mark.parametrize(
+    ("bundle", "network"),
+    [
+        ("pretrain", "$torch.compile(@student.to(@device), backend='eager')"),
+        ("seg-finetune", "$torch.compile(@network_def.to(@device), backend='eager')"),
+        ("seg-finetune", "$@network_def.to(@device, memory_format=torch.channels_last_3d)"),
+    ],
+)
+def test_a_compiled_network_and_another_memory_format_train_the_same_weights(
+    bundle: str, network: str, tmp_path: Path, volumes: Path
+) -> None:
+    found = []
+    for name, more in (("plain", {}), ("other", {"network": network})):
+        run(bundle, ["train.json"], **settings(bundle, tmp_path / name, volumes, **more))
+        found.append(torch.load(tmp_path / name / "models" / "model.pt", weights_only=True))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        off = (found[1][name] - value).abs().float()  # Adam's first steps have the rate's size
+        assert off.mean() < 1e-4, name
+
+
 def test_a_frozen_encoder_and_layer_rates_are_wired(tmp_path: Path, volumes: Path) -> None:
     given = settings("seg-finetune", tmp_path, volumes, val_fraction=0, freeze_epochs=-1)
     given |= {"backbone::init_filters": 8, "layer_decay": 0.1, "accumulation_steps": 2}
