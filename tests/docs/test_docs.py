@@ -18,7 +18,7 @@ PAGES = sorted([
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 ASSIGNED = re.compile(r'(?:^|(?<=; ))([A-Z]+)=(?:"([^"\n]*)"|([^\s;]+))', re.MULTILINE)
 CONFIG_FILE = re.compile(r'--config_file (?:"\[([^]]+)\]"|([^\s"]+))')
-NO_RUN = {"gpu", "pairs"}  # not measured yet
+NO_RUN = {"gpu"}  # not measured yet
 
 
 def test_benchmark_tables_are_generated_from_the_results() -> None:
