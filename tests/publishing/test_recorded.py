@@ -101,7 +101,7 @@ def test_inference_mirrors_as_training_decided_from_the_labels(
         ("cases", "4 for training (fingerprint "),
         ("seed", "7"),
         ("batch size", "2"),
-        ("learning rate", "0.001"),
+        ("learning rate", "0.002"),
         ("device", "cpu"),
         ("pre-trained from", "nothing, from scratch"),
     ],
