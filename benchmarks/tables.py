@@ -438,7 +438,11 @@ CLICK_GOALS: dict[str, list[tuple[str, str, str, str, float]]] = {
         ("click_warm_long", "plain", "validation", "one", 0.03),
         ("click_all", "plain_all", "test", "one", 0.03),
     ],
-    "headneck": [("click_6_warm", "plain_6", "validation", "each", 0.15)],
+    "headneck": [
+        ("click_6_warm", "plain_6", "validation", "each", 0.15),
+        ("click_warm", "plain", "test", "each", 0.06),
+        ("click_warm", "plain", "validation", "each", 0.06),
+    ],
 }
 
 
