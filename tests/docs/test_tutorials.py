@@ -86,6 +86,13 @@ def result(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
+def test_the_clicks_of_the_annotators_page_are_those_of_the_results() -> None:
+    text = (TUTORIALS / "annotator.md").read_text("utf-8")
+    dice = result("clicks_headneck")["arms"]["click_warm"]["validation"]["each"]["dice"]
+    first, last = (f"{dice[i]['mean']:.3f}" for i in (0, 5))
+    assert f"mean Dice {first} without clicks, {last} after five simulated clicks" in text
+
+
 def test_the_figures_of_the_answers_are_those_of_the_results() -> None:
     text = (ROOT / "docs" / "faq.md").read_text("utf-8")
     pretrain, frozen, scale = result("pretrain"), result("frozen"), result("scale")
