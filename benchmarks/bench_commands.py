@@ -29,7 +29,7 @@ import torch  # noqa: E402
 
 IMPORTED = perf_counter() - BEGIN  # of torch, which MONAI imports first
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from common import RESULTS, spread, write  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -78,35 +78,38 @@ def scores(folder: Path) -> dict[str, Any]:
 
 def best(run: Path) -> dict[str, Any]:
     """Steps of a training, and its best mean Dice on validation cases."""
-    rows = [json.loads(line) for line in (run / "eval" / "history.jsonl").read_text().splitlines()]
+    from med3dinsight_ext.training.history import read_history  # ``predicted`` times the imports
+
+    rows = read_history(run / "eval" / "history.jsonl")
     dice = [row["val_mean_dice"] for row in rows if "val_mean_dice" in row]
     return {"steps": sum(row["steps"] for row in rows), "validation_dice": max(dice, default=None)}
 
 
+def finetuned(folder: Path, data: str, *options: str, test: bool = True) -> dict[str, Any]:
+    """``finetune``, its validation, and its scores on the test cases."""
+    data = str(Path(data).resolve())
+    command(folder, "finetune", "finetune", data, *options, "--out", "run")
+    row = commands(folder, "finetune") | best(folder / "run")
+    if test:
+        command(folder, "evaluate", "evaluate", "run", data, "--out", "test")
+        row |= commands(folder, "evaluate") | {"test": scores(folder / "test")}
+    return row
+
+
 def planned(name: str, data: str, out: str = "commands_run") -> None:
     """``finetune`` with the plan alone."""
-    folder, data = Path(out).resolve() / f"{name}_planned", str(Path(data).resolve())
-    command(folder, "finetune", "finetune", data, "--out", "run")
-    command(folder, "evaluate", "evaluate", "run", data, "--out", "test")
-    row = commands(folder, "finetune", "evaluate") | best(folder / "run")
-    record(f"{name}_planned", row | {"test": scores(folder / "test")})
+    folder = Path(out).resolve() / f"{name}_planned"
+    record(folder.name, finetuned(folder, data))
 
 
 def by_hand(data: str, plan: str, out: str = "commands_run", test: bool = True) -> None:
     """``finetune`` with an overlay by hand; ``test`` False: on validation cases alone."""
-    folder, data = Path(out).resolve() / Path(plan).stem, str(Path(data).resolve())
-    command(
-        folder, "finetune", "finetune", data, "--plan", str(Path(plan).resolve()), "--out", "run"
-    )
-    from med3dinsight_ext.planning.plan import read_plan  # ``predicted`` times MONAI's import
+    path = Path(plan).resolve()
+    row = finetuned(Path(out).resolve() / path.stem, data, "--plan", str(path), test=test)
+    from med3dinsight_ext.planning.plan import read_plan
 
-    settings = read_plan(plan)
-    row = commands(folder, "finetune") | best(folder / "run")
-    row["settings"] = {key: settings.get(key, "default") for key in TRIED}
-    if test:
-        command(folder, "evaluate", "evaluate", "run", data, "--out", "test")
-        row |= commands(folder, "evaluate") | {"test": scores(folder / "test")}
-    record(Path(plan).stem, row)
+    settings = read_plan(path)
+    record(path.stem, row | {"settings": {key: settings.get(key, "default") for key in TRIED}})
 
 
 def newcomer(name: str, data: str, out: str = "commands_run") -> None:

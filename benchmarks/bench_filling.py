@@ -31,13 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import fire
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from bench_gpu import ct  # noqa: E402
+from bench_gpu import volumes  # noqa: E402
 from common import RESULTS, machine, spread  # noqa: E402
 from med3dinsight_ext.captions.sources import TemplateCaptions  # noqa: E402
 from med3dinsight_ext.data.prepared import PreparedCopy  # noqa: E402
@@ -52,17 +51,6 @@ from med3dinsight_ext.teachers.teacher import Teacher, bundled  # noqa: E402
 from med3dinsight_ext.teachers.towers import ImageTower, TextTower  # noqa: E402
 
 KILLS = 10
-
-
-def volumes(root: Path, count: int, size: tuple[int, int, int]) -> list[dict[str, Any]]:
-    """CT-like volumes of 1 x 1 x 2 mm as .nii.gz."""
-    base = ct(size, 0)
-    items = []
-    for i in range(count):
-        path = root / f"v{i}.nii.gz"
-        nib.save(nib.Nifti1Image(np.roll(base, i, 2), np.diag([1.0, 1.0, 2.0, 1.0])), path)
-        items.append({"image": str(path), "modality": "CT"})
-    return items
 
 
 class Pixels(ImageTower):

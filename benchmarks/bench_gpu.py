@@ -277,6 +277,18 @@ def ct(size: tuple[int, int, int], seed: int) -> np.ndarray:
     return np.where(body, 40 + 60 * np.sin(9 * axes[2] + 5 * axes[0]) + noise, -1000).astype("i2")
 
 
+def volumes(root: Path, count: int, size: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """CT-like volumes of 1 x 1 x 2 mm as .nii.gz."""
+    import nibabel as nib
+
+    base, items = ct(size, 0), []
+    for i in range(count):
+        path = root / f"v{i}.nii.gz"
+        nib.save(nib.Nifti1Image(np.roll(base, i, 2), np.diag([1.0, 1.0, 2.0, 1.0])), path)
+        items.append({"image": str(path), "modality": "CT"})
+    return items
+
+
 def filling(smoke: bool) -> dict[str, Any]:
     import nibabel as nib
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import fire
 import nibabel as nib
@@ -23,7 +24,7 @@ from ignite.engine import Engine, Events
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from bench_gpu import ct  # noqa: E402
+from bench_gpu import volumes  # noqa: E402
 from common import spread, write  # noqa: E402
 from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.io.configs import with_shared  # noqa: E402
@@ -101,14 +102,12 @@ def main(folder: str | None = None) -> None:
     """Write results/ranks.json."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         root = Path(name)
-        base, items = ct(SIZE, 0), []
-        for i in range(VOLUMES):
-            image = np.roll(base, i, 2)
-            arrays = {"image": image, "label": (image > 0).astype(np.uint8)}
-            item = {key: str(root / f"{key}{i}.nii.gz") for key in arrays}
-            for key, array in arrays.items():
-                nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.0, 2.0, 1.0])), item[key])
-            items.append(item | {"modality": "CT"})
+        items = volumes(root, VOLUMES, SIZE)
+        for i, item in enumerate(items):
+            image: Any = nib.load(item["image"])
+            item["label"] = str(root / f"label{i}.nii.gz")
+            label = (np.asarray(image.dataobj) > 0).astype(np.uint8)
+            nib.save(nib.Nifti1Image(label, image.affine), item["label"])
         (root / "list.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
         trained(root, 1, REPEATS)  # prepares the copy
         load = os.getloadavg()[0]

@@ -30,7 +30,7 @@ import nibabel as nib
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from bench_gpu import ct  # noqa: E402
+from bench_gpu import ct, volumes  # noqa: E402
 from common import RESULTS, machine, spread, timed  # noqa: E402
 from med3dinsight_ext.data.prepared import PreparedCopy, RandReadPreparedd  # noqa: E402
 from med3dinsight_ext.data.volumes import ReadVolumed, ScaleByModalityd  # noqa: E402
@@ -117,12 +117,8 @@ def prepare(root: Path, count: int = 8) -> dict[str, Any]:
     """Volumes a minute by one process and by two: 256 x 256 x 128, 1 x 1 x 2 mm to 1.5 mm."""
     from monai.transforms import Spacingd
 
-    base = ct((256, 256, 128), 0)
-    items = []
-    for i in range(count):
-        path = root / f"p{i}.nii.gz"
-        nib.save(nib.Nifti1Image(np.roll(base, i, 2), np.diag([1.0, 1.0, 2.0, 1.0])), path)
-        items.append({"image": str(path), "modality": "CT"})
+    size = (256, 256, 128)
+    items = volumes(root, count, size)
     rates: dict[int, list[float]] = {1: [], 2: []}
     load = [ReadVolumed("image"), ScaleByModalityd("image"), Spacingd("image", [1.5] * 3)]
     for _ in range(3):
@@ -133,7 +129,7 @@ def prepare(root: Path, count: int = 8) -> dict[str, Any]:
             rates[workers].append(60 * count / seconds)
     stored = sum(p.stat().st_size for p in (root / "copy").rglob("*.b2nd")) / count
     return {
-        "size": base.shape,
+        "size": size,
         "volumes_per_minute": {str(n): spread(row) for n, row in rates.items()},
         "ratio": spread([b / a for a, b in zip(rates[1], rates[2], strict=True)]),
         "megabytes_per_volume": stored / 1e6,

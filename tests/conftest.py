@@ -8,6 +8,7 @@ import fakes
 import hypothesis
 import pytest
 import torch
+from running import SMALL_MACHINE
 
 from med3dinsight_ext.planning import plan as planning
 from med3dinsight_ext.teachers.teacher import Teacher
@@ -25,6 +26,6 @@ def teacher() -> Teacher:
 @pytest.fixture
 def small_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working directory, and plans that take a second to train."""
-    monkeypatch.setattr(planning, "CPU", planning.Machine(16**3, 0, 1, 2, 1, 2, 4))
+    monkeypatch.setattr(planning, "CPU", SMALL_MACHINE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)

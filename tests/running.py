@@ -15,6 +15,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.folder_lock import only_training
+from med3dinsight_ext.planning.plan import Machine
 
 ROOT = Path(__file__).parents[1]
 BUNDLES = ("pretrain", "seg-finetune", "cls-finetune")
@@ -26,6 +27,7 @@ NETWORKS = {  # small, for each bundle; PlainNet is not MONAI's
     "cls-finetune": {"backbone": {"_target_": "fakes.PlainNet"},
                      "class_names": ["even", "odd"], "val_fraction": 0.4},
 }  # fmt: skip
+SMALL_MACHINE = Machine(16**3, 0, 1, 2, 1, 2, 4)  # its plans take a second to train
 
 
 def configs(bundle: str) -> Path:

@@ -111,7 +111,8 @@ class SegmentationReport:
         maps = {"Prediction": prediction, "Label": label}
         target = self.output_dir / page
         if write_viewer(target, image, maps, self.label_names[1:], "../report.html"):
-            self.viewers.pop(highest or "", None)
+            if highest:
+                del self.viewers[highest]
             self.viewers[image] = dice, page
 
     def write(self, engine: Engine) -> None:

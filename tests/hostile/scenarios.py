@@ -125,16 +125,7 @@ def answers(folder: Path) -> dict[str, Any]:
 def settings(bundle: str, folder: Path) -> dict[str, Any]:
     import running
 
-    backbone: dict[str, Any] = {"_target_": "fakes.PlainNet"}
-    if bundle == "seg-finetune":
-        backbone = {
-            "_target_": "UNet",
-            "spatial_dims": 3,
-            "in_channels": 1,
-            "out_channels": "@out_channels",
-            "channels": [4, 8],
-            "strides": [2],
-        }
+    backbone = running.NETWORKS[bundle]["backbone"]
     return running.settings(bundle, folder / "out", folder / "in", max_epochs=2, backbone=backbone)
 
 
@@ -203,11 +194,13 @@ def front_door(name: str, *words: str, **more: Any) -> Callable[[Path], Any]:
     """A command of the package, in the folder."""
 
     def run(folder: Path) -> None:
+        import running
+
         from med3dinsight_ext import workflows
         from med3dinsight_ext.planning import plan
 
         os.chdir(folder)
-        plan.CPU = plan.Machine(16**3, 0, 1, 2, 1, 2, 4)
+        plan.CPU = running.SMALL_MACHINE
         getattr(workflows, name)(*words, quiet=True, **more)
 
     return run

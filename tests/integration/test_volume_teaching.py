@@ -7,17 +7,10 @@ from typing import Any
 import pytest
 import torch
 from fakes import write_volumes
-from running import run, settings
+from running import NETWORKS, run, settings
 
 OVERLAYS = ["train.json", "volume.yaml"]
-BACKBONE = {
-    "_target_": "UNet",
-    "spatial_dims": 3,
-    "in_channels": 1,
-    "out_channels": "@out_channels",
-    "channels": [8, 16],
-    "strides": [2],
-}
+BACKBONE = NETWORKS["seg-finetune"]["backbone"] | {"channels": [8, 16]}
 
 
 def given(root: Path, volumes: Path, **changes: Any) -> dict[str, Any]:
