@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -19,7 +20,10 @@ from med3dinsight_ext.losses.alignment import AlignmentLoss
 from med3dinsight_ext.models.student import StudentOutput
 from med3dinsight_ext.training import engine
 from med3dinsight_ext.training.checkpoints import checkpoint
+from med3dinsight_ext.training.ranks import finalize
 from med3dinsight_ext.training.seeding import EpochSeed
+
+LEFT = 9  # exit status
 
 
 class Heads(nn.Module):
@@ -95,8 +99,17 @@ def train(end: str, path: Path) -> None:
     engine.run(trainer, None, [best], state, path, minutes=1e-9)
 
 
+def no_threads_left() -> None:
+    """Exit with LEFT if a thread of the process group lives while Python ends; it may abort."""
+    tasks = Path("/proc/self/task").glob("*/comm")
+    if names := [name for task in tasks if "gloo" in (name := task.read_text())]:
+        print("left", names, file=sys.stderr, flush=True)
+        os._exit(LEFT)
+
+
 if __name__ == "__main__":
     what, argument, where = sys.argv[1:]
+    atexit.register(no_threads_left)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
         idist.sync()
@@ -104,4 +117,4 @@ if __name__ == "__main__":
         step(argument, Path(where))
     else:
         train(argument, Path(where))
-    idist.finalize()
+    finalize()

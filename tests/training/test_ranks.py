@@ -5,7 +5,7 @@ from __future__ import annotations
 import ignite.distributed as idist
 import pytest
 
-from med3dinsight_ext.training.samplers import rank_sampler
+from med3dinsight_ext.training.ranks import rank_sampler
 
 
 @pytest.fixture

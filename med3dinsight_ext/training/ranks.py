@@ -1,7 +1,9 @@
-"""The share of a rank in what all ranks score together."""
+"""The ranks of a training: what each of them scores, and how they end."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Sized
 from typing import Any
 
@@ -34,3 +36,14 @@ def rank_sampler(dataset: Sized, kind: str = "validation") -> DistributedSampler
         )
     data: Any = dataset
     return DistributedSampler(data, even_divisible=False, shuffle=False)
+
+
+def finalize() -> None:
+    """Leave the process group; its threads end before Python does.
+
+    A thread of gloo that still works when Python ends aborts its process, and torchrun of another
+    node waits minutes for it. The threads end with the last reference to the group, which the
+    network's ``DistributedDataParallel`` holds until the garbage of the run is collected.
+    """
+    idist.finalize()
+    atexit.register(gc.collect)
