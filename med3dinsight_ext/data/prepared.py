@@ -135,9 +135,8 @@ class PreparedCopy:
             log.info(f"{len(missing)} of {len(items)} volumes are not in {self.root}: preparing")
             made = DataLoader(_Makers(self, missing), None, num_workers=self.workers)
             for index, new in Bar(made, "Preparing volumes", len(missing)):
-                if new is None:
-                    self.make(missing[index])  # raises what a worker could not
-                records[id(missing[index])] = new
+                item = missing[index]
+                records[id(item)] = new or self.make(item)  # raises what a worker could not
             self._load_index()
 
         found: list[Record | ValueError] = []

@@ -22,6 +22,7 @@ from monai.transforms import (
 )
 
 from med3dinsight_ext.data import prepared
+from med3dinsight_ext.data.chunks import CannotWrite
 from med3dinsight_ext.data.labels import ReadCased, check_labels
 from med3dinsight_ext.data.prepared import PreparedCopy, ReadPreparedd, loading, prepared_copy
 from med3dinsight_ext.data.settings import described
@@ -217,6 +218,22 @@ def test_lines_that_a_full_disk_cut_are_ignored(tmp_path: Path) -> None:
     assert len(check_parts([items], copy=again)[0]) == 2
     lines = [json.loads(line) for line in index.read_text().split("\n") if line.endswith("}")]
     assert {line["entry"] for line in lines} == {item["prepared"] for item in items}
+
+
+def test_what_a_worker_could_not_write_is_made_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item, here, make = case(tmp_path, "a"), os.getpid(), PreparedCopy.make
+
+    def full_in_workers(copy: PreparedCopy, given: dict) -> prepared.Record:
+        if os.getpid() != here:
+            raise CannotWrite("disk full")
+        return make(copy, given)
+
+    monkeypatch.setattr(PreparedCopy, "make", full_in_workers)
+    copy = PreparedCopy(tmp_path / "copy", images(), 1)
+    copy.check([item])
+    assert copy.path(item["prepared"], "image").exists()
 
 
 def test_an_item_that_was_not_checked_is_an_error(tmp_path: Path) -> None:
