@@ -39,14 +39,16 @@ class BrightNet(nn.Module):
 
 
 class ClickNet(nn.Module):
-    """Segments where the guidance channel of the foreground is above a half."""
+    """Segments where the guidance channel of the foreground is above a half; can be trained."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.neck = nn.Conv3d(1, 4, 4, 4)
         self.threshold = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return 8 * torch.cat([self.threshold - x[:, 2:3], x[:, 2:3] - self.threshold], 1)
+        threshold = self.threshold + 0 * self.neck(x[:, :1]).mean()
+        return 8 * torch.cat([threshold - x[:, 2:3], x[:, 2:3] - threshold], 1)
 
 
 def small_bundle(folder: Path, network: str = "BrightNet", overlays: bool = False) -> Path:

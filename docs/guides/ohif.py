@@ -11,7 +11,7 @@ import fire
 import nibabel as nib
 import numpy as np
 from dicomweb_client import DICOMwebClient
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import sync_playwright
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
@@ -30,6 +30,20 @@ GO_TO = """voxel => {
     service.getCornerstoneViewport(name).jumpToWorld(world);
   const box = axial.canvas.getBoundingClientRect(), at = axial.worldToCanvas(world);
   return [box.x + at[0], box.y + at[1]];
+}"""
+
+# Indices of the voxels of a label in the segmentation that the viewer draws.
+DRAWN = """name => {
+  const [found] = services.segmentationService.getSegmentations();
+  const index = Object.values(found.segments).find(one => one.label === name).segmentIndex;
+  const volume = cornerstone.cache.getVolume(found.representationData.Labelmap.volumeId);
+  const values = volume.voxelManager.getCompleteScalarDataArray();
+  const [x, y] = volume.dimensions, voxels = [];
+  values.forEach((value, at) => {
+    if (value === index)
+      voxels.push([at % x, Math.floor(at / x) % y, Math.floor(at / (x * y))]);
+  });
+  return voxels;
 }"""
 
 
@@ -90,6 +104,91 @@ def dicom_slices(image: Any, patient: str) -> list[Dataset]:
     return slices
 
 
+class Viewer:
+    """OHIF in a headless Chromium, with a study of MONAI Label's server open.
+
+    Args:
+        server: URL of MONAI Label.
+        patient: as the study list shows it.
+    """
+
+    def __init__(self, server: str, patient: str) -> None:
+        self._server = server
+        self._playwright = sync_playwright().start()
+        chromium = self._playwright.chromium
+        self._browser = chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
+        self.page = page = self._browser.new_page(viewport={"width": 1400, "height": 640})
+        page.set_default_timeout(120_000)
+        page.on("dialog", lambda dialog: dialog.accept())  # "reload current page?"
+        page.goto(f"{server}/ohif/")
+        page.get_by_text("Confirm and Hide").click()
+        page.get_by_text(patient).first.click()
+        page.get_by_text("MONAI Label").first.click()
+        self.connect()
+
+    def connect(self) -> None:
+        """Give MONAI Label's panel the server's address."""
+        self.page.locator("#monailabelServerURL").fill(f"{self._server}/")
+        self.page.locator(".settingsTable button").click()
+        self.page.get_by_text("Auto-Segmentation").wait_for()
+        self.page.wait_for_timeout(2000)  # the segments get their colours a second later
+
+    def open(self, tab: str, title: str) -> None:
+        """Unfold a tab of the panel, which folds the others."""
+        if not self.page.locator(f"input[value={tab}]").is_checked():
+            self.page.get_by_text(title, exact=True).click()
+
+    def close(self) -> None:
+        self._browser.close()
+        self._playwright.stop()
+
+    def run(self, tab: str) -> float:
+        """Press a tab's Run; seconds until the viewer has drawn the answer.
+
+        Args:
+            tab: "segmentation" or "pointprompts".
+        """
+        begin = perf_counter()
+        with self.page.expect_response(lambda response: "/infer/" in response.url) as answer:
+            self.page.locator(f".tab:has(input[value={tab}]) button").first.click()
+        if not answer.value.ok:
+            raise RuntimeError(f"{tab} must be answered, got {answer.value.status}; see /logs/")
+        self.page.get_by_text(re.compile("Running .* - Successful")).last.wait_for()
+        return perf_counter() - begin
+
+    def clear_clicks(self) -> None:
+        """Take all clicks back, and select each label once: only those are drawn again."""
+        self.open("pointprompts", "Point Prompts")
+        self.page.get_by_text("Clear All Points").click()
+        for row in self.page.locator("tr.clickable-row").all():
+            row.click()
+
+    def click(self, label: str, voxel: tuple[int, int, int]) -> None:
+        """Say by a mouse click that a label is at a voxel of the stored image."""
+        self.page.locator("tr.clickable-row", has_text=label).click()
+        self.page.mouse.click(*self.page.evaluate(GO_TO, voxel))
+        self.page.wait_for_timeout(1000)
+
+    def next_case(self) -> str:
+        """Let the strategy choose a case, open it, and connect again; its page's address."""
+        self.open("activelearning", "Active Learning")
+        self.page.get_by_text("Next Sample", exact=True).click()
+        with self.page.expect_navigation():
+            self.page.get_by_text("OK", exact=True).click()
+        self.connect()
+        return self.page.url
+
+    def train(self) -> None:
+        """Start a training of all models."""
+        self.open("activelearning", "Active Learning")
+        self.page.get_by_text("Update Model", exact=True).click()
+        self.page.get_by_text("Model update task STARTED").wait_for()
+
+    def drawn(self, label: str) -> np.ndarray:
+        """Voxels of a label in the viewer's segmentation, (n, 3) indices of the stored image."""
+        return np.array(self.page.evaluate(DRAWN, label)).reshape(-1, 3)
+
+
 def shoot(server: str, patient: str, label: str, voxel: tuple[int, int, int]) -> None:
     """Segment a patient's image in the viewer, click, run again; a screenshot after each.
 
@@ -100,46 +199,19 @@ def shoot(server: str, patient: str, label: str, voxel: tuple[int, int, int]) ->
         voxel: to click, an index into the stored image.
     """
     FIGURES.mkdir(exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
-        page = browser.new_page(viewport={"width": 1400, "height": 640})
-        page.set_default_timeout(120_000)
-        begin = perf_counter()
-        page.goto(f"{server}/ohif/")
-        page.get_by_text("Confirm and Hide").click()
-        page.get_by_text(patient).first.click()
-        page.get_by_text("MONAI Label").first.click()
-        page.locator("#monailabelServerURL").fill(f"{server}/")
-        page.locator(".settingsTable button").click()
-        page.get_by_text("Auto-Segmentation").wait_for()
-        page.wait_for_timeout(2000)  # the viewer colours its segments a second after connecting
-        page.evaluate(GO_TO, voxel)
-        run(page, "segmentation")
-        print(f"viewer opened to first overlay: {perf_counter() - begin:.1f} s")
-        page.wait_for_timeout(6000)  # until the viewer's messages have gone
-        page.screenshot(path=FIGURES / "ohif_segmentation.png")
-        page.get_by_text("Point Prompts").click()
-        page.get_by_text("Clear All Points").click()  # else labels without points break the viewer
-        for row in page.locator("tr.clickable-row").all():  # only labels that were visited change
-            row.click()
-        page.locator("tr.clickable-row", has_text=label).click()
-        page.mouse.click(*page.evaluate(GO_TO, voxel))
-        page.wait_for_timeout(1000)
-        run(page, "pointprompts")
-        page.wait_for_timeout(6000)
-        page.screenshot(path=FIGURES / "ohif_click.png")
-        browser.close()
-
-
-def run(page: Page, tab: str) -> None:
-    """Press a tab's Run, and wait until the viewer has drawn the answer."""
     begin = perf_counter()
-    with page.expect_response(lambda response: "/infer/" in response.url) as answer:
-        page.locator(f".tab:has(input[value={tab}]) button").first.click()
-    if not answer.value.ok:
-        raise RuntimeError(f"{tab} must be answered, got {answer.value.status}; see /logs/")
-    page.get_by_text(re.compile("Running .* - Successful")).last.wait_for()
-    print(f"{tab}: {perf_counter() - begin:.1f} s")
+    viewer = Viewer(server, patient)
+    viewer.page.evaluate(GO_TO, voxel)
+    viewer.run("segmentation")
+    print(f"viewer opened to first overlay: {perf_counter() - begin:.1f} s")
+    viewer.page.wait_for_timeout(6000)  # until the viewer's messages have gone
+    viewer.page.screenshot(path=FIGURES / "ohif_segmentation.png")
+    viewer.clear_clicks()  # else labels without points break the viewer
+    viewer.click(label, voxel)
+    print(f"click: {viewer.run('pointprompts'):.1f} s")
+    viewer.page.wait_for_timeout(6000)
+    viewer.page.screenshot(path=FIGURES / "ohif_click.png")
+    viewer.close()
 
 
 if __name__ == "__main__":
