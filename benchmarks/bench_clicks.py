@@ -89,8 +89,8 @@ def train(
         "seg-finetune",
         files,
         bundle_root=str(folder),
-        **source(data),
-        **{"max_cases": labelled, "val_items": [], "max_epochs": 100_000, "ema_decay": 0.99}
+        **source(data)
+        | {"max_cases": labelled, "val_items": [], "max_epochs": 100_000, "ema_decay": 0.99}
         | TRAINING[dataset]
         | settings,
     )

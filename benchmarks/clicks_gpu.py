@@ -1,13 +1,13 @@
 """Run bench_clicks.py's arms side by side on one GPU: choose on validation cases, then test once.
 
-python benchmarks/clicks_gpu.py choose DATA OUT [--seconds 60]
+python benchmarks/clicks_gpu.py choose DATA OUT [--seconds 60] [--slots 8]
 python benchmarks/clicks_gpu.py final DATA OUT [--seconds 100]
 
 DATA has the folders hippocampus and headneck. ``choose`` trains five kinds of guidance on 112
 hippocampus cases and scores them, and the best one with three radii of refinement, on 28 others;
-OUT/choice.json has the choice, by mean Dice over 0 to 5 clicks. ``final`` trains the networks with
-it, the plain ones and DeepEdit, and scores the test cases. Each arm is a process with a log beside
-its results, which are written as soon as they are there.
+benchmarks/results/click_guidance.json has the choice, by mean Dice over 0 to 5 clicks. ``final``
+trains the networks with it, the plain ones and DeepEdit, and scores the test cases. Each arm is a
+process with a log beside its results, which are written as soon as they are there.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import fire
+import numpy as np
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from click_scores import interval  # noqa: E402
+from common import RESULTS, write  # noqa: E402
+
 GUIDANCE: dict[str, dict[str, Any]] = {
     "disc_answer": {"click_shape": "disc", "click_radius": 3.0, "earlier_answer": True},
     "disc": {"click_shape": "disc", "click_radius": 3.0, "earlier_answer": False},
@@ -33,18 +39,20 @@ FAST = {"num_workers": 2, "batch_size": 4}  # of training
 Job = tuple[str, list[str], dict[str, Any]]  # name of its log, arguments, options
 
 
-def together(out: Path, jobs: list[Job]) -> None:
-    """Run commands of bench_clicks.py at the same time."""
+def together(out: Path, jobs: list[Job], slots: int = 8) -> None:
+    """Run commands of bench_clicks.py, so many at the same time."""
     out.mkdir(parents=True, exist_ok=True)
-    running = []
-    for name, words, options in jobs:
+
+    def run(job: Job) -> None:
+        name, words, options = job
         given = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         with (out / f"{name}.log").open("a") as log:
             line = [sys.executable, str(HERE / "bench_clicks.py"), *words, *given]
-            running.append((name, subprocess.Popen(line, stdout=log, stderr=log)))
-    for name, process in running:
-        if process.wait():
-            print(f"failed: {out / name}.log", file=sys.stderr)
+            if subprocess.run(line, stdout=log, stderr=log).returncode:
+                print(f"failed: {out / name}.log", file=sys.stderr)
+
+    with ThreadPoolExecutor(slots) as pool:
+        list(pool.map(run, jobs))
 
 
 def inferred(options: dict[str, Any]) -> dict[str, Any]:
@@ -52,16 +60,27 @@ def inferred(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != "automatic_share"}
 
 
-def mean_dice(path: Path) -> float:
-    """Over the numbers of clicks from 0 to 5."""
-    if not path.exists():
-        return 0.0
-    steps = json.loads(path.read_text())["one"]["dice"][:6]
-    return sum(step["mean"] for step in steps) / len(steps)
+def dice(path: Path) -> np.ndarray:
+    """Of each case, the mean over the numbers of clicks from 0 to 5."""
+    return np.array(json.loads(path.read_text())["one"]["dice_of_cases"])[:, :6].mean(1)
+
+
+def beside(scores: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Means with intervals over cases, of each and of its difference from the first."""
+    first = next(iter(scores.values()))
+    return {
+        name: {"dice": interval(x.tolist()), "difference": interval((x - first).tolist())}
+        for name, x in scores.items()
+    }
 
 
 def choose(
-    data: str, out: str, seconds: float = 60, cases: int | None = None, **settings: Any
+    data: str,
+    out: str,
+    seconds: float = 60,
+    cases: int | None = None,
+    slots: int = 8,
+    **settings: Any,
 ) -> None:
     """Choose guidance and radius on validation cases of hippocampus.
 
@@ -70,6 +89,7 @@ def choose(
         out: of results.
         seconds: of each training.
         cases: to score; None for all.
+        slots: processes at the same time.
         settings: more of each training, such as a smaller network.
     """
     root, words = Path(out), ["hippocampus", f"{data}/hippocampus", out]
@@ -85,10 +105,10 @@ def choose(
         )
         for tag, guidance in GUIDANCE.items()
     ]
-    together(root, jobs)
+    together(root, jobs, slots)
     folder = {tag: root / f"hippocampus_click_{tag}" for tag in GUIDANCE}
-    found = {tag: mean_dice(path / "validation.json") for tag, path in folder.items()}
-    best = max(found, key=lambda tag: found[tag])
+    found = {tag: dice(path / "validation.json") for tag, path in folder.items()}
+    best = max(found, key=lambda tag: found[tag].mean())
     together(
         root,
         [
@@ -97,17 +117,26 @@ def choose(
                 ["score", *words],
                 {"tag": best, "part": f"radius_{radius:.0f}"}
                 | inferred(GUIDANCE[best])
-                | settings
+                | {key: value for key, value in settings.items() if key.startswith("backbone")}
                 | count
                 | {"refine_radius": radius},
             )
             for radius in RADII
         ],
+        slots,
     )
-    radii = {r: mean_dice(folder[best] / f"validation_radius_{r:.0f}.json") for r in RADII}
-    choice = GUIDANCE[best] | {"refine_radius": max(radii, key=lambda radius: radii[radius])}
-    figures = {"choice": choice, "mean_dice": found, "mean_dice_of_radius": radii}
-    (root / "choice.json").write_text(json.dumps(figures, indent=1) + "\n")
+    radii = {r: dice(folder[best] / f"validation_radius_{r:.0f}.json") for r in RADII}
+    choice = GUIDANCE[best] | {"refine_radius": max(radii, key=lambda r: radii[r].mean())}
+    figures = {
+        "choice": choice,
+        "seconds": seconds,
+        "cases": len(found[best]),
+        "settings": {key: value for key, value in settings.items() if key != "pretrained"},
+        "warm": "pretrained" in settings,
+        "guidance": beside(found),
+        "radii": beside({f"{radius:.0f}": x for radius, x in radii.items()}),
+    }
+    write("click_guidance", figures)
 
 
 def final(
@@ -117,13 +146,13 @@ def final(
 
     Args:
         data: folder of the data sets.
-        out: of results, with choice.json.
+        out: of results.
         seconds: of each training.
         cases: to score; None for all.
         settings: more of each training, such as a smaller network.
     """
     root = Path(out)
-    choice = json.loads((root / "choice.json").read_text())["choice"]
+    choice = json.loads((RESULTS / "click_guidance.json").read_text())["choice"]
     count = {} if cases is None else {"cases": cases}
     few = {"labelled": 5, "train_items": "$@checked_partition[0] * 12"}
     arms = [

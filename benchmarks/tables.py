@@ -514,6 +514,45 @@ def clicks(result: Result) -> str:
     )
 
 
+def click_guidance(result: Result) -> str:
+    """Section of clicks_gpu.py choose."""
+    tables = {
+        part: table(
+            [name.replace("_", ", "), ends(row["dice"]), points(row["difference"])]
+            for name, row in result[part].items()
+        )
+        for part in ("guidance", "radii")
+    }
+    return fill(
+        "click_guidance",
+        where=where(result),
+        seconds=result["seconds"],
+        warm=" from the weights of the plain network" if result["warm"] else "",
+        cases=result["cases"],
+        **tables,
+    )
+
+
+def click_pretraining(result: Result) -> str:
+    """Section of click_pretraining.py."""
+    rows = []
+    for clicks in result["difference"]:
+        scratch, pretrained, gain = (
+            result[arm][clicks] for arm in ("scratch", "pretrained", "difference")
+        )
+        draws = ", ".join(f"{100 * value:+.1f}" for value in gain["draws"])
+        rows.append([clicks, ends(scratch), ends(pretrained), points(gain), draws])
+    keys = ("dataset", "labelled", "seconds", "draws", "scored")
+    return fill(
+        "click_pretraining",
+        where=where(result),
+        volumes=result["pretrain"]["volumes"],
+        pretrain_seconds=result["pretrain"]["seconds"],
+        rows=table(rows),
+        **{key: result[key] for key in keys},
+    )
+
+
 def click_seconds(result: Result) -> str:
     """Section of bench_clicks.py seconds."""
     goals = {"128x128x128": 1.0, "256x256x128": 1.5}
@@ -1019,6 +1058,8 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "headneck": headneck,
     "clicks_hippocampus": clicks,
     "clicks_headneck": clicks,
+    "click_guidance": click_guidance,
+    "click_pretraining": click_pretraining,
     "click_seconds": click_seconds,
     "effort": effort,
     "active_learning": active_learning,

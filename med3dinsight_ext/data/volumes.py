@@ -22,7 +22,6 @@ from torch import Tensor
 from med3dinsight_ext.data.slicing import window
 from med3dinsight_ext.io.claims import npz_array
 from med3dinsight_ext.io.console import Bar
-from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.images import OTHER, open_volume
 from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.io.remote import fetched
@@ -147,11 +146,6 @@ class CheckClaimd(MapTransform):
             if str(data[key]).endswith(VOLUME_ENDINGS) or os.path.isdir(data[key]):
                 open_volume(data[key])
         return data
-
-
-def output_name(meta: Mapping[str, Any], saver: Any) -> dict[str, Any]:
-    """MONAI's ``output_name_formatter``: a series folder's name may have dots, and no ending."""
-    return {"subject": f"{volume_stem(meta['filename_or_obj'])}.nii.gz", "idx": None}
 
 
 class ReadVolumed(MapTransform):

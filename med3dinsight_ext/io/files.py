@@ -80,7 +80,7 @@ def move(draft: Path, path: Path) -> None:
 def write_atomic(path: Path, write: Any) -> None:
     """Call ``write(draft)`` on a name beside ``path``, then ``move`` it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid4().hex}")
+    draft = path.with_name(f".{uuid4().hex}.{path.name}")  # its ending tells writers the format
     try:
         draft.touch()
         mode = draft.stat().st_mode  # safetensors would leave it to the owner alone

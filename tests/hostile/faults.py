@@ -146,7 +146,8 @@ def inject(
         name: of ``SCENARIOS``.
         faults: of ``FAULTS``.
         every: which calls, 1 for all.
-        most: seconds a fault, after which no further call is tried; 0 for no limit.
+        most: seconds a fault, after which no further call is tried; 0 for no limit. Those that are
+            tried lie in all parts of the run.
     """
     with undisturbed(name) as (scenario, work, renew, wanted):
         renew()
@@ -154,7 +155,8 @@ def inject(
         for fault in faults:
             counts, open_ = Counter[str](), []
             begin = time.monotonic()
-            for k in range(1, calls + 1, every):
+            order = sorted(range(1, calls + 1, every), key=lambda k: f"{k:016b}"[::-1])
+            for k in order:  # from all parts of the run, however soon time is over
                 if most and time.monotonic() - begin > most:
                     break
                 renew()

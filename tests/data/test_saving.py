@@ -1,0 +1,53 @@
+"""Segmentations appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from med3dinsight_ext.data.saving import SaveSegmentationd
+
+AFFINE = np.diag([-1.5, 2, 1.2, 1])
+
+
+def data(name: str = "a.b.nii.gz") -> dict:
+    mask = torch.zeros(1, 4, 5, 6)
+    mask[0, 1, 2, 3] = 2
+    return {"pred": MetaTensor(mask, torch.tensor(AFFINE), {"filename_or_obj": name})}
+
+
+def saver(folder: Path) -> SaveSegmentationd:
+    return SaveSegmentationd("pred", folder, output_postfix="seg", output_dtype=torch.uint8)
+
+
+def test_a_segmentation_is_written_under_its_images_name(tmp_path: Path) -> None:
+    saver(tmp_path)(data())
+    assert os.listdir(tmp_path) == ["a.b_seg.nii.gz"]
+    image = nib.load(tmp_path / "a.b_seg.nii.gz")
+    assert np.allclose(image.affine, AFFINE) and image.get_data_dtype() == np.uint8
+    assert np.argwhere(np.asarray(image.dataobj)).tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_full_disk_leaves_no_part_of_a_file(
+    before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if before:
+        saver(tmp_path)(data())
+    there = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(image: nib.Nifti1Image, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(nib, "save", fail)
+    message = r"output_dir must be a folder that can be written, got OSError: .* space left"
+    with pytest.raises(ValueError, match=message):
+        saver(tmp_path)(data())
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == there
