@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import FakeTexts
-from ignite.engine import Engine, Events
-from running import NETWORKS, run, settings, trains_in
+from running import NETWORKS, Killed, run, settings, trains_in
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,21 +38,6 @@ class SmallCnn(ImageTower):
 
     def embed(self, pixels: Tensor) -> Tensor:
         return self.model(pixels).mean((2, 3))
-
-
-class Killed(BaseException):
-    """Ends a run without any handler of errors."""
-
-
-class KillAt:
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_STARTED(once=self.step), self)
-
-    def __call__(self, engine: Engine) -> None:
-        raise Killed
 
 
 def small(weights: str | None = None) -> Teacher:
@@ -168,7 +152,7 @@ def test_a_seed_gives_the_same_bytes_after_an_interruption_too(
     short = {"max_epochs": 3, "steps_per_epoch": 4, "checkpoint_minutes": 1e-9}
     run("pretrain", OVERLAYS, **given(tmp_path / "whole", volumes, **short))
     cut = given(tmp_path / "cut", volumes, **short)
-    kill = {"_target_": "test_adapt_teacher.KillAt", "step": 11}
+    kill = {"_target_": "running.KillAt", "step": 11}
     with pytest.raises(Killed):
         run("pretrain", OVERLAYS, **cut, **{"train_handlers::kill": kill})
     parts = [tmp_path / name / "models" / "teacher" for name in ("whole", "cut")]
