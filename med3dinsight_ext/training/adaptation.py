@@ -72,7 +72,7 @@ class RandViewsd(Randomizable, MapTransform):
     Args:
         keys: slices (s, 3, size, size) uint8; replaced by (slices, 2, 3, size, size) in [0, 1].
         views: transforms of one slice (3, size, size) in [0, 1].
-        slices: how many are drawn; again and again the same ones where there are fewer.
+        slices: how many are drawn; with repeats where there are fewer.
 
     The volume's ``number`` and the slice's stand in ``label`` (slices, 2).
     """

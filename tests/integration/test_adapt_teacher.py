@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from med3dinsight_ext.embeddings.grids import read_slices
 from med3dinsight_ext.teachers.adapted import adapted_of
 from med3dinsight_ext.teachers.teacher import Teacher, pair
-from med3dinsight_ext.teachers.towers import ImageTower
+from med3dinsight_ext.teachers.towers import ImageTower, TextTower
 from med3dinsight_ext.training import engine
 from med3dinsight_ext.training.adaptation import RandViewsd, ViewEncoder, numbered
 
@@ -44,12 +44,16 @@ def small(weights: str | None = None) -> Teacher:
     return pair(SmallCnn(), FakeTexts(), weights=weights)
 
 
+def no_texts() -> Teacher:
+    return Teacher(SmallCnn(), TextTower())
+
+
 def joint() -> Teacher:
     return Teacher(SmallCnn(), FakeTexts(), joint=True)
 
 
 def given(root: Path, volumes: Path, **changes: Any) -> dict[str, Any]:
-    own = {"teacher": {"_target_": "test_adapt_teacher.small"}, "planes": ["axial"]}
+    own = {"teacher": {"_target_": "test_adapt_teacher.no_texts"}, "planes": ["axial"]}
     short = {"max_epochs": 6, "steps_per_epoch": 10, "learning_rate": 0.01, "val_fraction": 0.0}
     sizes = {"batch_size": 4, "slices": 6, "per_plane": 8}
     return settings("pretrain", root, volumes) | own | short | sizes | changes
@@ -160,6 +164,7 @@ def test_a_seed_gives_the_same_bytes_after_an_interruption_too(
     run("pretrain", OVERLAYS, **cut)
     whole, resumed = (Path(weights(part)).read_bytes() for part in parts)
     assert whole == resumed
+    assert json.loads((parts[1] / "run.json").read_text())["resumed_after"] == [2]
     run("pretrain", OVERLAYS, **given(tmp_path / "other", volumes, seed=1, **short))
     assert Path(weights(tmp_path / "other" / "models" / "teacher")).read_bytes() != whole
 
