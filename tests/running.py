@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from med3dinsight_ext.io.configs import with_shared
@@ -47,6 +48,23 @@ def paths(bundle: str, files: Sequence[str | Path]) -> list[str]:
 def merged(bundle: str, *files: str | Path) -> dict[str, Any]:
     """One config from these files."""
     return ConfigParser.load_config_files(paths(bundle, files))
+
+
+class Killed(BaseException):
+    """Ends a run without any handler of errors."""
+
+
+class KillAt:
+    """A handler that ends a run at the start of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED(once=self.step), self)
+
+    def __call__(self, engine: Engine) -> None:
+        raise Killed
 
 
 def free_port() -> int:

@@ -31,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from common import machine  # noqa: E402
 from med3dinsight_ext.data.volumes import ScaleByModalityd  # noqa: E402
 from med3dinsight_ext.teachers.efficientnet import EfficientNetLite0  # noqa: E402
-from med3dinsight_ext.teachers.teacher import Teacher  # noqa: E402
+from med3dinsight_ext.teachers.teacher import Teacher, pair  # noqa: E402
 from med3dinsight_ext.teachers.towers import TextTower  # noqa: E402
 from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
 
@@ -62,9 +62,9 @@ class NoTexts(TextTower):
     fingerprint = "none"
 
 
-def images_only(random: int | None = None) -> Teacher:
-    """The bundled image encoder, with random weights if ``random`` is their seed."""
-    teacher = Teacher(EfficientNetLite0(), NoTexts())
+def images_only(random: int | None = None, weights: str | None = None) -> Teacher:
+    """The bundled image encoder: with random weights of a seed, adapted ones, or its own."""
+    teacher = pair(EfficientNetLite0(), NoTexts(), weights=weights)
     if random is not None:
         teacher.image.randomize(random)
     return teacher
@@ -175,7 +175,8 @@ def fill(work: Path, name: str, tag: str, part: str, **_: Any) -> dict[str, Any]
 
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     items = json.loads((work / "lists" / "pretrain.json").read_text())
-    store = GridStore(work / "store", teacher_of(tag), "auto", device=device)
+    teacher = images_only(**teacher_settings(work, tag))
+    store = GridStore(work / "store", teacher, "auto", device=device)
     number, of = map(int, part.split("/"))
     chosen = items[:: len(items) // 16 or 1] if of == 0 else items[number::of]
     begin = time.time()
@@ -183,13 +184,27 @@ def fill(work: Path, name: str, tag: str, part: str, **_: Any) -> dict[str, Any]
     return {"volumes": len(chosen), "fill_s": time.time() - begin, "dims": store.dims}
 
 
-def teacher_of(tag: str) -> Teacher:
-    return images_only(0 if tag == "random" else None)
+def teacher_settings(work: Path, tag: str) -> dict[str, Any]:
+    """Arguments of ``images_only``: "imagenet", "random", or "adapted" by the run ``adapt``."""
+    weights = str(work / "runs/adapt/models/teacher/adapted.safetensors")
+    return {"random": 0 if tag == "random" else None} | (
+        {"weights": weights} if tag == "adapted" else {}
+    )
 
 
-def overlay_teacher(tag: str) -> dict[str, Any]:
-    random = 0 if tag == "random" else None
-    return {"_target_": "headneck.images_only", "random": random}
+def overlay_teacher(work: Path, tag: str) -> dict[str, Any]:
+    return {"_target_": "headneck.images_only", **teacher_settings(work, tag)}
+
+
+def adapt(work: Path, name: str, steps: int = 200, seed: int = 0, **_: Any) -> dict[str, Any]:
+    """The image encoder adapted to the slices of all volumes that are pre-trained on."""
+    bundle_run(
+        "pretrain", ["train.json", "adapt_teacher.yaml"], bundle_root=str(work / "runs" / name),
+        datalist=str(work / "lists/pretrain.json"), store_dir=str(work / "store"), seed=seed,
+        teacher=overlay_teacher(work, "imagenet"), num_workers=2, **length(steps),
+    )  # fmt: skip
+    history = work / "runs" / name / "models/teacher/history.jsonl"
+    return {"last": json.loads(history.read_text().splitlines()[-1])}
 
 
 def pretrain(
@@ -205,7 +220,7 @@ def pretrain(
     bundle_run(
         "pretrain", ["train.json", "dense.yaml"],
         bundle_root=str(work / "runs" / name), datalist=str(work / "lists/pretrain.json"),
-        store_dir=str(work / "store"), teacher=overlay_teacher(tag), spacing=SPACING,
+        store_dir=str(work / "store"), teacher=overlay_teacher(work, tag), spacing=SPACING,
         patch_size=PATCH, backbone=BACKBONES[backbone], num_workers=workers, seed=seed,
         val_fraction=0.0, warmup_epochs=1, learning_rate=lr,
         **{
@@ -224,15 +239,32 @@ def finetune(
     backbone: str = "unet", lr: float | None = None, soft: str = "", soft_weights: str = "",
     **_: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """The seg-finetune bundle; ``soft``: "head", "network" or "both" teach unlabelled volumes."""
+    """The seg-finetune bundle; ``soft`` teaches unlabelled volumes.
+
+    Args:
+        work: folder of all runs.
+        name: of the run.
+        init: run whose weights it starts from.
+        labelled: list of labelled cases.
+        steps: of the optimiser.
+        seed: of the run.
+        backbone: one of ``BACKBONES``.
+        lr: learning rate.
+        soft: "head", "network" or "both" make soft labels; or "mean_teacher".
+        soft_weights: run whose network makes them.
+    """
     overlays = ["train.json"]
     more: dict[str, Any] = {}
     if soft:
         others = f"others{labelled.removeprefix('draw')}.json"
+        more["unlabelled"] = str(work / "lists" / others)
+    if soft == "mean_teacher":
+        overlays.append("mean_teacher.yaml")
+    elif soft:
         overlays.append("unlabelled.yaml")
         more |= {
-            "unlabelled": str(work / "lists" / others), "store_dir": str(work / "store"),
-            "teacher": overlay_teacher("imagenet"), "soft_head": soft in ("head", "both"),
+            "store_dir": str(work / "store"), "soft_head": soft in ("head", "both"),
+            "teacher": overlay_teacher(work, "imagenet"),
         }  # fmt: skip
         if soft in ("network", "both"):
             more["soft_weights"] = str(work / "runs" / soft_weights / "models/model.pt")
@@ -251,7 +283,7 @@ def finetune(
 
 
 RUNS: dict[str, Callable[..., dict[str, Any]]] = {
-    "fill": fill, "pretrain": pretrain, "finetune": finetune
+    "adapt": adapt, "fill": fill, "pretrain": pretrain, "finetune": finetune
 }  # fmt: skip
 
 
@@ -323,8 +355,10 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
         for draw in range(2):
             add(f"rate_{rate}_d{draw}", "finetune", labelled=f"draw{draw}", steps=600, lr=rate)
     filled = {}
-    for tag in ("imagenet", "random"):
-        first = add(f"fill_{tag}_0", "fill", tag=tag, part="0/0")
+    add("adapt", "adapt", steps=200)
+    for tag in ("imagenet", "random", "adapted"):
+        before = ["adapt"] if tag == "adapted" else []
+        first = add(f"fill_{tag}_0", "fill", before, tag=tag, part="0/0")
         filled[tag] = [
             add(f"fill_{tag}_{n + 1}", "fill", [first], tag=tag, part=f"{n}/{shards}")
             for n in range(shards)
@@ -335,6 +369,7 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
         "dense": {"reconstruction": 0.0},
         "random": {"tag": "random"},
         "dense_random": {"tag": "random", "reconstruction": 0.0},
+        "adapted": {"tag": "adapted"},
     }
     for arm in ("recon", "both"):  # three times as long
         name = f"{arm}_6000_p0"
@@ -373,6 +408,10 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                     f"soft_scratch_d{draw}", "finetune", [f"scratch_s0_d{draw}"],
                     labelled=f"draw{draw}", steps=600, soft="network",
                     soft_weights=f"scratch_s0_d{draw}",
+                )  # fmt: skip
+                add(
+                    f"mean_teacher_d{draw}", "finetune", labelled=f"draw{draw}", steps=600,
+                    soft="mean_teacher",
                 )  # fmt: skip
     for arm in ("recon_6000", "both_6000"):
         for draw in range(3):

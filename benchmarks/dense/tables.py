@@ -35,6 +35,8 @@ FINE_TUNED = {
     "dense": "dense teaching alone",
     "dense_1e-3": "dense teaching alone, 0.001",
     "recon_1e-3": "masked reconstruction, 0.001",
+    "adapted": "dense teaching and reconstruction by a teacher adapted to these volumes",
+    "mean_teacher": "from scratch, with a mean teacher on the other volumes",
     "self": "from scratch, with soft labels of the network from scratch",
 }
 READ_OUT = {
@@ -54,7 +56,7 @@ def arm_of(row: dict[str, Any]) -> str:
     """Which line of the table of fine-tuning a run belongs to."""
     rate = {0.0003: "_3e-4", 0.001: "_1e-3"}.get(row["lr"], "")
     if row.get("soft"):
-        return "self"
+        return "mean_teacher" if row["soft"] == "mean_teacher" else "self"
     return row.get("init", "").split("_p")[0] + rate if row.get("init") else f"scratch{rate}"
 
 

@@ -69,7 +69,7 @@ def cell_voxels(
     return found.flatten(1, 2)
 
 
-class _Slices(NamedTuple):
+class Slices(NamedTuple):
     """The slices of one volume: pictures (s, c, h, w), plane and position (s,), geometry."""
 
     pictures: Tensor
@@ -83,6 +83,26 @@ class _Slices(NamedTuple):
         """(s, side * side, 3) voxel coordinates of the cells of all slices."""
         picture = self.pictures.shape[-1]
         return slice_voxels(self.plane, self.position, self.size, self.spacing, side, picture)
+
+
+def read_slices(
+    item: dict[str, Any], per_plane: int, seed: int, planes: Sequence[int], picture: int
+) -> Slices:
+    """Slices of an item's volume as the teacher sees them.
+
+    Args:
+        item: image and modality.
+        per_plane: slices a plane.
+        seed: of their choice.
+        planes: numbers of the planes.
+        picture: pixels along a side of a picture.
+    """
+    volume = read_volume(item["image"])
+    shown = slicing.window(volume, modality_of(item, volume))
+    plane, position = slicing.choose(shown, per_plane, seed, planes)
+    spacing = [float(mm) for mm in volume.pixdim]
+    pictures = slicing.cut_planes(shown, spacing, plane, position, picture)
+    return Slices(pictures, plane, position, volume.affine, list(volume.shape[1:]), spacing)
 
 
 def slice_voxels(
@@ -195,16 +215,11 @@ class GridStore:
                 "layers, or raise limit_gb"
             )
 
-    def _slices(self, item: dict[str, Any]) -> _Slices:
-        volume = read_volume(item["image"])
-        shown = slicing.window(volume, modality_of(item, volume))
-        plane, position = slicing.choose(shown, self.per_plane, self.seed, self.planes)
-        spacing = [float(mm) for mm in volume.pixdim]
+    def _slices(self, item: dict[str, Any]) -> Slices:
         size = self.teacher.image.size
-        pictures = slicing.cut_planes(shown, spacing, plane, position, size)
-        return _Slices(pictures, plane, position, volume.affine, list(volume.shape[1:]), spacing)
+        return read_slices(item, self.per_plane, self.seed, self.planes, size)
 
-    def _cells(self, slices: _Slices) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _cells(self, slices: Slices) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Of each layer: features (s, cells, c) and positions (s, cells, 3) as fractions."""
         maps = encode_grids(self.teacher, slices.pictures, self.layers)
         for layer in self.layers:

@@ -21,8 +21,9 @@ from med3dinsight_ext.training.weights import read_weights
 
 MOST_VALUES = 100_000  # of an overlay
 
+OF_OVERLAYS = ("unlabelled", "soft_weights")  # None without
 PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretrained", "ckpt_dir",
-          "output_dir", "store_dir")  # fmt: skip
+          "output_dir", "store_dir", *OF_OVERLAYS)  # fmt: skip
 MACHINE = ("device", "subset")
 RUN = ("imports", "initialize", "run", "finalize", "evaluator")  # differ between the configs
 DATA = ("train::dataset::data", "validate::dataset::data")  # lists of files by MONAI Label
@@ -137,6 +138,7 @@ def _elsewhere(config: Mapping[str, Any], bundle: Path) -> dict[str, Any]:
     reset = [key for key, value in launcher.items() if key in own and parser.get(key) == value]
     reset += [key for key in DATA if isinstance(parser.get(key), list)]
     reset += [key for key in (*PLACES, *MACHINE) if key in own]
+    reset += [key for key in OF_OVERLAYS if key in parser]
     for key in reset:
         parser[key] = own.get(key)
     handlers = parser["train"]["handlers"]

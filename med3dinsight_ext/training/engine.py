@@ -209,7 +209,8 @@ def _run(
     record.update(trainer.state.epoch)
     if idist.get_rank() == 0:
         names = ", ".join(str(Path(ckpt_dir) / saver.filename_pattern) for saver in best)
-        logger.info(f"trained for {trainer.state.epoch} epochs; wrote {names}{_best(evaluator)}")
+        wrote = f"; wrote {names}{_best(evaluator)}" if best else ""
+        logger.info(f"trained for {trainer.state.epoch} epochs{wrote}")
 
 
 def _best(evaluator: Engine | None) -> str:

