@@ -59,7 +59,9 @@ def rows() -> list[tuple[str, str, str]]:
             behaviour = "the next run's results equal an undisturbed run's, or it says what to do"
             short = name in ("evidence", "store") and fault in ("kill", "ENOSPC")
             test = "`test_faults_lose_nothing`" if short else "`faults.py` (nightly)"
-            found.append((f"`{name}` {WHAT[fault]} any write", behaviour, test))
+            calls, tried = (run[f"{name}: {fault}"][key] for key in ("calls", "tried"))
+            where = "any write" if tried == calls else f"{tried} of its {calls} writes"
+            found.append((f"`{name}` {WHAT[fault]} {where}", behaviour, test))
     for name in SCENARIOS:
         behaviour = "the results equal one run's, or an error says what to do"
         test = "`test_two_processes_at_once_lose_nothing`"
