@@ -34,8 +34,8 @@ ARMS = ("scratch", "pretrained")
 
 def pretrain(dataset: str, items: list[dict], folder: Path, seconds: float) -> str:
     """Path of the pre-trained weights of the benchmark's U-Net, whose training takes so long."""
-    path = folder / "models" / "model.pt"
-    if path.exists():
+    path, done = folder / "models" / "model.pt", folder / "pretraining.json"
+    if done.exists():
         return str(path)
     folder.mkdir(parents=True, exist_ok=True)
     images = [{key: item[key] for key in ("image", "modality")} for item in items]
@@ -60,11 +60,12 @@ def pretrain(dataset: str, items: list[dict], folder: Path, seconds: float) -> s
         max_epochs=100_000,
         **{"backbone::channels": CHANNELS},
     )
+    done.write_text(json.dumps({"volumes": len(items), "seconds": seconds}))
     return str(path)
 
 
 def compared(out: Path, dataset: str, labelled: int, draws: int) -> dict[str, Any]:
-    """Dice after 0 and after ``ROUNDS`` clicks of both arms, and their difference by case and draw.
+    """Dice after 0, 1 and ``ROUNDS`` clicks of both arms, and their difference by case and draw.
 
     Intervals are over cases, each with the mean of its draws.
     """
@@ -74,7 +75,7 @@ def compared(out: Path, dataset: str, labelled: int, draws: int) -> dict[str, An
         rows = []
         for draw in range(draws):
             folder = out / name_of(dataset, "click", labelled, f"{arm}_{draw}")
-            text = json.loads((folder / "validation.json").read_text())
+            text = json.loads((folder / "validation.json").read_text().replace(str(out), "OUT"))
             rows.append(text["one"]["dice_of_cases"])
             found.setdefault("training", {})[f"{arm}_{draw}"] = text["training"]
         tables[arm] = np.array(rows)  # draw, case, clicks
@@ -133,9 +134,10 @@ def main(
                 own: dict[str, Any] = {"backbone::channels": CHANNELS}
                 score(dataset, data, out, "click", labelled, tag, **own)
         done = compared(Path(out), dataset, labelled, draw + 1)
+        folder = Path(out) / f"{dataset}_pretraining"
         result = {
             "dataset": dataset, "labelled": labelled, "scored": len(scored), "draws": draw + 1,
-            "seconds": seconds, "pretrain": {"volumes": len(pool), "seconds": pretrain_seconds},
+            "seconds": seconds, "pretrain": json.loads((folder / "pretraining.json").read_text()),
         }  # fmt: skip
         write("click_pretraining", result | done)
 

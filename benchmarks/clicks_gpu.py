@@ -43,16 +43,20 @@ def together(out: Path, jobs: list[Job], slots: int = 8) -> None:
     """Run commands of bench_clicks.py, so many at the same time."""
     out.mkdir(parents=True, exist_ok=True)
 
-    def run(job: Job) -> None:
+    def run(job: Job) -> str:
         name, words, options = job
         given = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         with (out / f"{name}.log").open("a") as log:
             line = [sys.executable, str(HERE / "bench_clicks.py"), *words, *given]
-            if subprocess.run(line, stdout=log, stderr=log).returncode:
-                print(f"failed: {out / name}.log", file=sys.stderr)
+            failed = subprocess.run(line, stdout=log, stderr=log).returncode
+        return f"{out / name}.log" if failed else ""
 
     with ThreadPoolExecutor(slots) as pool:
-        list(pool.map(run, jobs))
+        if failed := [log for log in pool.map(run, jobs) if log]:
+            raise RuntimeError(
+                f"all arms must end, got failures in {', '.join(failed)}; start again: trainings "
+                "that have ended are kept"
+            )
 
 
 def inferred(options: dict[str, Any]) -> dict[str, Any]:
@@ -127,12 +131,13 @@ def choose(
     )
     radii = {r: dice(folder[best] / f"validation_radius_{r:.0f}.json") for r in RADII}
     choice = GUIDANCE[best] | {"refine_radius": max(radii, key=lambda r: radii[r].mean())}
+    start = Path(settings.get("pretrained", "")).parents[1:2]
     figures = {
         "choice": choice,
         "seconds": seconds,
         "cases": len(found[best]),
         "settings": {key: value for key, value in settings.items() if key != "pretrained"},
-        "warm": "pretrained" in settings,
+        "start": json.loads((start[0] / "training.json").read_text()) if start else None,
         "guidance": beside(found),
         "radii": beside({f"{radius:.0f}": x for radius, x in radii.items()}),
     }

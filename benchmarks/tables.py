@@ -527,7 +527,9 @@ def click_guidance(result: Result) -> str:
         "click_guidance",
         where=where(result),
         seconds=result["seconds"],
-        warm=" from the weights of the plain network" if result["warm"] else "",
+        warm=" from the weights of a plain network ({epochs} epochs)".format(**result["start"])
+        if result["start"]
+        else "",
         cases=result["cases"],
         **tables,
     )

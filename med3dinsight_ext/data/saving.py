@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class WholeWriter(NibabelWriter):
 
     def write(self, filename: Any, verbose: bool = False, **obj_kwargs: Any) -> None:
         write = super().write
-        write_atomic(Path(filename), lambda draft: write(draft, **obj_kwargs))
+        write_atomic(Path(filename), lambda draft: write(draft, **obj_kwargs), ".nii.gz")
         if verbose:
             logger.info(f"wrote {filename}")
 
@@ -39,7 +40,7 @@ class SaveSegmentationd(SaveImaged):
         **settings: more of ``SaveImaged``.
 
     Raises:
-        ValueError: a file cannot be written. MONAI's error would advise to install a writer.
+        ValueError: the folder cannot be written. MONAI's error would advise to install a writer.
     """
 
     def __init__(self, keys: Any, output_dir: str | Path, **settings: Any) -> None:
@@ -50,9 +51,11 @@ class SaveSegmentationd(SaveImaged):
     def __call__(self, data: Any) -> Any:
         try:
             return super().__call__(data)
-        except RuntimeError as error:
-            cause = str(error).strip().rpartition("\n")[2]
+        except (OSError, RuntimeError) as error:  # MONAI keeps only the text of the writer's error
+            cause = re.search(r"\[Errno \d+\].*$", str(error).strip())
+            if cause is None:
+                raise
             raise ValueError(
-                f"output_dir must be a folder that can be written, got {cause} in {self.folder}; "
-                "free space or correct its rights, and start again"
+                f"output_dir must be a folder that can be written, got {cause[0]} in "
+                f"{self.folder}; free space or correct its rights, and start again"
             ) from error

@@ -77,10 +77,17 @@ def move(draft: Path, path: Path) -> None:
         sync(path.parent)
 
 
-def write_atomic(path: Path, write: Any) -> None:
-    """Call ``write(draft)`` on a name beside ``path``, then ``move`` it there."""
+def write_atomic(path: Path, write: Any, ending: str = "") -> None:
+    """Call ``write(draft)`` on a name beside ``path``, then ``move`` it there.
+
+    Args:
+        path: of the file.
+        write: called with the draft's path.
+        ending: of the draft, for writers that take the format from it. Readers of folders could
+            take what a killed process left of such a draft for a file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{uuid4().hex}.{path.name}")  # its ending tells writers the format
+    draft = path.with_name(f".{path.name}.{uuid4().hex}{ending}")
     try:
         draft.touch()
         mode = draft.stat().st_mode  # safetensors would leave it to the owner alone

@@ -83,6 +83,12 @@ def merged_configs(
         with readable("overlays", ", ".join(paths) or bundle, "correct them"):
             merged[name] = _load([*files, *(() if train else paths), *more])
         merged[name] |= {key: plain[key] for key in PLACES if key in plain}
+    config = train or merged["train"]
+    if (weights := ConfigParser(config).get("teacher::weights")) is not None:
+        raise ValueError(
+            f"teacher::weights must be none in a published bundle, got {weights}; it does not "
+            "carry an adapted encoder: train with the encoder's own weights"
+        )
     if not train:
         return merged
     inference = _as_trained(merged, train, bundle)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.files import sha256, write_atomic
 from med3dinsight_ext.io.reading import parse_json, readable
 
 FIX = "name the adapted.safetensors that adapt_teacher.yaml wrote"
@@ -41,7 +41,18 @@ def adapted_of(path: str | Path) -> dict[str, Any]:
         return {**about, "tower": str(about["tower"])}
 
 
-def load_adapted(network: nn.Module, path: str | Path) -> None:
-    """Load adapted weights into a network, strictly."""
+def load_adapted(network: nn.Module, path: Path, digest: str) -> None:
+    """Load adapted weights into a network, strictly.
+
+    Args:
+        network: of an image tower.
+        path: of the file.
+        digest: its SHA-256 when it was named; embeddings are kept under it.
+
+    Raises:
+        ValueError: the file is broken, or another one by now.
+    """
+    if path.is_file() and sha256(path) != digest:
+        raise ValueError(f"weights must not change during a run, got another {path}; start again")
     with readable("weights", path, FIX):
         network.load_state_dict(load_file(path))

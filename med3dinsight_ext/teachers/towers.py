@@ -41,7 +41,7 @@ class Tower:
     fingerprint: str
     device = torch.device("cpu")
     _seed: int | None = None
-    _adapted: Path | None = None
+    _adapted: tuple[Path, str] | None = None  # file of weights, and its hash
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class Tower:
         """The frozen network, loaded here."""
         network = self.load() if self._seed is None else redraw(self.load(), self._seed)
         if self._adapted is not None:
-            load_adapted(network, self._adapted)
+            load_adapted(network, *self._adapted)
         return network.eval().requires_grad_(False)
 
     @property
@@ -71,8 +71,13 @@ class Tower:
 
     def randomize(self, seed: int) -> None:
         """Replace the weights by random ones, drawn at the first use."""
-        self._seed = seed
-        self.fingerprint = f"{self.fingerprint}-random-{seed}"
+        self._seed, self._adapted = seed, None
+        self._change(f"random-{seed}")
+
+    def _change(self, what: str) -> None:
+        """Other weights from the next use on."""
+        self.__dict__.pop("network", None)
+        self.fingerprint = f"{self.fingerprint}-{what}"
 
 
 class ImageTower(Tower):
@@ -88,6 +93,11 @@ class ImageTower(Tower):
     mean: Sequence[float]
     std: Sequence[float]
 
+    @property
+    def adapted(self) -> bool:
+        """Whether the weights are adapted ones."""
+        return self._adapted is not None
+
     def adapt(self, weights: str | Path) -> None:
         """Replace the weights, at the first use, by those that adapt_teacher.yaml wrote.
 
@@ -99,8 +109,8 @@ class ImageTower(Tower):
                 f"weights must be adapted from {self.name}, got {weights} of {start}; name that "
                 "teacher, or run adapt_teacher.yaml with this one"
             )
-        self._adapted = Path(weights)
-        self.fingerprint = f"{self.fingerprint}-adapted-{sha256(self._adapted)[:16]}"
+        self._adapted = Path(weights), sha256(Path(weights))
+        self._change(f"adapted-{self._adapted[1][:16]}")
 
     def normalised(self, slices: Tensor) -> Tensor:
         """The input of ``embed`` (n, 3, size, size).

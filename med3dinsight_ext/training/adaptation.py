@@ -13,7 +13,7 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.transforms import Compose, MapTransform, Randomizable
 from monai.utils import MAX_SEED
 from torch import Tensor, nn
@@ -116,7 +116,9 @@ class ViewEncoder(nn.Module):
         dims: of the projection that the loss compares.
 
     Raises:
-        ValueError: images and texts share the teacher's space, which the texts would not follow.
+        ValueError: images and texts share the teacher's space, which the texts would not follow;
+            its encoder is an adapted one; or there are several processes, whose slices would not
+            be each other's negatives.
     """
 
     def __init__(
@@ -128,8 +130,16 @@ class ViewEncoder(nn.Module):
                 "teacher must have an image encoder apart from its text encoder to be adapted, got "
                 "one space of both; choose teacher.bundled or teacher.pair"
             )
+        if teacher.image.adapted:
+            raise ValueError(
+                "teacher must have its own weights to be adapted, got adapted ones; leave out "
+                "teacher::weights"
+            )
+        if (ranks := idist.get_world_size()) > 1:
+            raise ValueError(f"processes must be 1 to adapt a teacher, got {ranks}; leave torchrun")
         self.tower = teacher.on(device).image
         self.start = self.tower.name
+        self.tower.fingerprint += "-in-training"  # its embeddings are no longer those of ``start``
         self.encoder = self.tower.model.requires_grad_(True)
         side = self.tower.size
         with torch.no_grad():
@@ -148,24 +158,35 @@ class ViewEncoder(nn.Module):
         return self.head(features).unflatten(0, (-1, 2))
 
 
-def write(network: ViewEncoder, trainer: Engine, loader: Any, path: str | Path, seed: int) -> None:
-    """Write the adapted weights, once the training has ended, and log how to use them.
+class WriteAdapted:
+    """Handler that writes the adapted weights at the end of the last epoch.
+
+    It comes before ``last.ckpt`` of that epoch, so that a training that has ended has its file, and
+    one that is started again leaves it as it is.
 
     Args:
-        network: that was trained.
-        trainer: that trained it.
+        network: that is trained.
         loader: of its volumes.
         path: of the safetensors file.
         seed: of the training.
     """
-    if idist.get_rank() > 0:
-        return
-    volumes = cases({"volumes": loader}, {}, Path(path).parent, hashed=True)["volumes"]
-    about = {
-        "tower": network.start,
-        "seed": seed,
-        "steps": trainer.state.iteration,
-        "volumes": volumes,
-    }
-    write_adapted(path, network.encoder, about)
-    logger.info(f"wrote {path}; --teacher::weights {path} teaches by it, in every command")
+
+    def __init__(self, network: ViewEncoder, loader: Any, path: str | Path, seed: int) -> None:
+        self.network, self.loader, self.path, self.seed = network, loader, Path(path), seed
+
+    def attach(self, engine: Engine) -> None:
+        def last(engine: Engine, epoch: int) -> bool:
+            return epoch == engine.state.max_epochs
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=last), self)
+
+    def __call__(self, engine: Engine) -> None:
+        loader = {"volumes": self.loader}
+        about = {
+            "tower": self.network.start,
+            "seed": self.seed,
+            "steps": engine.state.iteration,
+            "volumes": cases(loader, {}, self.path.parent, hashed=True)["volumes"],
+        }
+        write_adapted(self.path, self.network.encoder, about)
+        logger.info(f"wrote {self.path}; use it with --teacher::weights {self.path}")

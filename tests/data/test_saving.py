@@ -47,7 +47,24 @@ def test_a_full_disk_leaves_no_part_of_a_file(
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(nib, "save", fail)
-    message = r"output_dir must be a folder that can be written, got OSError: .* space left"
+    message = r"output_dir must be a folder that can be written, got .Errno 28. No space left"
     with pytest.raises(ValueError, match=message):
         saver(tmp_path)(data())
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == there
+
+
+def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"output_dir must be .*, got .Errno \d+. .* in .*/file/a;"
+    ):
+        saver(tmp_path / "file" / "a")(data())
+
+
+def test_another_fault_keeps_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: nib.Nifti1Image, path: Path) -> None:
+        raise KeyError("header")
+
+    monkeypatch.setattr(nib, "save", fail)
+    with pytest.raises(RuntimeError, match="KeyError: 'header'"):
+        saver(tmp_path)(data())

@@ -59,8 +59,10 @@ def rows() -> list[tuple[str, str, str]]:
             behaviour = "the next run's results equal an undisturbed run's, or it says what to do"
             short = name in ("evidence", "store") and fault in ("kill", "ENOSPC")
             test = "`test_faults_lose_nothing`" if short else "`faults.py` (nightly)"
-            calls, tried = (run[f"{name}: {fault}"][key] for key in ("calls", "tried"))
+            row = run[f"{name}: {fault}"]
+            tried, calls, bad = row["tried"], row["calls"], len(row["open"])
             where = "any write" if tried == calls else f"{tried} of its {calls} writes"
+            behaviour = f"OPEN: {bad} of {tried} end otherwise" if bad else behaviour
             found.append((f"`{name}` {WHAT[fault]} {where}", behaviour, test))
     for name in SCENARIOS:
         behaviour = "the results equal one run's, or an error says what to do"

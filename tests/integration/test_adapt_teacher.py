@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from med3dinsight_ext.embeddings.grids import read_slices
-from med3dinsight_ext.teachers.adapted import adapted_of
-from med3dinsight_ext.teachers.teacher import Teacher, pair
+from med3dinsight_ext.teachers.adapted import adapted_of, write_adapted
+from med3dinsight_ext.teachers.teacher import Teacher, pair, untrained
 from med3dinsight_ext.teachers.towers import ImageTower, TextTower
 from med3dinsight_ext.training import engine
 from med3dinsight_ext.training.adaptation import RandViewsd, ViewEncoder, numbered
@@ -169,6 +170,40 @@ def test_a_seed_gives_the_same_bytes_after_an_interruption_too(
     assert Path(weights(tmp_path / "other" / "models" / "teacher")).read_bytes() != whole
 
 
+def test_a_training_that_has_ended_keeps_its_file(volumes: Path, tmp_path: Path) -> None:
+    short = {"max_epochs": 2, "steps_per_epoch": 2}
+    run("pretrain", OVERLAYS, **given(tmp_path / "run", volumes, **short))
+    path = Path(weights(tmp_path / "run" / "models" / "teacher"))
+    before = path.read_bytes()
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps([{"image": str(volumes / "v0.nii.gz"), "modality": "MR"}]))
+    again = given(tmp_path / "run", volumes, seed=7, datalist=str(few), **short)
+    run("pretrain", OVERLAYS, **again)
+    assert path.read_bytes() == before
+
+
+def test_values_and_key_of_a_teacher_change_together(
+    adapted: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    pictures, path = torch.rand(2, 1, 32, 32), weights(adapted[0])
+    used, fresh = small(), small(path)
+    used.encode_image(pictures)
+    used.image.adapt(path)  # after its first use
+    assert used.fingerprint == fresh.fingerprint
+    assert torch.equal(used.encode_image(pictures), fresh.encode_image(pictures))
+    drawn, plain = untrained(small(path)), untrained(small())
+    assert torch.equal(drawn.encode_image(pictures), plain.encode_image(pictures))
+    shutil.copy(path, moved := tmp_path / "adapted.safetensors")
+    late = small(str(moved))
+    write_adapted(moved, SmallCnn().load(), adapted_of(path))
+    with pytest.raises(ValueError, match=r"weights must not change during a run, got another .*ad"):
+        late.encode_image(pictures)
+    trained = small()
+    before = trained.fingerprint
+    ViewEncoder(trained, "cpu")
+    assert trained.fingerprint != before
+
+
 def test_test_volumes_do_not_join(volumes: Path, tmp_path: Path) -> None:
     split = tmp_path / "split.json"
     parts = {"development": ["v0", "v1", "v2", "v3"], "test": ["v4", "v5"]}
@@ -208,6 +243,8 @@ def test_what_cannot_be_adapted_or_loaded_is_named(
         numbered([])
     with pytest.raises(ValueError, match="teacher must have an image encoder apart from its text"):
         ViewEncoder(joint(), "cpu")
+    with pytest.raises(ValueError, match="teacher must have its own weights to be adapted, got ad"):
+        ViewEncoder(small(weights(adapted[0])), "cpu")
     with pytest.raises(ValueError, match=r"weights must be readable, got .*nothing.*; name the ad"):
         small(str(tmp_path / "nothing.safetensors"))
     (tmp_path / "model.pt").write_bytes(b"no weights")

@@ -12,6 +12,7 @@ import torch
 from running import NETWORKS, ROOT, Killed, run, settings
 from torch import Tensor
 
+from med3dinsight_ext.publishing.bundle import merged_configs
 from med3dinsight_ext.publishing.publish import publish
 from med3dinsight_ext.publishing.verify import file_checks
 from med3dinsight_ext.training import engine
@@ -116,6 +117,13 @@ def test_a_mean_of_the_weights_is_needed(volumes: Path, more: Path, tmp_path: Pa
     with pytest.raises(RuntimeError) as error:
         run("seg-finetune", OVERLAYS, **given(tmp_path, volumes, unlabelled=str(more), ema_decay=0))
     assert "ema_decay must be above 0 for a mean teacher, got 0" in str(error.getrepr(chain=True))
+
+
+def test_an_adapted_teacher_is_not_published(tmp_path: Path) -> None:
+    overlay = tmp_path / "teacher.yaml"
+    overlay.write_text("teacher:\n  weights: adapted.safetensors\n")
+    with pytest.raises(ValueError, match=r"teacher::weights must be none .*, got adapted\.safet"):
+        merged_configs(ROOT / "bundles" / "seg-finetune", str(overlay))
 
 
 def test_it_is_published_without_its_list(taught: Path, more: Path, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Round]:
         begin = time.monotonic()
         while not is_up(f"http://127.0.0.1:{port}/system") and time.monotonic() - begin < 60:
             time.sleep(0.2)
+        assert is_up(f"http://127.0.0.1:{port}/system"), (root / "orthanc.log").read_text()[-2000:]
         client = DICOMwebClient(store)
         for number in range(3):
             patient = f"Example^Number {number}"
