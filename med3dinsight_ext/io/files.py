@@ -94,6 +94,10 @@ def write_atomic(path: Path, write: Any, ending: str = "") -> None:
         write(draft)
         draft.chmod(mode)
         move(draft, path)
+    except OSError as error:
+        if error.filename is None or Path(str(error.filename)) == draft:
+            error.filename = str(path)  # which a write to a full disk does not name
+        raise
     finally:
         draft.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -130,3 +131,14 @@ def test_a_folder_that_another_process_has_written_is_not_replaced(tmp_path: Pat
     with pytest.raises(ValueError, match=r"folder must be new, got .*there by another process; "):
         move(tmp_path / "draft", tmp_path / "there")
     assert (tmp_path / "there" / "a.txt").read_text() == "there"
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    def full(draft: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.html'"):
+        write_atomic(tmp_path / "a.html", full)
+    with pytest.raises(OSError, match=r"No such file .*other"):
+        write_atomic(tmp_path / "a.html", lambda draft: (tmp_path / "other").read_bytes())
+    assert not list(tmp_path.iterdir())
