@@ -39,6 +39,7 @@ from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.training.checkpoints import load_weights  # noqa: E402
 from med3dinsight_ext.training.click_inferer import ClickInferer, History  # noqa: E402
 from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
+from timed_training import timed_overlay  # noqa: E402
 
 CONFIGS = bundles_dir() / "seg-finetune" / "configs"
 TRAINING: dict[str, dict[str, Any]] = {
@@ -75,14 +76,8 @@ def train(
     if record.exists():
         return
     files = ["train.json", str(HERE / f"{dataset}.yaml"), *map(str, METHODS[method][0])]
-    timing = {
-        "_target_": "timed_training.TimedCosine",
-        "optimizer": "@optimizer",
-        "rate": "@learning_rate",
-        "seconds": seconds,
-    }
     overlay = folder.resolve() / "timing.json"
-    overlay.write_text(json.dumps({"train_handlers::timing": timing}))
+    overlay.write_text(json.dumps(timed_overlay(seconds)))
     files.append(str(overlay))
     begin = perf_counter()
     workflow = bundle_run(

@@ -16,40 +16,33 @@ from typing import Any
 
 import fire
 import numpy as np
-import torch
 from monai.bundle import ConfigParser
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from bench_clicks import name_of, score, source, train  # noqa: E402
-from click_scores import ROUNDS  # noqa: E402
+from click_scores import ROUNDS, interval  # noqa: E402
 from common import write  # noqa: E402
 from med3dinsight_ext.data.datalists import datalist, partition  # noqa: E402
-from med3dinsight_ext.metrics.bootstrap import bootstrap  # noqa: E402
 from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
+from timed_training import timed_overlay  # noqa: E402
 
 CHANNELS = [16, 32, 64, 128]
 ARMS = ("scratch", "pretrained")
 
 
-def pretrain(dataset: str, items: list[dict], folder: Path, seconds: float) -> str:
-    """Path of the pre-trained weights of the benchmark's U-Net, whose training takes so long."""
-    path, done = folder / "models" / "model.pt", folder / "pretraining.json"
+def pretrain(dataset: str, items: list[dict], folder: Path, seconds: float) -> dict[str, Any]:
+    """Pre-train the benchmark's U-Net for so long, unless done; what was done."""
+    done = folder / "pretraining.json"
     if done.exists():
-        return str(path)
+        return json.loads(done.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     images = [{key: item[key] for key in ("image", "modality")} for item in items]
     (folder / "images.json").write_text(json.dumps(images))
     own = ConfigParser.load_config_files([str(HERE / f"{dataset}.yaml")])
     shape = {key: own[key] for key in ("spacing", "patch_size", "backbone")}
-    timing = {
-        "_target_": "timed_training.TimedCosine",
-        "optimizer": "@optimizer",
-        "rate": "@learning_rate",
-        "seconds": seconds,
-    }
     overlay = folder.resolve() / "overlay.json"
-    overlay.write_text(json.dumps({**shape, "train_handlers::timing": timing}))
+    overlay.write_text(json.dumps(shape | timed_overlay(seconds)))
     bundle_run(
         "pretrain",
         ["train.json", str(overlay)],
@@ -60,8 +53,9 @@ def pretrain(dataset: str, items: list[dict], folder: Path, seconds: float) -> s
         max_epochs=100_000,
         **{"backbone::channels": CHANNELS},
     )
-    done.write_text(json.dumps({"volumes": len(items), "seconds": seconds}))
-    return str(path)
+    facts = {"volumes": len(items), "seconds": seconds}
+    done.write_text(json.dumps(facts))
+    return facts
 
 
 def compared(out: Path, dataset: str, labelled: int, draws: int) -> dict[str, Any]:
@@ -83,11 +77,10 @@ def compared(out: Path, dataset: str, labelled: int, draws: int) -> dict[str, An
     for name, table in (*tables.items(), ("difference", differences)):
         found[name] = {}
         for clicks in (0, 1, ROUNDS):
-            values = torch.tensor(table[:, :, clicks].mean(0))
-            interval = bootstrap(values, torch.arange(len(values)))
+            values = table[:, :, clicks]
             found[name][str(clicks)] = {
-                **{key: float(value) for key, value in interval._asdict().items()},
-                "draws": table[:, :, clicks].mean(1).round(4).tolist(),
+                **interval(values.mean(0).tolist()),
+                "draws": values.mean(1).round(4).tolist(),
             }
     return found
 
@@ -115,7 +108,9 @@ def main(
     place = source(data)
     items = datalist(place["datalist"], data, place["split"], "development", "auto")
     pool, scored = partition(items, None, None)
-    weights = pretrain(dataset, pool, Path(out) / f"{dataset}_pretraining", pretrain_seconds)
+    start = Path(out) / f"{dataset}_pretraining"
+    facts = pretrain(dataset, pool, start, pretrain_seconds)
+    weights = str(start / "models" / "model.pt")
     for draw in range(draws):
         chosen = np.random.RandomState(draw).permutation(len(pool))[:labelled]
         path = Path(out).resolve() / f"{dataset}_{labelled}_draw{draw}.json"
@@ -134,10 +129,9 @@ def main(
                 own: dict[str, Any] = {"backbone::channels": CHANNELS}
                 score(dataset, data, out, "click", labelled, tag, **own)
         done = compared(Path(out), dataset, labelled, draw + 1)
-        folder = Path(out) / f"{dataset}_pretraining"
         result = {
             "dataset": dataset, "labelled": labelled, "scored": len(scored), "draws": draw + 1,
-            "seconds": seconds, "pretrain": json.loads((folder / "pretraining.json").read_text()),
+            "seconds": seconds, "pretrain": facts,
         }  # fmt: skip
         write("click_pretraining", result | done)
 

@@ -131,13 +131,14 @@ def choose(
     )
     radii = {r: dice(folder[best] / f"validation_radius_{r:.0f}.json") for r in RADII}
     choice = GUIDANCE[best] | {"refine_radius": max(radii, key=lambda r: radii[r].mean())}
-    start = Path(settings.get("pretrained", "")).parents[1:2]
+    start = settings.get("pretrained")
+    record = json.loads((Path(start).parents[1] / "training.json").read_text()) if start else None
     figures = {
         "choice": choice,
         "seconds": seconds,
         "cases": len(found[best]),
         "settings": {key: value for key, value in settings.items() if key != "pretrained"},
-        "start": json.loads((start[0] / "training.json").read_text()) if start else None,
+        "start": record,
         "guidance": beside(found),
         "radii": beside({f"{radius:.0f}": x for radius, x in radii.items()}),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from time import perf_counter, process_time
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -51,3 +52,14 @@ class TimedCosine:
     def end(self, engine: Engine) -> None:
         if self.passed() >= 1:
             engine.terminate()
+
+
+def timed_overlay(seconds: float) -> dict[str, Any]:
+    """Overlay of a bundle's train config: ``TimedCosine`` with its learning rate."""
+    timing = {
+        "_target_": "timed_training.TimedCosine",
+        "optimizer": "@optimizer",
+        "rate": "@learning_rate",
+        "seconds": seconds,
+    }
+    return {"train_handlers::timing": timing}

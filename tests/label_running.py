@@ -82,6 +82,20 @@ class Answer(NamedTuple):
     body: Any
 
 
+def wait_for(
+    process: subprocess.Popen, log: Path, ready: Callable[[], Any], seconds: float = 120
+) -> Any:
+    """What ``ready`` returns, once it is true; the log's end if the process ends before."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < seconds:
+        if found := ready():
+            return found
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise AssertionError(f"waited in vain:\n{log.read_text()[-6000:]}")
+
+
 class Server:
     """A MONAI Label server as a process of its own; it logs into ``folder / "log"``.
 
@@ -112,14 +126,7 @@ class Server:
 
     def wait(self, ready: Callable[[], Any], seconds: float = 120) -> Any:
         """What ``ready`` returns, once it is true."""
-        begin = time.monotonic()
-        while time.monotonic() - begin < seconds:
-            if found := ready():
-                return found
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.1)
-        raise AssertionError(f"waited in vain:\n{self.log.read_text()[-6000:]}")
+        return wait_for(self.process, self.log, ready, seconds)
 
     def ask(self, method: str, path: str, body: object = None, **form: str | Path) -> Answer:
         """Send JSON, or a form whose values are texts and files."""

@@ -51,7 +51,7 @@ def merged(bundle: str, *files: str | Path) -> dict[str, Any]:
 
 
 class Killed(BaseException):
-    """Ends a run without any handler of errors."""
+    """Ends a run or a writer without any handler of errors."""
 
 
 class KillAt:

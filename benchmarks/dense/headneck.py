@@ -186,10 +186,10 @@ def fill(work: Path, name: str, tag: str, part: str, **_: Any) -> dict[str, Any]
 
 def teacher_settings(work: Path, tag: str) -> dict[str, Any]:
     """Arguments of ``images_only``: "imagenet", "random", or "adapted" by the run ``adapt``."""
+    if tag == "random":
+        return {"random": 0}
     weights = str(work / "runs/adapt/models/teacher/adapted.safetensors")
-    return {"random": 0 if tag == "random" else None} | (
-        {"weights": weights} if tag == "adapted" else {}
-    )
+    return {"weights": weights} if tag == "adapted" else {}
 
 
 def overlay_teacher(work: Path, tag: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -54,11 +55,17 @@ def upload(store: str, *images: str) -> None:
         store: URL, such as http://127.0.0.1:8042/dicom-web.
         images: files with three axes.
     """
+    for path, series in sent(store, images):
+        print(path, series)
+
+
+def sent(store: str, images: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Send images as ``upload`` does; each with the id of its series."""
     client = DICOMwebClient(store)
     for number, path in enumerate(images, 1):
         slices = dicom_slices(nib.load(path), f"Example^Number {number}")
         client.store_instances(slices)
-        print(path, slices[0].SeriesInstanceUID)
+        yield path, slices[0].SeriesInstanceUID
 
 
 def dicom_slices(image: Any, patient: str) -> list[Dataset]:

@@ -12,6 +12,7 @@ import fakes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import Killed
 
 from med3dinsight_ext.captions.sources import TemplateCaptions
 from med3dinsight_ext.embeddings.store import Store
@@ -19,10 +20,6 @@ from med3dinsight_ext.io.files import HashMemo, write_atomic
 
 VOLUMES = 3
 few = settings(max_examples=max(5, settings().max_examples // 4))  # each fills stores
-
-
-class Killed(BaseException):
-    """Ends a writer without any handler of errors."""
 
 
 @pytest.fixture(scope="module")

@@ -228,8 +228,9 @@ def record(rows: Iterable[tuple[str, dict[str, Any]]], out: Path | None) -> int:
             print(f"    {fault}", flush=True)
         if out:
             before = json.loads(out.read_text())["scenarios"] if out.exists() else {}
-            row |= {"commit": machine()["commit"]}
-            text = json.dumps(machine() | {"scenarios": before | {name: row}}, indent=1)
+            here = machine()
+            row |= {"commit": here["commit"]}
+            text = json.dumps(here | {"scenarios": before | {name: row}}, indent=1)
             out.write_text(text.replace(sys.prefix, "PREFIX") + "\n")
     return int(bad > 0)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
-from running import ROOT, run, settings
+from running import ROOT, Killed, run, settings
 
 from med3dinsight_ext.captions.sources import TemplateCaptions
 from med3dinsight_ext.embeddings.store import Store
@@ -23,10 +23,6 @@ TIMES = {"1901": -69 * YEAR, "1970": 0, "2106": 136 * YEAR, "2400": 430 * YEAR} 
 def set_times(folder: Path, nanoseconds: int) -> None:
     for path in folder.rglob("*"):
         os.utime(path, ns=(nanoseconds, nanoseconds))
-
-
-class Killed(BaseException):
-    """Ends a run without any handler of errors."""
 
 
 def test_no_other_file_reads_a_clock_that_may_jump() -> None:

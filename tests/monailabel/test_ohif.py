@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from label_cases import CLICK, MARKS, PLAIN, overlay
-from label_running import Server, small_bundle, start_own
+from label_running import Server, small_bundle, start_own, wait_for
 from running import ROOT, free_port
 
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
@@ -53,7 +52,6 @@ class Round(NamedTuple):
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Round]:
     sys.path.append(str(ROOT / "docs" / "guides"))
     import ohif
-    from dicomweb_client import DICOMwebClient
 
     root = tmp_path_factory.mktemp("ohif")
     port = free_port()
@@ -68,17 +66,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Round]:
     with (root / "orthanc.log").open("w") as log:
         orthanc = subprocess.Popen(["Orthanc", root / "orthanc.json"], stdout=log, stderr=log)
     try:
-        begin = time.monotonic()
-        while not is_up(f"http://127.0.0.1:{port}/system") and time.monotonic() - begin < 60:
-            time.sleep(0.2)
-        assert is_up(f"http://127.0.0.1:{port}/system"), (root / "orthanc.log").read_text()[-2000:]
-        client = DICOMwebClient(store)
-        for number in range(3):
-            patient = f"Example^Number {number}"
-            slices = ohif.dicom_slices(nib.load(studies / f"v{number}.nii.gz"), patient)
-            client.store_instances(slices)
-            labels[patient.replace("^", ", ")] = studies / "labels" / f"v{number}.nii.gz"
-            series[patient.replace("^", ", ")] = slices[0].SeriesInstanceUID
+        wait_for(orthanc, Path(log.name), lambda: is_up(f"http://127.0.0.1:{port}/system"), 60)
+        images = [str(studies / f"v{i}.nii.gz") for i in range(3)]
+        for number, (image, found) in enumerate(ohif.sent(store, images), 1):
+            patient = f"Example, Number {number}"
+            labels[patient] = studies / "labels" / Path(image).name
+            series[patient] = found
         bundles = [
             small_bundle(root / PLAIN),
             small_bundle(root / CLICK, "ClickNet", overlays=True),
@@ -107,7 +100,7 @@ def test_open_segment_click_undo_save_train_and_the_next_case(served: Round) -> 
     from ohif import Viewer
 
     server, labels, series = served
-    patient, other = "Example, Number 1", (30, 10, 12)
+    patient, other = "Example, Number 2", (30, 10, 12)
     organ = np.argwhere(np.asarray(nib.load(labels[patient]).dataobj))
     with closing(Viewer(server.url, patient)) as viewer:
         viewer.run("segmentation")

@@ -16,6 +16,7 @@ from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedTrainer
 from monai.transforms import Compose, RandScaleIntensityd
+from running import Killed
 from torch import Tensor, nn
 
 from med3dinsight_ext.training import engine
@@ -23,10 +24,6 @@ from med3dinsight_ext.training.checkpoints import checkpoint
 from med3dinsight_ext.training.seeding import EpochSeed
 
 EPOCHS, STEPS = 4, 3
-
-
-class Killed(BaseException):
-    """Ends a run without any handler of errors."""
 
 
 class Noise(nn.Module):
