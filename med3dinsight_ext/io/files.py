@@ -95,7 +95,8 @@ def write_atomic(path: Path, write: Any, ending: str = "") -> None:
         draft.chmod(mode)
         move(draft, path)
     except OSError as error:
-        if error.filename is None or Path(str(error.filename)) == draft:
+        unnamed = error.filename is None and error.errno is not None
+        if unnamed or Path(str(error.filename)) == draft:
             error.filename = str(path)  # which a write to a full disk does not name
         raise
     finally:
