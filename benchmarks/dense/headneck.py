@@ -228,6 +228,7 @@ def pretrain(
             "loss::dense_weight": dense,
             "loss::reconstruction_weight": reconstruction,
             "train::dataset::data": f"${data}",
+            "grid_store::seed": 0,  # the same slices for each pre-training: they are stored once
         },
     )  # fmt: skip
     history = (work / "runs" / name / "eval" / "history.jsonl").read_text().splitlines()
@@ -291,7 +292,6 @@ def pack(work: str, out: str) -> None:
     """Write the weights that later questions need to OUT, in half precision, a few in each file."""
     names = [f"{arm}_p0" for arm in ("both", "recon")]
     names += [f"{arm}_d{d}" for arm in ("scratch_s0", "recon_p0", "both_p0") for d in range(3)]
-    names += [f"soft_both_d{draw}" for draw in range(3)]
     paths = [(name, Path(work) / "runs" / name / "models" / "model.pt") for name in names]
     found = [(name, path) for name, path in paths if path.exists()]
     for n in range(0, len(found), 5):
@@ -397,18 +397,16 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
             if seed == 0:
                 longer = f"longer_d{draw}"
                 add(longer, "finetune", labelled=f"draw{draw}", steps=1200)
-                for soft in ("head", "network", "both"):
-                    add(
-                        f"soft_{soft}_d{draw}", "finetune",
-                        [*filled["imagenet"], f"both_p0_d{draw}"], init="both_p0",
-                        labelled=f"draw{draw}", steps=600, soft=soft,
-                        soft_weights=f"both_p0_d{draw}",
-                    )  # fmt: skip
                 add(
-                    f"soft_scratch_d{draw}", "finetune", [f"scratch_s0_d{draw}"],
-                    labelled=f"draw{draw}", steps=600, soft="network",
-                    soft_weights=f"scratch_s0_d{draw}",
+                    f"soft_head_d{draw}", "finetune", filled["imagenet"],
+                    labelled=f"draw{draw}", steps=600, soft="head",
                 )  # fmt: skip
+                for soft, name in (("network", "scratch"), ("both", "both")):
+                    add(
+                        f"soft_{name}_d{draw}", "finetune",
+                        [*filled["imagenet"], f"scratch_s0_d{draw}"], labelled=f"draw{draw}",
+                        steps=600, soft=soft, soft_weights=f"scratch_s0_d{draw}",
+                    )  # fmt: skip
                 add(
                     f"mean_teacher_d{draw}", "finetune", labelled=f"draw{draw}", steps=600,
                     soft="mean_teacher",

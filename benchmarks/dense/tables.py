@@ -36,8 +36,10 @@ FINE_TUNED = {
     "dense_1e-3": "dense teaching alone, 0.001",
     "recon_1e-3": "masked reconstruction, 0.001",
     "adapted": "dense teaching and reconstruction by a teacher adapted to these volumes",
-    "mean_teacher": "from scratch, with a mean teacher on the other volumes",
-    "self": "from scratch, with soft labels of the network from scratch",
+    "soft_mean_teacher": "from scratch, with a mean teacher on the other volumes",
+    "soft_network": "from scratch, with soft labels of the network from scratch",
+    "soft_head": "from scratch, with soft labels of a head on the teacher's codes",
+    "soft_both": "from scratch, with soft labels of that network and that head",
 }
 READ_OUT = {
     "codes": "the teacher's codes",
@@ -56,7 +58,7 @@ def arm_of(row: dict[str, Any]) -> str:
     """Which line of the table of fine-tuning a run belongs to."""
     rate = {0.0003: "_3e-4", 0.001: "_1e-3"}.get(row["lr"], "")
     if row.get("soft"):
-        return "mean_teacher" if row["soft"] == "mean_teacher" else "self"
+        return f"soft_{row['soft']}"
     return row.get("init", "").split("_p")[0] + rate if row.get("init") else f"scratch{rate}"
 
 
