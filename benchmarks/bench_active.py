@@ -48,11 +48,13 @@ Cases = list[tuple[Tensor, Tensor]]  # image and label, (1, x, y, z) each
 class Task(NamedTuple):
     """Settings of a data set, coarse, so that many trainings are cheap.
 
-    ``spacing`` is in mm, ``patch`` in voxels; ``flips`` tells whether left and right are alike;
-    ``centered`` is the share of the crops whose middle is a labelled voxel.
+    ``channels`` are those of the U-Net, ``spacing`` is in mm, ``patch`` in voxels; ``flips`` tells
+    whether left and right are alike; ``centered`` is the share of the crops whose middle is a
+    labelled voxel.
     """
 
     classes: int
+    channels: list[int]
     spacing: list[float]
     patch: tuple[int, int, int]
     flips: bool
@@ -60,8 +62,8 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "hippocampus": Task(3, [2.0] * 3, (24, 32, 24), flips=True, centered=0.0),
-    "headneck": Task(5, [4.0] * 3, (32, 32, 32), flips=False, centered=0.7),
+    "hippocampus": Task(3, [8, 16, 32, 64], [2.0] * 3, (24, 32, 24), flips=True, centered=0.0),
+    "headneck": Task(5, [16, 32, 64, 128], [4.0] * 3, (48, 32, 32), flips=False, centered=0.7),
 }
 
 
@@ -113,10 +115,10 @@ def batch(cases: Cases, random: np.random.RandomState, task: Task) -> list[Tenso
 
 
 def train(cases: Cases, seed: int, steps: int, task: Task) -> nn.Module:
-    """A U-Net of 0.1 M parameters, from scratch."""
+    """A small U-Net from scratch."""
     torch.manual_seed(seed)
     random = np.random.RandomState(seed)
-    network = UNet(3, 1, task.classes, [8, 16, 32, 64], [2, 2, 2], num_res_units=1, norm="INSTANCE")
+    network = UNet(3, 1, task.classes, task.channels, [2, 2, 2], num_res_units=1, norm="INSTANCE")
     optimizer = torch.optim.AdamW(network.parameters(), 5e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps, pct_start=0.1)
     loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
@@ -184,7 +186,7 @@ def choose(
     return list(order[:count])
 
 
-def run(data: str, out: str, seeds: int = 5, steps: int = 600, seconds: float = 1e9) -> None:
+def run(data: str, out: str, seeds: int = 5, steps: int = 400, seconds: float = 1e9) -> None:
     """Train and score what is not there yet.
 
     Args:

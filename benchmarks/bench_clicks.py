@@ -228,6 +228,9 @@ def collect(dataset: str, out: str) -> None:
     for path in sorted(Path(out).glob(f"{dataset}_*/*.json")):
         found = json.loads(path.read_text().replace(str(Path(out)), "OUT"))
         if "one" in found:
+            used = found["training"]["settings"]
+            if (start := Path(used.get("pretrained", ""))).is_absolute():
+                used["pretrained"] = str(Path(*start.parts[-4:]))  # no folder of this machine
             name = path.parent.name.removeprefix(f"{dataset}_")
             timing = json.loads((path.parent / "timing.json").read_text())
             budget = {"budget": timing["train_handlers::timing"]["seconds"]}

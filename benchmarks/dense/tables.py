@@ -15,10 +15,11 @@ from string import Template
 from typing import Any
 
 import torch
+from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
-from med3dinsight_ext.metrics.bootstrap import bootstrap  # noqa: E402
+from med3dinsight_ext.metrics.bootstrap import percentiles, resamples  # noqa: E402
 
 DRAWS = ("draw0", "draw1", "draw2")
 TWO = ("two0", "two1", "two2")
@@ -76,22 +77,28 @@ def cells(draws: dict[str, Rows], names: Sequence[str] = DRAWS) -> list[str]:
     return ["–" if mean is None else f"{mean:.3f}" for mean in means]
 
 
+def interval(values: Tensor) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of (draws, cases), of which both are resampled."""
+    streams = zip(*(resamples(n, 2000, seed) for seed, n in enumerate(values.shape)), strict=True)
+    means = [values[draws[:, :, None], cases[:, None]].mean((1, 2)) for draws, cases in streams]
+    return percentiles(torch.cat(means))
+
+
 def above(rows: dict[str, Rows], others: dict[str, Rows], names: Sequence[str] = DRAWS) -> str:
-    """Mean difference in points over the draws that both have, with its interval over cases."""
-    values, cases = [], []
+    """Mean difference in points over the draws that both have, with its interval."""
+    values = []
     for draw in names:
         if draw in rows and draw in others:
             one, other = (
                 {n: fmean(fmean(r["cases"][n]) for r in part) for n in part[0]["cases"]}
                 for part in (rows[draw], others[draw])
             )
-            for number, name in enumerate(sorted(one)):
-                values.append(100 * (one[name] - other[name]))
-                cases.append(number)
+            values.append([100 * (one[name] - other[name]) for name in sorted(one)])
     if not values:
         return "–"
-    mean, low, high = bootstrap(torch.tensor(values), torch.tensor(cases))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    found = torch.tensor(values, dtype=torch.float64)
+    low, high = interval(found)
+    return f"{float(found.mean()):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def table(head: str, lines: list[list[str]]) -> str:
