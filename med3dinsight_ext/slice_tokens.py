@@ -12,12 +12,9 @@ from torch import Tensor
 
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem
-from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.planning.run_folder import PROGRAM, results, trained
-from med3dinsight_ext.training.record import FILE
 from med3dinsight_ext.workflows import infer
 
-BUNDLED = {"_target_": "med3dinsight_ext.teachers.teacher.bundled"}  # the default
 EVALUATED = ("$", "@", "%")  # how a text begins that a config would evaluate
 
 
@@ -105,10 +102,5 @@ def _inferred(
     path = Path(volume)
     if not path.exists():
         raise ValueError(f"volume must exist, got {volume}; correct the path")
-    record = home / "models" / FILE
-    if overlays and record.is_file():  # the plan does not name a teacher
-        teacher = read_json(record, "record")["config"]["teacher"]
-        if teacher != BUNDLED:
-            overrides.setdefault("teacher", teacher)
     infer(home, bundle, overlays, [str(path.absolute())], folder, overrides, quiet)
     return folder / volume_stem(path)

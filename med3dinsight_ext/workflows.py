@@ -20,6 +20,7 @@ from med3dinsight_ext.planning.run_folder import (
     PLAN,
     PROGRAM,
     WEIGHTS,
+    as_trained,
     images_of,
     overlay,
     prepare,
@@ -210,7 +211,8 @@ def predict(
     written = sorted(path for path in folder.iterdir() if path.name != INPUTS)
     if kind_of(bundle) == "segmentation":
         config = home / PLAN if overlays else bundle / "configs" / "inference.json"
-        names = read_plan(config)["label_names"]  # JSON is YAML
+        used = as_trained(home, bundle, overlays, "inference.json")
+        names = (read_plan(config) | used)["label_names"]  # JSON is YAML
         found = {i: folder / f"{stem}_seg.nii.gz" for i, stem in zip(images, stems, strict=True)}
         write_predictions(folder / PAGE, found, names)
         written.append(folder / PAGE)
@@ -229,7 +231,7 @@ def infer(
     quiet: bool,
     verbose: bool = False,
 ) -> None:
-    """Run the inference config of a trained network on some images.
+    """Run the inference config of a trained network on some images, as it was trained.
 
     Args:
         home: folder of the network; with ``bundle`` and ``overlays`` from ``trained``.
@@ -245,6 +247,7 @@ def infer(
     text = json.dumps([{"image": image} for image in images], indent=1)
     write_atomic(listed, lambda draft: draft.write_text(text))
     settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
+    settings |= as_trained(home, bundle, overlays, "inference.json")
     launch(bundle, ["inference.json", *overlays], settings | dict(overrides), quiet, verbose)
 
 
@@ -288,16 +291,19 @@ def evaluate(
     if (folder / DATALIST).exists():
         raise ValueError(f"out must be a new folder, got {folder}; name another with --out")
     settings: dict[str, Any] = {"bundle_root": str(home), "output_dir": str(folder)}
+    settings |= as_trained(home, bundle, overlays, "train.json")
     settings |= write_items(dataset, folder, ["label"] if scored else [])
-    trained_on = images_of(home)
-    if not dataset.split and not trained_on & {str(item["image"]) for item in dataset.items}:
-        settings["val_fraction"] = 0
+    known = bool(images_of(home) & {str(item["image"]) for item in dataset.items})
+    if not known:  # captions are those of other volumes
+        settings.pop("captions", None)
+        settings |= {"captions": str(dataset.captions)} if dataset.captions and not scored else {}
+        settings |= {} if dataset.split else {"val_fraction": 0}
     launch(bundle, ["train.json", *overlays, "evaluate.json"], settings | overrides, quiet, verbose)
     if not quiet:
         print(f"\nwrote {', '.join(sorted(p.name for p in folder.iterdir()))} to {folder}")
         if (page := folder / REPORT).is_file():
             print(f"look at {page}")
-        if trained_on and "val_fraction" not in settings and not dataset.split:
+        if known and not dataset.split:
             print("these are cases of the training: validation cases if it kept any, else all")
     return folder
 

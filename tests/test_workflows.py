@@ -54,7 +54,8 @@ def test_three_commands_lead_from_a_folder_to_predictions_and_a_page(
 ) -> None:
     run = med3dinsight_ext.pretrain("scans", **SMALL)
     assert run == Path("runs/scans/pretrain") and (run / "models" / "student.pt").is_file()
-    main(["finetune", "scans", "--pretrained", str(run), "--device", SMALL["device"]])
+    given = ["--device", SMALL["device"], "--seed", "1"]
+    main(["finetune", "scans", "--pretrained", str(run), *given])
     out = capsys.readouterr().out
     assert "plan as in runs/scans/pretrain:" in out and "encoder 100 %" in out
     assert "next: python -m med3dinsight_ext predict runs/scans/finetune FILES" in out
@@ -79,7 +80,8 @@ def test_three_commands_lead_from_a_folder_to_predictions_and_a_page(
         med3dinsight_ext.predict("runs/scans/finetune", *images)
     out_dir = med3dinsight_ext.evaluate("runs/scans/finetune", "scans", device=SMALL["device"])
     assert json.loads((out_dir / "metrics.json").read_text())["cases"] == 3
-    assert "cases of the training" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cases of the training" in out and " --seed 1 " in out
     with pytest.raises(ValueError, match="out must be a new folder, got .*evaluation-scans"):
         med3dinsight_ext.evaluate("runs/scans/finetune", "scans")
 
@@ -271,3 +273,44 @@ def test_other_data_is_scored_whole_and_that_of_the_training_by_its_validation_c
     own, others = lines[-2][2], lines[-1][2]
     assert "val_fraction" not in own and others["val_fraction"] == 0
     assert own["output_dir"] == "run/evaluation-scans"
+
+
+def test_what_a_training_was_given_beside_its_plan_counts_in_later_commands(
+    scans: Path, lines: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(workflows, "write_predictions", lambda *words: pages.append(words))
+    workflows.finetune("scans", out="run", quiet=True)
+    (Path("run") / "models").mkdir(exist_ok=True)
+    (Path("run") / "models" / "model.pt").touch()
+    planned = read_plan("run/plan.yaml")
+    given = {"spacing": [3, 3, 3], "seed": 1, "label_names": ["background", "kidney"]}
+    config = planned | given | {"learning_rate": 1.0, "device": "cuda:7"}
+    (Path("run") / "models" / "run.json").write_text(json.dumps({"config": config}))
+    workflows.predict("run", "scans/v0.nii.gz", quiet=True)
+    workflows.evaluate("run", "scans", quiet=True, spacing=[4, 4, 4])
+    predicted, evaluated = lines[-2][2], lines[-1][2]
+    paths = {"bundle_root", "output_dir", "datalist", "dataset_dir"}
+    names = given["label_names"]
+    assert predicted.items() >= {"spacing": [3, 3, 3], "label_names": names}.items()
+    assert {k: v for k, v in evaluated.items() if k not in paths} == given | {"spacing": [4, 4, 4]}
+    assert predicted.keys() - paths == {"spacing", "label_names"} and pages[0][2] == names
+
+
+def test_a_pre_training_is_scored_with_the_captions_of_the_volumes(
+    scans: Path, lines: list[tuple[Any, ...]]
+) -> None:
+    shutil.copytree(scans, "others")
+    (scans / "captions.jsonl").touch()
+    workflows.pretrain("scans", out="run", quiet=True)
+    used = lines[-1][2]["captions"]
+    (Path("run") / "models").mkdir(exist_ok=True)
+    for name in ("model.pt", "student.pt"):
+        (Path("run") / "models" / name).touch()
+    (Path("run") / "models" / "run.json").write_text(json.dumps({"config": {"captions": used}}))
+    for name in ("scans", "others"):
+        workflows.evaluate("run", name, quiet=True)
+    (Path("others") / "captions.jsonl").touch()
+    workflows.evaluate("run", "others", out="again", quiet=True)
+    found = [call[2].get("captions") for call in lines[1:]]
+    assert found == [used, None, "others/captions.jsonl"]

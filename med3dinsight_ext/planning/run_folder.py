@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser
+
 from med3dinsight_ext.data.layouts import Dataset
 from med3dinsight_ext.io.bundles import bundles_dir
+from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.errors import advice
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.hub import hub_id, local_folder
@@ -18,8 +21,13 @@ from med3dinsight_ext.planning.plan import TASK, make_plan, read_plan, shown, wr
 
 PROGRAM = "python -m med3dinsight_ext"
 PLAN, DATALIST, WEIGHTS = "plan.yaml", "datalist.json", "models/model.pt"
+RECORD = "models/run.json"
 PUBLISHED = "configs/inference.json"  # of a published bundle
 NETWORK = ("spacing", "patch_size", "ct_range", "backbone", AXES)  # that weights depend on
+AS_TRAINED = (
+    *NETWORK, "label_names", "class_names", "modality", "mirror_axes", "mirror_pairs", "teacher",
+    "captions", "captioner", "per_plane", "planes", "seed", "val_fraction", "max_cases",
+)  # fmt: skip
 OUT = Path("runs")
 
 
@@ -152,6 +160,26 @@ def trained(model: str) -> tuple[Path, Path, list[str]]:
     else:
         name = "cls-finetune" if "class_names" in read_plan(home / PLAN) else "seg-finetune"
     return home, bundles_dir() / name, [overlay(home)]
+
+
+def as_trained(home: Path, bundle: Path, overlays: list[str], config: str) -> dict[str, Any]:
+    """Settings that a training was given beside its plan, as overrides for a config.
+
+    Args:
+        home: folder of the network; with ``bundle`` and ``overlays`` from ``trained``.
+        bundle: its bundle.
+        overlays: of the config; a published bundle has none, as its configs are those of its run.
+        config: file in the bundle's configs/, whose keys may be set.
+    """
+    if not overlays or not (home / RECORD).is_file():
+        return {}
+    used = read_json(home / RECORD, "record")["config"]
+    planned, known = (
+        ConfigParser.load_config_files([*with_shared(bundle / "configs" / name), *overlays])
+        for name in ("train.json", config)
+    )
+    keys = [key for key in AS_TRAINED if key in used and key in known]
+    return {key: used[key] for key in keys if used[key] != planned.get(key)}
 
 
 def results(model: str, home: Path, name: str) -> Path:
