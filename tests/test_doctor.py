@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fakes import write_volumes
+from fakes import volume, write_volumes
 
 from med3dinsight_ext import doctor as module
 from med3dinsight_ext.doctor import doctor
@@ -38,3 +38,17 @@ def test_a_broken_law_is_printed_and_makes_the_exit_code_1(
 def test_label_names_must_be_a_list(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="label_names must be a list, got 'liver'; write it like"):
         doctor(str(tmp_path), label_names="liver")
+
+
+def test_labels_and_split_of_a_folder_are_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "requires", lambda _: [])
+    folder = write_volumes(tmp_path / "data", 3)
+    volume(folder / "labels" / "v1.nii.gz", 1)
+    (folder / "split.json").write_text('{"development": ["v0", "v1"], "test": ["v2", "v9"]}')
+    with pytest.raises(SystemExit):
+        doctor(str(folder), page=str(tmp_path / "page.html"))
+    out = capsys.readouterr().out
+    assert "2 volumes readable, 1 faults" in out
+    assert "v1.nii.gz" in out and "label must have its image's shape" in out and "v9" in out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from med3dinsight_ext.data.datalists import datalist, item_ids, split_lists, subset_names
 from med3dinsight_ext.data.identity import head_height, text_strokes
 from med3dinsight_ext.data.labels import check_label
+from med3dinsight_ext.data.layouts import decathlon_names, read_dataset
 from med3dinsight_ext.data.slicing import window
 from med3dinsight_ext.data.volumes import guess_modality, read_volume
 from med3dinsight_ext.io.console import Bar
@@ -103,14 +103,20 @@ def read_cohort(
     """Read every volume and label of a dataset, one at a time.
 
     Args:
-        source: as for ``datalist``.
-        split: as for ``datalist``; without it the sections of the source are the lists.
+        source: as for ``datalist``; in a folder labels are found as by ``read_dataset``.
+        split: as for ``datalist``, by default split.json in a folder; without it the sections of
+            the source are the lists.
         names: of the classes; by default those of a Decathlon ``dataset.json``.
     """
     source = Path(source)
     root = source if source.is_dir() else source.parent
     records, faults, seen = [], {}, set[str]()
-    items = list(_listed(source, root, split))
+    labelled: dict[str, dict[str, Any]] = {}
+    if source.is_dir():
+        dataset = read_dataset(source)
+        labelled = {item["image"]: item for item in dataset.items}
+        split, names = split or dataset.split, names or dataset.names
+    items = [(labelled.get(i["image"], i), lists) for i, lists in _listed(source, root, split)]
     names = names or decathlon_names(source)
     for item, lists in Bar(items, "Reading volumes", unit="volume"):
         name = os.path.relpath(item["image"], root)
@@ -136,18 +142,6 @@ def _listed(
     for name in subset_names(source) or [""]:
         for item in datalist(source, subset=name or None):
             yield item, (name,) if name else ()
-
-
-def decathlon_names(source: Path) -> list[str] | None:
-    """Class names of a ``dataset.json``, in either direction: number to name, name to number."""
-    content = json.loads(source.read_text("utf-8")) if source.suffix == ".json" else None
-    known = content.get("labels") if isinstance(content, dict) else None
-    if not isinstance(known, dict):
-        return None
-    pairs = known.items() if "0" in known else [(number, name) for name, number in known.items()]
-    found = {str(number): str(name) for number, name in pairs}
-    names = [found.get(str(i)) for i in range(len(found))]
-    return None if None in names else [str(name) for name in names]
 
 
 def read_record(name: str, item: dict[str, Any], lists: Sequence[str] = ()) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from med3dinsight_ext.data.cohort import decathlon_names
 from med3dinsight_ext.data.datalists import LABEL_ENDINGS, datalist, split_items
 from med3dinsight_ext.data.labels import label_values
 from med3dinsight_ext.data.modalities import modality_name
@@ -75,6 +75,11 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
         raise ValueError(f"data must be a folder or a list, got the file {source}; name its folder")
     if not source.exists():
         raise ValueError(f"data must exist, got {source}; name a folder of volumes or a list")
+    if source.is_file() and labels and not Path(labels).is_file():
+        raise ValueError(
+            f"labels must be a list where data is one, got {labels} for {source}; write each label "
+            "beside its image in the list, or name the folder of the images as data"
+        )
     listed = next((Path(p) for p in (labels, source) if p and Path(p).is_file()), None)
     root = source if source.is_dir() else source.parent
     described = listed if listed and listed.suffix == ".json" else root / "dataset.json"
@@ -83,7 +88,10 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     if listed:
         items = [{"patient": Path(item["image"]).name, **item} for item in datalist(listed, root)]
     else:
-        items = _folder_items(source, Path(labels) if labels else None, notes)
+        items = folder_items(source, Path(labels) if labels else None, notes)
+        for item in items:
+            folder, stem = _key(Path(item["image"]), source)
+            item.setdefault("patient", "/".join((*folder, stem)))
         if described.is_file():
             kinds = _modalities(described)
             items = [i | {"modality": kinds.get(_channel(i["image"]), "auto")} for i in items]
@@ -92,8 +100,26 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     return Dataset(root, items, names, found[0], found[1], notes)
 
 
-def _folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[dict[str, Any]]:
-    """Images of a folder with their labels and patients."""
+def decathlon_names(source: Path) -> list[str] | None:
+    """Class names of a ``dataset.json``, in either direction: number to name, name to number."""
+    content = json.loads(source.read_text("utf-8")) if source.suffix == ".json" else None
+    known = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(known, dict):
+        return None
+    pairs = known.items() if "0" in known else [(number, name) for name, number in known.items()]
+    found = {str(number): str(name) for number, name in pairs}
+    names = [found.get(str(i)) for i in range(len(found))]
+    return None if None in names else [str(name) for name in names]
+
+
+def folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[dict[str, Any]]:
+    """Images of a folder with their labels, and with their patients where each has a folder.
+
+    Args:
+        source: folder, as for ``read_dataset``.
+        labels: folder, as for ``read_dataset``.
+        notes: gets what was left out.
+    """
     images = source / "imagesTr" if (source / "imagesTr").is_dir() else source
     if images != source and (source / "imagesTs").is_dir():
         notes.append("imagesTs is left out: images for tests")
@@ -114,13 +140,9 @@ def _folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[d
     groups = {folder for folder, _ in keys.values() if folder}
     by_folder = len(groups) > 1 and len(items) <= FEW_IMAGES * len(groups)
     for item in items:
-        folder, stem = keys[item["image"]]
-        if "patient" in item:  # of a DICOM series
-            continue
+        folder, _ = keys[item["image"]]
         if folder and by_folder:
-            item["patient"] = "/".join(folder)
-        else:
-            item["patient"] = "/".join((*folder, stem))
+            item.setdefault("patient", "/".join(folder))  # a DICOM series has one
     known = _labels(source, labels)
     paired = Counter(key for key in keys.values() if key in known)
     if known and not paired:

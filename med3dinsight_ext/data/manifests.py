@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from med3dinsight_ext.data.datalists import FEW, datalist
+from med3dinsight_ext.data.layouts import folder_items
 from med3dinsight_ext.data.patients import joined, patient_name, place
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, write_atomic
@@ -29,7 +30,8 @@ def split(
     the same content become one. Voxels are not decoded.
 
     Args:
-        data: folder, or list (Decathlon JSON, JSON, JSONL, CSV, Parquet, npz).
+        data: folder, whose labels are found as for ``plan``, or list (Decathlon JSON, JSON, JSONL,
+            CSV, Parquet, npz).
         out: folder for the lists, Parquet if ``data`` is, and for the report split_report.json.
         test_share: of the patients, in (0, 1).
         seed: part of the hash.
@@ -39,6 +41,9 @@ def split(
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must be in (0, 1), got {test_share}; 0.2 is a fifth")
     items, folder = datalist(data), Path(out)
+    if Path(data).is_dir():
+        told = {item["image"]: item for item in folder_items(Path(data), None, [])}
+        items = [told.get(item["image"], item) for item in items]
     contents, unreadable = hashed(items, HashMemo(Path(hashes or out) / "files.jsonl"))
     items = [item for item in items if item["image"] in contents]
     given = [patient_name(item, contents[item["image"]][:32]) for item in items]

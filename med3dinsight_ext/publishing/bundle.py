@@ -23,7 +23,7 @@ MOST_VALUES = 100_000  # of an overlay
 
 OF_OVERLAYS = ("unlabelled", "soft_weights")  # None without
 PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretrained", "ckpt_dir",
-          "output_dir", "store_dir", *OF_OVERLAYS)  # fmt: skip
+          "output_dir", "store_dir", "prepared", *OF_OVERLAYS)  # fmt: skip
 MACHINE = ("device", "subset")
 RUN = ("imports", "initialize", "run", "finalize", "evaluator")  # differ between the configs
 DATA = ("train::dataset::data", "validate::dataset::data")  # lists of files by MONAI Label

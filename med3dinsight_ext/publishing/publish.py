@@ -316,7 +316,10 @@ def check_places(files: Mapping[str, bytes], given: Iterable[str]) -> None:
 def large_files(files: Mapping[str, bytes], large: Iterable[str], url: str) -> bytes:
     """large_files.yml, from which MONAI loads what is not in a release."""
     if not url:
-        raise ValueError(f"large_files_url must be given for {', '.join(large)}, got none")
+        raise ValueError(
+            f"large_files_url must be given for {', '.join(large)} over {LARGE // 10**6} MB, got "
+            "none; name the address that they will be uploaded to, like https://example.org/release"
+        )
     rows = [
         {
             "path": path,

@@ -124,6 +124,9 @@ def test_one_file_a_missing_folder_and_labels_of_others_are_errors(tmp_path: Pat
         read_dataset(tmp_path / "scans", tmp_path / "empty")
     with pytest.raises(ValueError, match="labels must be a folder or a list, got .*lost"):
         read_dataset(tmp_path / "scans", tmp_path / "lost")
+    (tmp_path / "list.json").write_text('[{"image": "scans/a.nii.gz"}]')
+    with pytest.raises(ValueError, match="labels must be a list where data is one, got .*masks"):
+        read_dataset(tmp_path / "list.json", tmp_path / "masks")
 
 
 def test_labels_without_an_image_are_noted(tmp_path: Path) -> None:

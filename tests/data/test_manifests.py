@@ -198,3 +198,17 @@ def test_the_command_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     volumes(tmp_path / "in", 12)
     main(["split", str(tmp_path / "in"), str(tmp_path / "out"), "--test_share", "0.3"])
     assert capsys.readouterr().out.startswith("12 volumes: development ")
+
+
+def test_a_folders_labels_are_listed_and_its_patients_folders_stay_together(tmp_path: Path) -> None:
+    for patient in range(12):
+        for name in ("ct", "pet"):
+            (tmp_path / "in" / f"p{patient}").mkdir(parents=True, exist_ok=True)
+            path = tmp_path / "in" / f"p{patient}" / f"{name}.nii.gz"
+            fakes.volume(path, 2 * patient + (name == "pet"))
+        shutil.copy(path, path.with_name("ct_seg.nii.gz"))
+    development, test, _ = split(tmp_path / "in", tmp_path / "out")
+    people = [{item["patient"] for item in part} for part in (development, test)]
+    assert people[1] and not people[0] & people[1] and len(people[0] | people[1]) == 12
+    labelled = [item for item in development + test if item.get("label")]
+    assert {Path(item["image"]).name for item in labelled} == {"ct.nii.gz"} and len(labelled) == 12

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -228,6 +229,7 @@ def test_the_stock_app_does_not_train_on_a_label_of_another_shape(served: Served
         ("oblique", "labels/v0.nii.gz", 400, "refused, nothing was saved: label must have its"),
         ("v2", "v2.nii.gz", 400, "label must hold 0 to 1 (background, foreground), got the value"),
         ("v2", "segmentation.json", 400, "label must end in one of"),
+        ("v2", "v2.nrrd", 400, "label must end in one of ('.nii', '.nii.gz'), got "),
         ("none", "labels/v0.nii.gz", 404, "image must be one of the datastore's, got 'none'"),
     ],
 )
@@ -235,6 +237,8 @@ def test_a_label_that_does_not_fit_is_refused(
     image: str, label: str, status: int, message: str, served: Served
 ) -> None:
     server, _, studies = served
+    if label.endswith(".nrrd"):  # which a folder of images would not list
+        shutil.copy(studies / "labels" / "v2.nii.gz", studies / label)
     answer = server.save_label(image, studies / label)
     assert answer.status == status and message in answer.body["detail"]
     assert not (studies / "labels" / "final" / f"{image}.nii.gz").exists()

@@ -36,7 +36,12 @@ from med3dinsight_ext.io.errors import root_cause
 from med3dinsight_ext.monailabel.app.answers import clicks_of
 from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore, DicomStore, refused
 from med3dinsight_ext.monailabel.app.kcenter_greedy import Features, kcenter_greedy
-from med3dinsight_ext.monailabel.app.requests import check_extension, check_values, is_inside
+from med3dinsight_ext.monailabel.app.requests import (
+    RESULTS,
+    check_extension,
+    check_values,
+    is_inside,
+)
 from med3dinsight_ext.monailabel.app.rounds import Training, end_with
 from med3dinsight_ext.monailabel.app.versions import EARLIER, WEIGHTS, Versions, has_weights
 from med3dinsight_ext.monailabel.server import class_names, find_bundles
@@ -202,7 +207,7 @@ class Inference(BundleInferTask):
     def writer(self, data: dict[str, Any], extension: Any = None, dtype: Any = None) -> Any:
         """NIfTI by nibabel: itk takes seconds at its first use, and refuses sheared grids."""
         ending = data.get("result_extension") or file_ext(data.get("image_path") or "")
-        check_extension(f"a{ending}", "result_extension")
+        check_extension(f"a{ending}", "result_extension", RESULTS)
         with refused():
             if ending not in (".nii", ".nii.gz"):
                 return super().writer(data, extension, dtype)

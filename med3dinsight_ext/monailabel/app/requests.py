@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-EXTENSIONS = (".nii", ".nii.gz", ".nrrd")  # of images, labels and results
+STORED = (".nii", ".nii.gz")  # files that a folder of images lists
+RESULTS = (*STORED, ".nrrd")
 LONGEST_NAME = 200
 
 
@@ -30,14 +31,16 @@ def check_name(name: object, what: str) -> None:
         )
 
 
-def check_extension(path: str, what: str) -> None:
-    """Check that a file's ending is one of ``EXTENSIONS``.
+def check_extension(path: str, what: str, endings: tuple[str, ...] = STORED) -> None:
+    """Check that a file's ending is one of some.
 
     Raises:
         ValueError: it is another one.
     """
-    if not str(path).endswith(EXTENSIONS):
-        raise ValueError(f"{what} must end in one of {EXTENSIONS}, got {Path(path).name[-80:]!r}")
+    if not str(path).endswith(endings):
+        raise ValueError(
+            f"{what} must end in one of {endings}, got {Path(path).name[-80:]!r}; convert it"
+        )
 
 
 def check_values(request: Any, what: str = "request") -> None:
