@@ -596,24 +596,21 @@ def effort(result: Result) -> str:
 
 def active_learning(result: Result) -> str:
     """Section of bench_active.py."""
-    rows = [
-        [
-            strategy,
-            *(ends(row["dice"]) for row in counts.values()),
-            *(percents(row["above_random"], "mean", "low", "high") if strategy != "random" else "–"
-              for row in counts.values()),
-        ]
-        for strategy, counts in result["arms"].items()
-    ]  # fmt: skip
-    return fill(
-        "active_learning",
-        where=where(result),
-        seeds=result["seeds"],
-        steps=result["steps"],
-        pool=result["pool"],
-        cases=result["cases"],
-        rows=table(rows),
-    )
+    parts = []
+    for task, found in result["tasks"].items():
+        rows = [
+            [
+                strategy,
+                *(ends(row["dice"]) for row in counts.values()),
+                *(percents(row["above_random"], "mean", "low", "high")
+                  if strategy != "random" else "–" for row in counts.values()),
+            ]
+            for strategy, counts in found["arms"].items()
+        ]  # fmt: skip
+        names = ("seeds", "steps", "pool", "cases")
+        facts = {name: found[name] for name in names}
+        parts.append(fill("active_learning_task", task=task, rows=table(rows), **facts))
+    return fill("active_learning", where=where(result), tasks="\n\n".join(parts))
 
 
 def label(result: Result) -> str:
