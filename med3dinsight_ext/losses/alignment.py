@@ -150,7 +150,7 @@ class AlignmentLoss(nn.Module):
             return tokens.sum() * 0  # captions may be rare, and one alone has no negatives
         if name in self.residuals:
             teacher = self.residuals[name](teacher, plane, position)
-        unit = F.normalize(teacher, dim=1)
+        unit = F.normalize(teacher.double(), dim=1)  # TF32 would tell equal captions apart
         allowed = unit @ unit.mT < 1 - 1e-5
         if self.negatives == "same_plane":
             near = (position[:, None] - position).abs() <= self.depth_window

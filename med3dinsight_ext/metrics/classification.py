@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import ignite.distributed as idist
 import torch
+from ignite.metrics import EpochMetric
 from monai.metrics import compute_roc_auc
 from torch import Tensor
 
@@ -191,3 +193,23 @@ def class_scores(probability: Tensor, labels: Tensor) -> dict[str, float]:
     aucs = [compute_roc_auc(probability[:, c], (labels == c).long()) for c in present]
     auroc = torch.tensor(aucs, dtype=torch.float64)
     return {"balanced_accuracy": float(recall.mean()), "auroc": float(auroc.mean())}
+
+
+class ClassAUROC(EpochMetric):
+    """AUROC of ``class_scores`` over the cases of all ranks, which may have different numbers.
+
+    Args:
+        output_transform: from the engine's output to probabilities (b, classes) and labels (b,).
+    """
+
+    def __init__(self, output_transform: Any = lambda output: output) -> None:
+        def auroc(probability: Tensor, labels: Tensor) -> float:
+            return class_scores(probability, labels)["auroc"]
+
+        super().__init__(auroc, output_transform, check_compute_fn=False)
+
+    def compute(self) -> float:
+        rows = torch.cat(self._predictions).float().cpu(), torch.cat(self._targets).cpu()
+        parts: Any = idist.all_gather(rows)  # of one rank it is a list, too
+        self._result = self.compute_fn(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return self._result

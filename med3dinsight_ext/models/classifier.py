@@ -106,7 +106,10 @@ class Classifier(nn.Module):
         """Class scores (b, classes), before the softmax, of volumes (b, 1, x, y, z)."""
         if self.own:
             return first_output(self.network(volume))
-        return self.head(self.dropout(self.pooled(volume)))
+        pooled = self.pooled(volume)
+        with torch.autocast(volume.device.type, enabled=False):  # heads are fitted in float32
+            exact = torch.promote_types(pooled.dtype, torch.float32)
+            return self.head(self.dropout(pooled.to(exact)))
 
 
 def grad_cam(classifier: Classifier) -> Callable[[Tensor, int], Tensor] | None:
@@ -207,5 +210,5 @@ class LinearProbeInit:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if engine.state.epoch == 0:
+        if engine.state.iteration == 0:
             self.fit()

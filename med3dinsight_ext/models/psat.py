@@ -30,6 +30,11 @@ def axis_code(position: Tensor) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), -1)
 
 
+def at_least_float(values: Tensor) -> torch.dtype:
+    """Type of positions beside ``values``: half precision would make slices the same."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 def voxel_code(shape: Sequence[int], like: Tensor) -> Tensor:
     """Position code of every voxel of a grid: its x, y and z codes side by side.
 
@@ -166,10 +171,11 @@ class PSAT(nn.Module):
             position: (b, s) float: slice centre as a fraction of the extent, in [0, 1].
         """
         values = self.to_memory(rearrange(features, "b c x y z -> b (x y z) c"))
-        keys = values + self.where(voxel_code(features.shape[2:], values))
+        position = position.to(at_least_float(values))
+        keys = values + self.where(voxel_code(features.shape[2:], position).to(values))
         code = self.plane(plane)
         if self.positions:
-            code = code + self.where(slice_code(plane, position.to(values.dtype)))
+            code = code + self.where(slice_code(plane, position).to(values))
         query = code[:, :, None] + self.queries
         for block in self.blocks:
             query = block(query, keys, values)
@@ -197,7 +203,8 @@ class SlabPooling(nn.Module):
     def forward(self, features: Tensor, plane: Tensor, position: Tensor) -> Tensor:
         """One (b, s, out_channels) token per plane slice; arguments as those of `PSAT`."""
         means = [features.mean(other).mT for other in ((3, 4), (2, 4), (2, 3))]  # (b, n, c) an axis
-        rows = torch.stack([interpolated(mean, position.to(mean)) for mean in means], 2)
+        position = position.to(at_least_float(features))
+        rows = torch.stack([interpolated(mean, position).to(mean) for mean in means], 2)
         cut = nn.functional.one_hot(plane, 3).to(rows)
         return self.to_token((cut[..., None] * rows).sum(2))
 

@@ -57,7 +57,8 @@ def sample_points(features: Tensor, points: Tensor, size: Sequence[int]) -> Tens
     """
     extent = torch.tensor(list(size), dtype=points.dtype, device=points.device)
     where = ((2 * points + 1) / extent - 1).flip(-1)[:, :, None, None]
+    exact = torch.promote_types(features.dtype, torch.float32)  # half precision would move points
     found = F.grid_sample(
-        features, where.to(features.dtype), padding_mode="border", align_corners=False
+        features.to(exact), where.to(exact), padding_mode="border", align_corners=False
     )
     return found.flatten(2).mT

@@ -11,6 +11,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from med3dinsight_ext.io.memory import free_memory
+from med3dinsight_ext.models.features import first_output
 
 CPU_STEP = 3.0  # peak of a step on a CPU, as a multiple of the tensors saved for its backward pass
 
@@ -20,9 +21,22 @@ def usable_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
-def build(backbone: dict[str, Any], device: torch.device) -> nn.Module:
-    """The network of a config, with one output channel."""
-    parser = ConfigParser({"backbone": backbone, "out_channels": 1, "deep_supervision": False})
+def build(
+    backbone: dict[str, Any],
+    device: torch.device,
+    patch: Sequence[int] = (32, 32, 32),
+    classes: int = 1,
+) -> nn.Module:
+    """The network of a config.
+
+    Args:
+        backbone: its entry; ``out_channels`` and ``patch_size`` may be referred to.
+        device: to build it on.
+        patch: (x, y, z) voxels.
+        classes: output channels.
+    """
+    known = {"out_channels": classes, "patch_size": list(patch), "deep_supervision": False}
+    parser = ConfigParser({"backbone": backbone, **known})
     network: nn.Module = parser.get_parsed_content("backbone")
     return network.to(device)
 
@@ -56,7 +70,7 @@ def step_cost(network: nn.Module, patch: Sequence[int], batch: int) -> tuple[int
             with torch.autocast(device.type, enabled=cuda):
                 output = network(torch.rand(batch, 1, *patch, device=device))
         optimizer.zero_grad()
-        output.float().square().mean().backward()
+        first_output(output).float().square().mean().backward()
         optimizer.step()
         if cuda:
             torch.cuda.synchronize(device)

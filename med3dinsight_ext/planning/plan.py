@@ -202,7 +202,8 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
         put("batch_size", batch, "patches in a step")
         patch, batch = plan.settings["patch_size"], plan.settings["batch_size"]
         try:
-            network = build(plan.settings["backbone"], device)
+            classes = len(plan.settings.get("label_names", [0]))
+            network = build(plan.settings["backbone"], device, patch, classes)
             used, seconds = step_cost(network, patch, batch)
         except torch.OutOfMemoryError:
             used, seconds = free + 1, 0.0

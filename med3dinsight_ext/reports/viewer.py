@@ -91,7 +91,7 @@ def write_viewer(
     for curve in next(iter((curves or {}).values()), ()):
         start[curve.axis] = curve.best
     for name, label in maps.items():
-        turned = Orientation("RAS", labels=None)(label)
+        turned = Orientation("RAS", labels=None)(label.cpu())
         layers.append({"name": name, "data": encoded(turned, turned.affine, step)})
         marked = turned.as_tensor()[0].nonzero()
         if len(marked):

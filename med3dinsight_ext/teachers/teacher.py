@@ -78,7 +78,10 @@ class Teacher(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """bf16 on CUDA."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        cuda = self.device.type == "cuda"
+        own = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+        kind = torch.bfloat16 if own else torch.float16
+        return torch.autocast(self.device.type, kind, enabled=cuda)
 
     def batches(self, slices: Tensor) -> Iterator[Tensor]:
         """The image tower's input, batch by batch."""

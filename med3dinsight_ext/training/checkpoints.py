@@ -17,7 +17,7 @@ from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.training.weights import not_finite, write_torch
 
 logger = logging.getLogger(__name__)
-POSITION = "position"  # of a checkpoint within an epoch
+POSITION, SCALER = "position", "scaler"  # of a checkpoint, not in all of them
 
 
 class KeepingDiskSaver(DiskSaver):
@@ -78,7 +78,7 @@ def resume(path: str | Path, objects: Mapping[str, Any], trainer: Engine) -> Non
         raise ValueError(f"checkpoint must be readable, got {path}: {error}; {advice}") from error
     epochs = trainer.state.max_epochs
     try:
-        wanted = {k: v for k, v in objects.items() if k != POSITION or k in saved}
+        wanted = {k: v for k, v in objects.items() if k not in (POSITION, SCALER) or k in saved}
         Checkpoint.load_objects(wanted, saved)
     except Exception as error:  # each object has its own
         raise ValueError(f"checkpoint must fit this run, got {path}: {error}; {advice}") from error

@@ -153,5 +153,5 @@ class SimulatedClicks:
         """Class numbers (b, x, y, z), without DDP: ranks have different numbers of clicks."""
         network = getattr(engine.network, "module", engine.network)
         network.eval()
-        with torch.autocast(image.device.type, enabled=engine.amp):
+        with torch.autocast("cuda", enabled=engine.amp, **engine.amp_kwargs):
             return engine.inferer(image, network).argmax(1)

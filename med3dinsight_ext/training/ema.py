@@ -24,9 +24,14 @@ class EMA:
         self.network = network
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(
-            Events.ITERATION_COMPLETED, lambda _: self.average.update_parameters(self.network)
-        )
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Update after a step of the optimizer, which several batches may share."""
+        length = engine.state.epoch_length or 1
+        batch = (engine.state.iteration - 1) % length + 1
+        if batch % getattr(engine, "accumulation_steps", 1) == 0 or batch == length:
+            self.average.update_parameters(self.network)
 
 
 def ema_of(network: nn.Module, decay: float) -> AveragedModel | None:
@@ -44,7 +49,8 @@ def ema_of(network: nn.Module, decay: float) -> AveragedModel | None:
 
     @torch.no_grad()
     def average(past: list[torch.Tensor], now: list[torch.Tensor], steps: torch.Tensor) -> None:
-        n = float(steps)
+        n = float(model.n_averaged)  # ``steps`` is a copy on the device, which would be waited for
         torch._foreach_lerp_(past, now, 1 - min(decay, (1 + n) / (10 + n)))
 
-    return AveragedModel(network, multi_avg_fn=average) if decay else None
+    model = AveragedModel(network, multi_avg_fn=average)
+    return model if decay else None

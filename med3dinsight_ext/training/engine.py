@@ -22,7 +22,7 @@ from med3dinsight_ext.io.errors import TRACEBACK, root_cause, wrong_input
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.folder_lock import only_training
 from med3dinsight_ext.training import incremental
-from med3dinsight_ext.training.checkpoints import POSITION, checkpoint, resume
+from med3dinsight_ext.training.checkpoints import POSITION, SCALER, checkpoint, resume
 from med3dinsight_ext.training.history import scalar_metrics
 from med3dinsight_ext.training.position import EveryMinutes, Position
 from med3dinsight_ext.training.record import recorded
@@ -108,6 +108,30 @@ def check_weights(engine: Engine) -> None:
         )
 
 
+class Scaler:
+    """State of the loss scaling of mixed precision, which MONAI makes when a training begins.
+
+    Args:
+        trainer: of MONAI; without ``amp`` the state is empty.
+    """
+
+    def __init__(self, trainer: Engine) -> None:
+        self.trainer = trainer
+        self.saved: Mapping[str, Any] = {}
+        trainer.add_event_handler(Events.STARTED, self._go_on)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        scaler = getattr(self.trainer, "scaler", None)
+        return scaler.state_dict() if scaler is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.saved = state
+
+    def _go_on(self) -> None:
+        if self.saved and getattr(self.trainer, "scaler", None) is not None:
+            self.trainer.scaler.load_state_dict(self.saved)
+
+
 class Validation(ValidationHandler):
     """Validates every ``interval`` epochs and after the last one, which MONAI's may miss."""
 
@@ -178,9 +202,12 @@ def _run(
 ) -> None:
     """``run`` that is not incremental."""
     path = Path(ckpt_dir) / "last.ckpt"
-    scaler = getattr(trainer, "scaler_", None)
-    state = {**state, "scaler": scaler} if scaler else dict(state)
-    state[POSITION] = position = Position(trainer)
+    if trainer.state.epoch_length == 0:
+        raise ValueError(
+            "training must have a batch, got none: each process has fewer cases than batch_size; "
+            "start fewer processes, lower batch_size, or set steps_per_epoch"
+        )
+    state = {**state, POSITION: (position := Position(trainer)), SCALER: Scaler(trainer)}
     resume(path, state, trainer)
     if trainer.state.epoch >= trainer.state.max_epochs:  # ignite would start again at epoch 0
         logger.info(

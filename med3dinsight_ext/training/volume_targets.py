@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 from monai.transforms import Compose
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.data.settings import described
+from med3dinsight_ext.embeddings.shards import merge_ranks, rank_share
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
 from med3dinsight_ext.models.teacher_classifier import TeacherFeatures
@@ -55,10 +55,11 @@ class VolumeTargets:
                 f"volumes must be two or more for volume-level teaching, got {len(items)}; add some"
             )
         paths = [self._path(item) for item in items]
-        with idist.one_rank_first():
-            missing = [(i, p) for i, p in zip(items, paths, strict=True) if not p.exists()]
-            for item, path in Bar(missing, "encode", unit="volume", disable=not missing):
-                self._write(item, path)
+        own = [(items[n], paths[n]) for n in rank_share(len(items))]
+        missing = [(item, path) for item, path in own if not path.exists()]
+        for item, path in Bar(missing, "encode", unit="volume", disable=not missing):
+            self._write(item, path)
+        merge_ranks({})  # waits for the shares of the others
         rows = torch.stack([load_file(path)["features"] for path in paths])
         rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
         return [{**item, "label": row} for item, row in zip(items, rows, strict=True)]

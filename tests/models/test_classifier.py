@@ -160,6 +160,9 @@ def test_fine_tuning_starts_from_the_probe_and_a_resumed_one_does_not() -> None:
     trainer.load_state_dict({"epoch": 1, "max_epochs": 2, "epoch_length": 1})
     trainer.run([0])
     assert all(torch.equal(v, classifier.state_dict()[k]) for k, v in before.items())
+    trainer.load_state_dict({"iteration": 1, "max_epochs": 2, "epoch_length": 2})  # in epoch 1
+    trainer.run([0, 0])
+    assert all(torch.equal(v, classifier.state_dict()[k]) for k, v in before.items())
     trainer.state.epoch = trainer.state.iteration = 0
     trainer.run([0], max_epochs=1)
     expected = fit_linear(*pooled_features(classifier, loader(6), torch.device("cpu")))

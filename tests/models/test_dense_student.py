@@ -63,6 +63,13 @@ def test_features_are_sampled_at_voxel_coordinates(stride: int) -> None:
     assert torch.allclose(sample_points(pooled, points, SIZE), points, atol=1e-4)
 
 
+def test_points_of_half_precision_features_are_where_they_were() -> None:
+    ramp = torch.arange(96.0).view(1, 1, 96, 1, 1)
+    points = torch.tensor([[[33.3, 0, 0], [70.7, 0, 0]]])
+    found = sample_points(ramp.bfloat16(), points, (96, 1, 1))
+    assert torch.allclose(found[0, :, 0], points[0, :, 0], atol=1e-3)
+
+
 def test_hidden_points_are_those_in_hidden_blocks() -> None:
     mask = torch.zeros(2, 1, *SIZE, dtype=torch.bool)
     mask[1, 0, 8:16, :8, 24:] = True

@@ -254,3 +254,12 @@ def test_pooling_passes_gradient_to_features_and_weights() -> None:
     pooling(features, torch.tensor([[0, 1]]), torch.tensor([[0.4, 0.5]])).square().sum().backward()
     assert features.grad is not None and features.grad.any()
     assert all(p.grad is not None and p.grad.any() for p in pooling.parameters())
+
+
+def test_mixed_precision_tells_all_slices_of_a_plane_apart() -> None:
+    torch.manual_seed(0)
+    position = ((torch.arange(300) + 0.5) / 300)[None]
+    plane, features = torch.full((1, 300), 2), torch.randn(1, 8, 4, 4, 60).cumsum(-1)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        tokens = PSAT(8, 16).eval()(features.bfloat16(), plane, position)[0]
+    assert len(tokens.unique(dim=0)) > 290

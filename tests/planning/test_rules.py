@@ -62,3 +62,19 @@ def test_a_dry_step_costs_more_for_more_voxels() -> None:
     network = build(unet(4, 2, [[2, 2, 2]] * 2), torch.device("cpu"))
     (small, seconds), (large, _) = (step_cost(network, [n] * 3, 2) for n in (8, 24))
     assert 0 < small < large and seconds > 0
+
+
+def test_a_given_backbone_may_need_the_patch_and_return_several_outputs() -> None:
+    vit = {
+        "_target_": "ViT", "in_channels": 1, "img_size": "@patch_size", "patch_size": 16,
+        "hidden_size": 12, "mlp_dim": 12, "num_layers": 1, "num_heads": 2,
+    }  # fmt: skip
+    network = build(vit, torch.device("cpu"), (32, 32, 16))
+    assert step_cost(network, (32, 32, 16), 1)[0] > 0
+
+
+def test_a_dry_step_costs_more_for_more_classes() -> None:
+    backbone, patch = unet(4, 2, [[2, 2, 2]] * 2), (16, 16, 16)
+    networks = (build(backbone, torch.device("cpu"), patch, classes) for classes in (2, 50))
+    few, many = (step_cost(network, patch, 1)[0] for network in networks)
+    assert many > few

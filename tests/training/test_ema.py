@@ -21,3 +21,14 @@ def test_the_average_starts_at_the_first_step_and_lags_behind() -> None:
     assert average.module.weight.item() == pytest.approx(0.9 * before + 0.1 * 7)
     with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got 1"):
         ema_of(network, 1)
+
+
+def test_batches_that_share_a_step_are_averaged_once() -> None:
+    network = nn.Linear(1, 1)
+    average = ema_of(network, 0.9)
+    assert average is not None
+    engine = Engine(lambda *_: None)
+    engine.accumulation_steps = 2  # as MONAI's trainer, which steps at the end of an epoch too
+    EMA(average, network).attach(engine)
+    engine.run([0] * 5, max_epochs=2)
+    assert int(average.n_averaged) == 6

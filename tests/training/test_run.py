@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +147,33 @@ def test_a_second_training_in_a_folder_changes_nothing_there(
     assert run.trainer.state.epoch == 2
 
 
-def test_the_scaler_of_mixed_precision_is_resumed(tmp_path: Path) -> None:
-    first = Run(tmp_path, 1)
-    first.trainer.scaler_ = nn.Linear(1, 2)  # with a state
-    first()
-    second = Run(tmp_path, 2)
-    second.trainer.scaler_ = nn.Linear(1, 2)
-    second()
-    assert torch.equal(second.trainer.scaler_.weight, first.trainer.scaler_.weight)
-    assert "scaler" not in second.state
+def test_the_scaler_of_mixed_precision_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaler = partial(torch.amp.GradScaler, "cpu", init_scale=2.0, growth_interval=1)
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", scaler)  # doubles with each step
+    scales = []
+    for epochs in (1, 2):
+        run = Run(tmp_path, epochs)
+        run.trainer.amp = True
+        run()
+        scales.append(run.trainer.scaler.get_scale())
+    assert scales == [8, 32]
+    (tmp_path / "last.ckpt").unlink()
+    plain = Run(tmp_path, 1)
+    plain()
+    again = Run(tmp_path, 2)
+    again.trainer.amp = True  # a checkpoint of a training without it
+    again()
+    assert again.trainer.scaler.get_scale() == 8
+
+
+def test_a_training_without_a_batch_is_an_error(tmp_path: Path) -> None:
+    run = Run(tmp_path, 1)
+    run.trainer.state.epoch_length = 0
+    with pytest.raises(ValueError, match="must have a batch, got none.* start fewer processes"):
+        run()
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_loader_among_the_handlers_makes_it_incremental(
