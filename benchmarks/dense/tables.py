@@ -46,12 +46,12 @@ READ_OUT = {
     "codes": "the teacher's codes",
     "random_codes": "codes of a teacher with random weights",
     "untrained": "network, never trained",
-    "recon_p0": "network, after masked reconstruction",
-    "both_p0": "network, after dense teaching and reconstruction",
-    "dense_p0": "network, after dense teaching alone",
-    "dense_random_p0": "network, after dense teaching alone by a teacher with random weights",
-    "random_p0": "network, after both by a teacher with random weights",
-    "shuffled_p0": "network, after both with another volume's codes",
+    "recon": "network, after masked reconstruction",
+    "both": "network, after dense teaching and reconstruction",
+    "dense": "network, after dense teaching alone",
+    "dense_random": "network, after dense teaching alone by a teacher with random weights",
+    "random": "network, after both by a teacher with random weights",
+    "shuffled": "network, after both with another volume's codes",
 }
 
 
@@ -163,16 +163,19 @@ def room_gain(rows: Rows) -> str:
 
 def readouts(rows: Rows) -> str:
     """One line a source of frozen features."""
-    found = {
-        key: [r for r in rows if r["kind"] == "readout" and r["init"] == key] for key in READ_OUT
-    }
+    found: dict[str, Rows] = defaultdict(list)
+    for row in rows:
+        if row["kind"] == "readout":
+            found[row["init"].split("_p")[0]].append(row)
     lines = []
     for key, name in READ_OUT.items():
         if part := found[key]:
             organs = [f"{fmean(r['organs'][k] for r in part):.2f}" for k in range(4)]
             gain = "" if key == "untrained" else above(by_draw(part), by_draw(found["untrained"]))
-            lines.append([name, str(part[0]["features"]), *cells(by_draw(part)), *organs, gain])
-    head = f"features | numbers a voxel | draw 0 | draw 1 | draw 2 | {ORGANS}"
+            runs = str(len({r["init"] for r in part})) if "_p" in part[0]["init"] else "–"
+            start = [name, runs, str(part[0]["features"])]
+            lines.append([*start, *cells(by_draw(part)), *organs, gain])
+    head = f"features | pre-trainings | numbers a voxel | draw 0 | draw 1 | draw 2 | {ORGANS}"
     return table(f"{head} | points above never trained", lines)
 
 
