@@ -106,7 +106,7 @@ def pretrain(
     with only_training(folder / "models"):
         settings = prepare(folder, dataset, plan, [], quiet)
         if dataset.captions:
-            settings["captions"] = str(dataset.captions)
+            settings["captions"] = str(dataset.captions.absolute())
         launch("pretrain", ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
         _close(folder, f"finetune {quote(data)} --pretrained {folder}")
@@ -207,11 +207,10 @@ def predict(
             f"out must be a folder without these predictions, got {folder} with {there[0]} and "
             f"{len(there) - 1} more; name another with --out, or move them away"
         )
-    infer(home, bundle, overlays, images, folder, overrides, quiet, verbose)
+    used = infer(home, bundle, overlays, images, folder, overrides, quiet, verbose)
     written = sorted(path for path in folder.iterdir() if path.name != INPUTS)
     if kind_of(bundle) == "segmentation":
         config = home / PLAN if overlays else bundle / "configs" / "inference.json"
-        used = as_trained(home, bundle, overlays, "inference.json")
         names = (read_plan(config) | used)["label_names"]  # JSON is YAML
         found = {i: folder / f"{stem}_seg.nii.gz" for i, stem in zip(images, stems, strict=True)}
         write_predictions(folder / PAGE, found, names)
@@ -230,7 +229,7 @@ def infer(
     overrides: Mapping[str, Any],
     quiet: bool,
     verbose: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Run the inference config of a trained network on some images, as it was trained.
 
     Args:
@@ -242,13 +241,17 @@ def infer(
         overrides: keys of the config.
         quiet: print warnings and errors alone.
         verbose: print the messages of ignite and MONAI too.
+
+    Returns:
+        The overrides of the config.
     """
     listed = folder / INPUTS
     text = json.dumps([{"image": image} for image in images], indent=1)
     write_atomic(listed, lambda draft: draft.write_text(text))
     settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
-    settings |= as_trained(home, bundle, overlays, "inference.json")
-    launch(bundle, ["inference.json", *overlays], settings | dict(overrides), quiet, verbose)
+    settings |= as_trained(home, bundle, overlays, "inference.json") | dict(overrides)
+    launch(bundle, ["inference.json", *overlays], settings, quiet, verbose)
+    return settings
 
 
 def evaluate(

@@ -307,10 +307,13 @@ def test_a_pre_training_is_scored_with_the_captions_of_the_volumes(
     (Path("run") / "models").mkdir(exist_ok=True)
     for name in ("model.pt", "student.pt"):
         (Path("run") / "models" / name).touch()
-    (Path("run") / "models" / "run.json").write_text(json.dumps({"config": {"captions": used}}))
+    given = {"captions": used, "teacher": TEACHER}
+    (Path("run") / "models" / "run.json").write_text(json.dumps({"config": given}))
+    workflows.predict("run", "scans/v0.nii.gz", out="new", quiet=True)
+    assert lines.pop()[2]["teacher"] == TEACHER | {"_disabled_": "$not @prompts"}
     for name in ("scans", "others"):
         workflows.evaluate("run", name, quiet=True)
     (Path("others") / "captions.jsonl").touch()
     workflows.evaluate("run", "others", out="again", quiet=True)
     found = [call[2].get("captions") for call in lines[1:]]
-    assert found == [used, None, "others/captions.jsonl"]
+    assert found == [used, None, "others/captions.jsonl"] and Path(used).is_absolute()

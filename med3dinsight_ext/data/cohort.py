@@ -113,9 +113,14 @@ def read_cohort(
     records, faults, seen = [], {}, set[str]()
     labelled: dict[str, dict[str, Any]] = {}
     if source.is_dir():
-        dataset = read_dataset(source)
-        labelled = {item["image"]: item for item in dataset.items}
-        split, names = split or dataset.split, names or dataset.names
+        split = split or next(source.glob("split.json"), None)
+        try:
+            dataset = read_dataset(source)
+        except ValueError as error:
+            faults["labels"] = str(error)
+        else:
+            labelled = {item["image"]: item for item in dataset.items}
+            names = names or dataset.names
     items = [(labelled.get(i["image"], i), lists) for i, lists in _listed(source, root, split)]
     names = names or decathlon_names(source)
     for item, lists in Bar(items, "Reading volumes", unit="volume"):

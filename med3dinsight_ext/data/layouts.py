@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -197,7 +198,7 @@ def _labels(source: Path, labels: Path | None) -> dict[Key, str]:
 
 def _key(path: Path, root: Path) -> Key:
     """Folders and name without what differs between an image and its label."""
-    parts = path.relative_to(root.absolute() if path.is_absolute() else root).parts[:-1]
+    parts = Path(os.path.abspath(path)).relative_to(os.path.abspath(root)).parts[:-1]
     folders = tuple(part for part in parts if not part.startswith(("images", "labels")))
     stem = CHANNEL.sub("", volume_stem(path))
     ending = next((end for end in LABEL_ENDINGS if stem.endswith(end)), "")

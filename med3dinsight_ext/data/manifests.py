@@ -42,8 +42,7 @@ def split(
         raise ValueError(f"test_share must be in (0, 1), got {test_share}; 0.2 is a fifth")
     items, folder = datalist(data), Path(out)
     if Path(data).is_dir():
-        told = {item["image"]: item for item in folder_items(Path(data), None, [])}
-        items = [told.get(item["image"], item) for item in items]
+        _add_labels(items, Path(data))
     contents, unreadable = hashed(items, HashMemo(Path(hashes or out) / "files.jsonl"))
     items = [item for item in items if item["image"] in contents]
     given = [patient_name(item, contents[item["image"]][:32]) for item in items]
@@ -70,6 +69,17 @@ def split(
     text = json.dumps(report, indent=1) + "\n"
     write_atomic(folder / "split_report.json", lambda draft: draft.write_text(text))
     _print(report, patients, folder)
+
+
+def _add_labels(items: list[dict[str, Any]], folder: Path) -> None:
+    """The labels that a folder has for its images; not its patients, which new volumes may move."""
+    try:
+        labels = {i["image"]: i["label"] for i in folder_items(folder, None, []) if "label" in i}
+    except ValueError as error:
+        log.warning(f"the lists have no labels: {error}")
+        return
+    for item in items:
+        item |= {"label": labels[item["image"]]} if item["image"] in labels else {}
 
 
 def hashed(items: Sequence[dict], memo: HashMemo) -> tuple[dict[str, str], dict[str, str]]:

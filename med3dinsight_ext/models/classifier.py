@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import ignite.distributed as idist
@@ -108,8 +109,8 @@ class Classifier(nn.Module):
             return first_output(self.network(volume))
         pooled = self.pooled(volume)
         with torch.autocast(volume.device.type, enabled=False):  # heads are fitted in float32
-            exact = torch.promote_types(pooled.dtype, torch.float32)
-            return self.head(self.dropout(pooled.to(exact)))
+            own = next(chain(self.head.parameters(), self.head.buffers())).dtype
+            return self.head(self.dropout(pooled.to(own)))
 
 
 def grad_cam(classifier: Classifier) -> Callable[[Tensor, int], Tensor] | None:

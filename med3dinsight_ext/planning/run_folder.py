@@ -25,8 +25,9 @@ RECORD = "models/run.json"
 PUBLISHED = "configs/inference.json"  # of a published bundle
 NETWORK = ("spacing", "patch_size", "ct_range", "backbone", AXES)  # that weights depend on
 AS_TRAINED = (
-    *NETWORK, "label_names", "class_names", "modality", "mirror_axes", "mirror_pairs", "teacher",
-    "captions", "captioner", "per_plane", "planes", "seed", "val_fraction", "max_cases",
+    *NETWORK, "deep_supervision", "mode", "head", "feature_layer", "label_names", "class_names",
+    "modality", "mirror_axes", "mirror_pairs", "teacher", "captions", "captioner", "per_plane",
+    "planes", "seed", "val_fraction", "max_cases", "amp", "amp_dtype",
 )  # fmt: skip
 OUT = Path("runs")
 
@@ -163,7 +164,7 @@ def trained(model: str) -> tuple[Path, Path, list[str]]:
 
 
 def as_trained(home: Path, bundle: Path, overlays: list[str], config: str) -> dict[str, Any]:
-    """Settings that a training was given beside its plan, as overrides for a config.
+    """Settings of ``AS_TRAINED`` that a training was given beside its plan, as overrides.
 
     Args:
         home: folder of the network; with ``bundle`` and ``overlays`` from ``trained``.
@@ -179,7 +180,10 @@ def as_trained(home: Path, bundle: Path, overlays: list[str], config: str) -> di
         for name in ("train.json", config)
     )
     keys = [key for key in AS_TRAINED if key in used and key in known]
-    return {key: used[key] for key in keys if used[key] != planned.get(key)}
+    found = {key: used[key] for key in keys if used[key] != planned.get(key)}
+    if "teacher" in found and "_disabled_" in known["teacher"]:  # as long as nothing asks for it
+        found["teacher"] = {**found["teacher"], "_disabled_": known["teacher"]["_disabled_"]}
+    return found
 
 
 def results(model: str, home: Path, name: str) -> Path:

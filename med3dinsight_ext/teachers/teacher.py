@@ -77,7 +77,7 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def autocast(self) -> torch.autocast:
-        """bf16 on CUDA."""
+        """bfloat16 on GPUs that have it, else float16; nothing on a CPU."""
         cuda = self.device.type == "cuda"
         own = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
         kind = torch.bfloat16 if own else torch.float16

@@ -47,10 +47,13 @@ def ema_of(network: nn.Module, decay: float) -> AveragedModel | None:
     if not 0 <= decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {decay}; 0 averages nothing")
 
+    if not decay:
+        return None
+
     @torch.no_grad()
     def average(past: list[torch.Tensor], now: list[torch.Tensor], steps: torch.Tensor) -> None:
         n = float(model.n_averaged)  # ``steps`` is a copy on the device, which would be waited for
         torch._foreach_lerp_(past, now, 1 - min(decay, (1 + n) / (10 + n)))
 
     model = AveragedModel(network, multi_avg_fn=average)
-    return model if decay else None
+    return model

@@ -204,8 +204,8 @@ def _run(
     path = Path(ckpt_dir) / "last.ckpt"
     if trainer.state.epoch_length == 0:
         raise ValueError(
-            "training must have a batch, got none: each process has fewer cases than batch_size; "
-            "start fewer processes, lower batch_size, or set steps_per_epoch"
+            "training must have a batch, got none: cases are fewer than batch_size, and "
+            "drop_last drops them; lower batch_size or start fewer processes"
         )
     state = {**state, POSITION: (position := Position(trainer)), SCALER: Scaler(trainer)}
     resume(path, state, trainer)

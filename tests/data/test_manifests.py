@@ -200,15 +200,20 @@ def test_the_command_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.startswith("12 volumes: development ")
 
 
-def test_a_folders_labels_are_listed_and_its_patients_folders_stay_together(tmp_path: Path) -> None:
-    for patient in range(12):
-        for name in ("ct", "pet"):
-            (tmp_path / "in" / f"p{patient}").mkdir(parents=True, exist_ok=True)
-            path = tmp_path / "in" / f"p{patient}" / f"{name}.nii.gz"
-            fakes.volume(path, 2 * patient + (name == "pet"))
-        shutil.copy(path, path.with_name("ct_seg.nii.gz"))
-    development, test, _ = split(tmp_path / "in", tmp_path / "out")
-    people = [{item["patient"] for item in part} for part in (development, test)]
-    assert people[1] and not people[0] & people[1] and len(people[0] | people[1]) == 12
-    labelled = [item for item in development + test if item.get("label")]
-    assert {Path(item["image"]).name for item in labelled} == {"ct.nii.gz"} and len(labelled) == 12
+def test_a_folders_labels_are_listed_and_do_not_move_a_volume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [fakes.volume(tmp_path / f"v{i}.nii.gz", i) for i in range(12)]
+    (tmp_path / "in").mkdir()
+    for item in items:
+        shutil.move(item["image"], tmp_path / "in")
+    plain = split(tmp_path / "in", tmp_path / "plain")
+    shutil.copy(tmp_path / "in" / "v1.nii.gz", tmp_path / "in" / "v0_seg.nii.gz")
+    monkeypatch.chdir(tmp_path / "in")
+    labelled = split(Path("../in"), tmp_path / "labelled")
+    assert [names(part) for part in labelled[:2]] == [names(part) for part in plain[:2]]
+    found = {Path(i["image"]).name for part in labelled[:2] for i in part if i.get("label")}
+    assert found == {"v0.nii.gz"}
+    shutil.move("v0_seg.nii.gz", "other_seg.nii.gz")
+    split(tmp_path / "in", tmp_path / "mismatched")
+    assert "the lists have no labels: labels must belong to the images" in caplog.text

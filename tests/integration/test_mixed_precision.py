@@ -51,8 +51,7 @@ def test_training_scores_and_predictions_are_in_one_precision(
     assert (tmp_path / "scores" / f"{name}.json").is_file() and set(kinds) == {torch.bfloat16}
     kinds.clear()
     own = {key: value for key, value in NETWORKS[bundle].items() if key != "val_fraction"}
-    more = {"evaluator::amp": True, "amp_dtype": BF16["amp_dtype"]}
-    more["output_dir"] = str(tmp_path / "predictions")
+    more = BF16 | {"output_dir": str(tmp_path / "predictions")}
     run(bundle, ["inference.json"], **inference_settings(bundle, tmp_path, volumes, **own, **more))
     assert len(list((tmp_path / "predictions").iterdir())) >= 1 and set(kinds) == {torch.bfloat16}
 

@@ -12,6 +12,8 @@ import ignite.distributed as idist
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from ignite.engine import Engine
 from matplotlib.image import imread
 from monai.data import DataLoader, Dataset, MetaTensor
@@ -20,7 +22,7 @@ from monai.metrics import compute_roc_auc
 from monai.transforms import Activationsd
 from torch import Tensor
 
-from med3dinsight_ext.metrics.classification import scores
+from med3dinsight_ext.metrics.classification import ClassAUROC, class_scores, scores
 from med3dinsight_ext.reports.classification import ClassificationReport
 from med3dinsight_ext.reports.classification_figures import (
     ActivationMap,
@@ -401,3 +403,25 @@ def test_a_map_of_another_shape_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shape \(1, 1, 5, 7, 4\), got \(1, 1, 5, 7, 2\); res"):
         run(report, [[output(0, 0)]])
     assert "cases.csv" in os.listdir(tmp_path)
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    idist.sync()
+    probability, label = cases(40, 2, ties=False)
+    own = slice(0, 25) if rank == 0 else slice(25, 40)
+    metric = ClassAUROC()
+    metric.update((probability[own], label[own]))
+    Path(folder, f"{rank}.json").write_text(json.dumps(metric.compute()))
+    dist.destroy_process_group()
+
+
+def test_ranks_with_different_numbers_of_cases_get_the_score_of_all(tmp_path: Path) -> None:
+    probability, label = cases(40, 2, ties=False)
+    expected = class_scores(probability, label)["auroc"]
+    assert expected != class_scores(probability[:25], label[:25])["auroc"]
+    mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found == pytest.approx([expected, expected], abs=1e-6)

@@ -32,15 +32,13 @@ def check_name(name: object, what: str) -> None:
 
 
 def check_extension(path: str, what: str, endings: tuple[str, ...] = STORED) -> None:
-    """Check that a file's ending is one of some.
+    """Check that a file's ending is one of ``endings``.
 
     Raises:
         ValueError: it is another one.
     """
     if not str(path).endswith(endings):
-        raise ValueError(
-            f"{what} must end in one of {endings}, got {Path(path).name[-80:]!r}; convert it"
-        )
+        raise ValueError(f"{what} must end in one of {endings}, got {Path(path).name[-80:]!r}")
 
 
 def check_values(request: Any, what: str = "request") -> None:
