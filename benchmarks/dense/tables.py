@@ -109,12 +109,13 @@ def table(head: str, lines: list[list[str]]) -> str:
 
 
 def finetuning(rows: Rows) -> str:
-    """One line an arm: Dice of each draw, and the gain over the arm from scratch."""
+    """One line an arm: Dice of each draw, and the gains over scratch and over reconstruction."""
     arms: dict[str, Rows] = defaultdict(list)
     for row in rows:
         if row["kind"] == "finetune" and row["steps"] == 600 and row["labelled"] != "all":
             arms[arm_of(row)].append(row)
     scratch = by_draw(arms["scratch"])
+    reconstruction = by_draw([*arms["recon"], *arms["recon_1e-3"]])
     five: list[list[str]] = []
     two: list[list[str]] = []
     for arm, name in FINE_TUNED.items():
@@ -123,8 +124,10 @@ def finetuning(rows: Rows) -> str:
             for names, lines in ((DRAWS, five), (TWO, two)):
                 if any(draw in draws for draw in names):
                     gain = "" if arm == "scratch" else above(draws, scratch, names)
-                    lines.append([name, *cells(draws, names), gain])
-    head = "draw 0 | draw 1 | draw 2 | points above scratch, 0.003"
+                    taught = arm.startswith(("both", "dense"))
+                    more = above(draws, reconstruction, names) if taught else ""
+                    lines.append([name, *cells(draws, names), gain, more])
+    head = "draw 0 | draw 1 | draw 2 | points above scratch, 0.003 | above reconstruction"
     parts = [table(f"{n} patients | {head}", lines) for n, lines in (("five", five), ("two", two))]
     return "\n\n".join(parts)
 
