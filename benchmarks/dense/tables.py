@@ -1,4 +1,4 @@
-"""Write README.md: page.md filled with results.
+"""Write README.md, page.md filled with results, and its figure.
 
 python benchmarks/dense/tables.py
 """
@@ -15,11 +15,14 @@ from string import Template
 from typing import Any
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from torch import Tensor
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 from med3dinsight_ext.metrics.bootstrap import percentiles, resamples  # noqa: E402
+from med3dinsight_ext.reports.figures import BLUE, STYLE, VERMILION  # noqa: E402
 
 DRAWS = ("draw0", "draw1", "draw2")
 TWO = ("two0", "two1", "two2")
@@ -84,8 +87,10 @@ def interval(values: Tensor) -> tuple[float, float]:
     return percentiles(torch.cat(means))
 
 
-def above(rows: dict[str, Rows], others: dict[str, Rows], names: Sequence[str] = DRAWS) -> str:
-    """Mean difference in points over the draws that both have, with its interval."""
+def difference(
+    rows: dict[str, Rows], others: dict[str, Rows], names: Sequence[str] = DRAWS
+) -> tuple[float, float, float] | None:
+    """Mean difference in points over the draws that both have, and the ends of its interval."""
     values = []
     for draw in names:
         if draw in rows and draw in others:
@@ -95,10 +100,15 @@ def above(rows: dict[str, Rows], others: dict[str, Rows], names: Sequence[str] =
             )
             values.append([100 * (one[name] - other[name]) for name in sorted(one)])
     if not values:
-        return "–"
+        return None
     found = torch.tensor(values, dtype=torch.float64)
-    low, high = interval(found)
-    return f"{float(found.mean()):+.1f} ({low:+.1f} to {high:+.1f})"
+    return float(found.mean()), *interval(found)
+
+
+def above(rows: dict[str, Rows], others: dict[str, Rows], names: Sequence[str] = DRAWS) -> str:
+    """``difference`` as a cell."""
+    found = difference(rows, others, names)
+    return "–" if found is None else f"{found[0]:+.1f} ({found[1]:+.1f} to {found[2]:+.1f})"
 
 
 def table(head: str, lines: list[list[str]]) -> str:
@@ -108,12 +118,44 @@ def table(head: str, lines: list[list[str]]) -> str:
     return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def finetuning(rows: Rows) -> str:
-    """One line an arm: Dice of each draw, and the gains over scratch and over reconstruction."""
+def fine_tuned(rows: Rows) -> dict[str, Rows]:
+    """Runs of 600 steps on a few patients, by arm."""
     arms: dict[str, Rows] = defaultdict(list)
     for row in rows:
         if row["kind"] == "finetune" and row["steps"] == 600 and row["labelled"] != "all":
             arms[arm_of(row)].append(row)
+    return arms
+
+
+def gains(rows: Rows) -> Figure:
+    """Points above scratch with five patients, and above reconstruction, with intervals."""
+    arms = fine_tuned(rows)
+    other_rates = ("scratch", "scratch_3e-4", "scratch_1e-3", "both_1e-3", "dense_1e-3")
+    shown = [arm for arm in FINE_TUNED if arm in arms and arm not in (*other_rates, "recon_1e-3")]
+    figure = Figure((8.4, 0.34 * len(shown) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    for other, name, color, shift in (
+        ("scratch", "above training from scratch", BLUE, -0.12),
+        ("recon", "above masked reconstruction", VERMILION, 0.12),
+    ):
+        for n, arm in enumerate(shown):
+            if other == "scratch" or arm in ("both", "dense"):
+                found = difference(by_draw(arms[arm]), by_draw(arms[other]))
+                if found:
+                    axes.plot(found[1:], [n + shift] * 2, color=color)
+                    axes.plot(found[0], n + shift, "o", color=color, label=name)
+                    name = ""
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [FINE_TUNED[arm] for arm in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel("points of Dice with five labelled patients, 95 % intervals")
+    figure.legend(loc="outside upper right", ncols=2)
+    return figure
+
+
+def finetuning(rows: Rows) -> str:
+    """One line an arm: Dice of each draw, and the gains over scratch and over reconstruction."""
+    arms = fine_tuned(rows)
     scratch = by_draw(arms["scratch"])
     reconstruction = by_draw([*arms["recon"], *arms["recon_1e-3"]])
     five: list[list[str]] = []
@@ -214,12 +256,16 @@ def speed(result: dict[str, Any]) -> str:
     )
 
 
+def read() -> Rows:
+    """All results."""
+    text = (HERE / "results" / "headneck.jsonl").read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def readme() -> str:
     """The page with its tables."""
-    results = HERE / "results"
-    text = (results / "headneck.jsonl").read_text("utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    cost = json.loads((results / "speed.json").read_text("utf-8"))
+    rows = read()
+    cost = json.loads((HERE / "results" / "speed.json").read_text("utf-8"))
     devices = sorted({f"{row['device']} (commit {row['commit']})" for row in rows})
     return Template((HERE / "page.md").read_text("utf-8")).substitute(
         finetuning=finetuning(rows),
@@ -234,3 +280,6 @@ def readme() -> str:
 
 if __name__ == "__main__":
     (HERE / "README.md").write_text(readme(), "utf-8")
+    (HERE / "figures").mkdir(exist_ok=True)
+    with rc_context(STYLE):
+        gains(read()).savefig(HERE / "figures" / "gains.png", dpi=120)
