@@ -105,7 +105,7 @@ def test_training_clicks_on_some_items_and_leaves_others_alone(
 class Engine:
     """What ``SimulatedClicks`` uses of a trainer; the network segments what its input says."""
 
-    amp, non_blocking, to_kwargs = False, False, {}
+    amp, amp_kwargs, non_blocking, to_kwargs = False, {}, False, {}
     inferer, prepare_batch = SimpleInferer(), staticmethod(plain_batch)
 
     def __init__(self, network: nn.Module) -> None:
