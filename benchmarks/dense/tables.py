@@ -130,8 +130,7 @@ def fine_tuned(rows: Rows) -> dict[str, Rows]:
 def gains(rows: Rows) -> Figure:
     """Points above scratch with five patients, and above reconstruction, with intervals."""
     arms = fine_tuned(rows)
-    other_rates = ("scratch", "scratch_3e-4", "scratch_1e-3", "both_1e-3", "dense_1e-3")
-    shown = [arm for arm in FINE_TUNED if arm in arms and arm not in (*other_rates, "recon_1e-3")]
+    shown = [arm for arm in FINE_TUNED if arm in arms and arm != "scratch" and "e-" not in arm]
     figure = Figure((8.4, 0.34 * len(shown) + 0.9), layout="constrained")
     axes = figure.subplots()
     for other, name, color, shift in (
