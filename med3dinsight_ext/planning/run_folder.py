@@ -18,10 +18,10 @@ from med3dinsight_ext.io.hub import hub_id, local_folder
 from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.planning.nnunet import AXES, read_nnunet
 from med3dinsight_ext.planning.plan import TASK, make_plan, read_plan, shown, write_plan
+from med3dinsight_ext.training.record import FILE
 
 PROGRAM = "python -m med3dinsight_ext"
 PLAN, DATALIST, WEIGHTS = "plan.yaml", "datalist.json", "models/model.pt"
-RECORD = "models/run.json"
 PUBLISHED = "configs/inference.json"  # of a published bundle
 NETWORK = ("spacing", "patch_size", "ct_range", "backbone", AXES)  # that weights depend on
 AS_TRAINED = (
@@ -172,9 +172,10 @@ def as_trained(home: Path, bundle: Path, overlays: list[str], config: str) -> di
         overlays: of the config; a published bundle has none, as its configs are those of its run.
         config: file in the bundle's configs/, whose keys may be set.
     """
-    if not overlays or not (home / RECORD).is_file():
+    record = home / "models" / FILE
+    if not overlays or not record.is_file():
         return {}
-    used = read_json(home / RECORD, "record")["config"]
+    used = read_json(record, "record")["config"]
     planned, known = (
         ConfigParser.load_config_files([*with_shared(bundle / "configs" / name), *overlays])
         for name in ("train.json", config)
