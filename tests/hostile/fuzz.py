@@ -104,6 +104,11 @@ def joined(before: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]
     return row | sums | {"outcomes": dict(sorted(outcomes.items()))}
 
 
+def written(path: Path | None) -> dict[str, Any]:
+    """The readers' rows in the results."""
+    return json.loads(path.read_text())["readers"] if path and path.exists() else {}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -118,8 +123,7 @@ def main() -> int:
     found = []
     for name in list(READERS) if given.reader == "all" else given.reader.split(","):
         path = given.out
-        rows = json.loads(path.read_text())["readers"] if path and path.exists() else {}
-        before = rows.get(name)
+        before = written(path).get(name)
         seed = before["inputs"] if before and not before["faults"] else 0
         row = fuzz(name, given.minutes, given.inputs, seed, given.keep)
         found.append(row)
@@ -133,6 +137,7 @@ def main() -> int:
             from common import machine
 
             limits = {"memory_bytes": MEMORY, "seconds": SECONDS, "issue_minutes": ISSUE_MINUTES}
+            rows = written(path)  # again: another reader's run may have ended meanwhile
             rows[name] = joined(before, row)
             rows = {key: {"kind": READERS[key].kind} | value for key, value in rows.items()}
             text = json.dumps(machine() | {"limits": limits, "readers": rows}, indent=1)
