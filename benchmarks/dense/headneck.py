@@ -4,6 +4,7 @@ Development cases only: 21 of the 105 are scored, the other 84 are the pool of l
 those 84 with the 24 unlabelled ones are pre-trained on. Every job is one bundle run in a process of
 its own; a result appears as soon as there is one, and a job with a result is not run again.
 
+python benchmarks/dense/headneck.py table NAME DATA WORK [--slots 8]  # make a table of the page
 python benchmarks/dense/headneck.py run DATA WORK [--slots 8] [--seconds 500] [--only NAME]
 """
 
@@ -16,7 +17,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
 CLASSES = ["background", "Brainstem", "SpinalCord", "RightParotid", "LeftParotid"]
 SPACING, PATCH = [3.0, 3.0, 2.5], [64, 64, 48]
 SCORED, LABELLED = 21, 5
-LEARNING_RATE = 1e-3  # of fine-tuning
+LEARNING_RATE = 3e-3  # of fine-tuning: the best of three from scratch
 BACKBONES: dict[str, dict[str, Any]] = {
     "unet": {
         "_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
@@ -178,10 +179,15 @@ def fill(work: Path, name: str, tag: str, part: str, **_: Any) -> dict[str, Any]
     teacher = images_only(**teacher_settings(work, tag))
     store = GridStore(work / "store", teacher, "auto", device=device)
     number, of = map(int, part.split("/"))
-    chosen = items[:: len(items) // 16 or 1] if of == 0 else items[number::of]
+    chosen = whitened(items) if of == 0 else items[number::of]
     begin = time.time()
     store.fill(chosen)
     return {"volumes": len(chosen), "fill_s": time.time() - begin, "dims": store.dims}
+
+
+def whitened(items: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The few volumes that are stored first, so that the codes are whitened by them."""
+    return items[:: len(items) // 16 or 1]
 
 
 def teacher_settings(work: Path, tag: str) -> dict[str, Any]:
@@ -283,8 +289,15 @@ def finetune(
     return {"lr": lr or LEARNING_RATE, **score(network, device)}
 
 
+def readout(work: Path, name: str, init: str, labelled: str, **_: Any) -> dict[str, Any]:
+    """A light head on the frozen features of the run ``init``, or of what ``links`` names."""
+    from dense import links
+
+    return links.run(work, init, labelled)
+
+
 RUNS: dict[str, Callable[..., dict[str, Any]]] = {
-    "adapt": adapt, "fill": fill, "pretrain": pretrain, "finetune": finetune
+    "adapt": adapt, "fill": fill, "pretrain": pretrain, "finetune": finetune, "readout": readout
 }  # fmt: skip
 
 
@@ -351,9 +364,12 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
         jobs.append(Job(name, run, after, settings))
         return name
 
-    for rate in (3e-4, 3e-3):  # beside scratch_s0: the rate of all arms
+    for rate in (3e-4, 3e-3):  # the rate of all arms was chosen by these
         for draw in range(2):
             add(f"rate_{rate}_d{draw}", "finetune", labelled=f"draw{draw}", steps=600, lr=rate)
+    for draw in range(3):
+        name = f"scratch_s0_d{draw}_1e-3"
+        add(name, "finetune", labelled=f"draw{draw}", seed=0, steps=600, lr=1e-3)
     filled = {}
     add("adapt", "adapt", steps=200)
     for tag in ("imagenet", "random", "adapted"):
@@ -417,6 +433,11 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 f"{arm}_p0_d{draw}", "finetune", [f"{arm}_p0"], init=f"{arm}_p0",
                 labelled=f"draw{draw}", steps=600,
             )  # fmt: skip
+    for arm in ("both", "dense"):
+        add(
+            f"{arm}_p0_lr1_d0", "finetune", [f"{arm}_p0"], init=f"{arm}_p0", labelled="draw0",
+            steps=600, lr=1e-3,
+        )  # fmt: skip
     for draw in range(3):
         add(f"scratch_two{draw}", "finetune", labelled=f"two{draw}", steps=600)
         for arm in ("recon", "dense"):
@@ -449,16 +470,60 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 f"resenc_{arm}_d{draw}", "finetune", [init] if init else [], init=init,
                 labelled=f"draw{draw}", steps=600, backbone="resenc",
             )  # fmt: skip
+    networks = [f"{arm}_p{seed}" for arm in arms for seed in range(3)]
+    for init in ("untrained", "codes", "random_codes", "shuffled_p0", *networks):
+        codes = {"codes": filled["imagenet"], "random_codes": filled["random"], "untrained": []}
+        for draw in range(3):
+            add(
+                f"readout_{init}_d{draw}", "readout", codes.get(init, [init]), init=init,
+                labelled=f"draw{draw}",
+            )  # fmt: skip
     return jobs
 
 
+def with_needs(jobs: Sequence[Job], names: Iterable[str]) -> list[Job]:
+    """The jobs of these names and all that come before them."""
+    by_name, wanted, open_names = {job.name: job for job in jobs}, set(), list(names)
+    while open_names:
+        name = open_names.pop()
+        if name not in wanted:
+            wanted.add(name)
+            open_names += by_name[name].after
+    return [job for job in jobs if job.name in wanted]
+
+
+def reproduce(table: str, data: str, work: str, slots: int = 8, **settings: Any) -> None:
+    """Make the runs of one table of the page, with all that they need, and print that table.
+
+    Args:
+        table: one of ``tables.TABLES``.
+        data: folder of the head and neck cases.
+        work: folder of all runs; what is done there is not done again.
+        slots: jobs at a time, a core each.
+        settings: see ``main``.
+    """
+    from dense import tables
+
+    if table not in tables.TABLES:
+        raise SystemExit(f"No table {table!r}; there are {', '.join(tables.TABLES)}.")
+    recorded = [row for row in tables.read() if tables.TABLES[table].uses(row)]
+    jobs = with_needs(plan(settings.get("scale", 1.0)), [row["name"] for row in recorded])
+    names = {job.name for job in jobs}
+    hours = sum(row.get("wall_s", 0.0) for row in tables.read() if row["name"] in names) / 3600
+    print(f"{len(jobs)} runs; those on record took {hours:.1f} hours in all", flush=True)
+    main(data, work, slots, float("inf"), only=f"^({'|'.join(names)})$", **settings)
+    paths = [Path(work) / "results" / f"{row['name']}.json" for row in recorded]
+    made = [json.loads(path.read_text()) for path in paths if path.exists()]
+    print(f"\n{tables.TABLES[table].write(made)}")
+    if len(made) < len(recorded):
+        raise SystemExit(f"{len(recorded) - len(made)} runs failed, see {Path(work) / 'logs'}.")
+
+
 def main(
-    data: str, work: str, rate: float = LEARNING_RATE, slots: int = 8, seconds: float = 500.0,
-    scale: float = 1.0, only: str = "", scored: int = SCORED, volumes: int | None = None,
+    data: str, work: str, slots: int = 8, seconds: float = 500.0, scale: float = 1.0,
+    only: str = "", scored: int = SCORED, volumes: int | None = None,
 ) -> None:  # fmt: skip
     """Run the jobs whose name matches ``only`` until all are done or the time is over."""
-    global LEARNING_RATE
-    LEARNING_RATE = rate
     begin, root, folder = time.time(), Path(data).resolve(), Path(work).resolve()
     for part in ("logs", "results", "runs"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -510,5 +575,5 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.modules["headneck"] = sys.modules["__main__"]
-    fire.Fire({"run": main, "pack": pack, "collect": collect})
+    sys.modules["headneck"] = sys.modules["dense.headneck"] = sys.modules["__main__"]
+    fire.Fire({"table": reproduce, "run": main, "pack": pack, "collect": collect})

