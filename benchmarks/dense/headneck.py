@@ -385,7 +385,7 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
         "dense": {"reconstruction": 0.0},
         "random": {"tag": "random"},
         "dense_random": {"tag": "random", "reconstruction": 0.0},
-        "adapted": {"tag": "adapted"},
+        "dense_adapted": {"tag": "adapted", "reconstruction": 0.0},
     }
     for arm in ("recon", "both"):  # three times as long
         name = f"{arm}_6000_p0"
@@ -471,8 +471,9 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 labelled=f"draw{draw}", steps=600, backbone="resenc",
             )  # fmt: skip
     networks = [f"{arm}_p{seed}" for arm in arms for seed in range(3)]
-    for init in ("untrained", "codes", "random_codes", "shuffled_p0", *networks):
-        codes = {"codes": filled["imagenet"], "random_codes": filled["random"], "untrained": []}
+    codes = {"codes": filled["imagenet"], "untrained": []}
+    codes |= {f"{tag}_codes": filled[tag] for tag in ("random", "adapted")}
+    for init in (*codes, "shuffled_p0", *networks):
         for draw in range(3):
             add(
                 f"readout_{init}_d{draw}", "readout", codes.get(init, [init]), init=init,

@@ -87,9 +87,11 @@ def readout(
     return summary(cases) | {"features": rows.shape[1]}
 
 
-def codes_readout(work: Path, labelled: str, root: Path, random: bool) -> dict[str, Any]:
+def codes_readout(work: Path, labelled: str, root: Path, tag: str) -> dict[str, Any]:
     """Dice of the head of ``unlabelled.yaml``: on the teacher's own codes, without a 3D network."""
-    store = GridStore(work / "store", headneck.images_only(0 if random else None), "auto")
+    store = GridStore(
+        work / "store", headneck.images_only(**headneck.teacher_settings(work, tag)), "auto"
+    )
     sample = json.loads((work / "lists/pretrain.json").read_text())
     store.fill(headneck.whitened(sample))
     train = json.loads((work / "lists" / f"{labelled}.json").read_text())
@@ -118,13 +120,14 @@ def run(work: Path, init: str, labelled: str) -> dict[str, Any]:
 
     Args:
         work: folder of all runs.
-        init: a pre-training of it, "untrained", "codes" or "random_codes".
+        init: a pre-training of it, "untrained", or "codes", "random_codes" or "adapted_codes".
         labelled: list of labelled cases.
     """
     items = json.loads((work / "lists" / f"{labelled}.json").read_text())
     root = Path(items[0]["image"]).parents[1]
     if init.endswith("codes"):
-        return codes_readout(work, labelled, root, init == "random_codes")
+        tag = init.removesuffix("codes").rstrip("_") or "imagenet"
+        return codes_readout(work, labelled, root, tag)
     train = headneck.load_cases(root, [Path(i["image"]).name.split(".")[0] for i in items])
     weights = None if init == "untrained" else work / "runs" / init / "models/model.pt"
     return readout(train, headneck.SCORED_CASES, partial(features_of, network_of(weights)))

@@ -39,7 +39,7 @@ FINE_TUNED = {
     "dense": "dense teaching alone",
     "dense_1e-3": "dense teaching alone, 0.001",
     "recon_1e-3": "masked reconstruction, 0.001",
-    "adapted": "dense teaching and reconstruction by a teacher adapted to these volumes",
+    "dense_adapted": "dense teaching alone by a teacher adapted to these volumes",
     "soft_mean_teacher": "from scratch, with a mean teacher on the other volumes",
     "soft_network": "from scratch, with soft labels of the network from scratch",
     "soft_head": "from scratch, with soft labels of a head on the teacher's codes",
@@ -47,12 +47,14 @@ FINE_TUNED = {
 }
 READ_OUT = {
     "codes": "the teacher's codes",
+    "adapted_codes": "codes of a teacher adapted to these volumes",
     "random_codes": "codes of a teacher with random weights",
     "untrained": "network, never trained",
     "recon": "network, after masked reconstruction",
     "both": "network, after dense teaching and reconstruction",
     "dense": "network, after dense teaching alone",
     "dense_random": "network, after dense teaching alone by a teacher with random weights",
+    "dense_adapted": "network, after dense teaching alone by a teacher adapted to these volumes",
     "random": "network, after both by a teacher with random weights",
     "shuffled": "network, after both with another volume's codes",
 }

@@ -86,16 +86,24 @@ def test_the_arms_of_adapted_and_mean_teacher_run(data: Path, tmp_path: Path) ->
     headneck.write_lists(data, work, 1, None)
     headneck.SCORED_CASES.extend(headneck.load_cases(data, headneck.split(data)["scored"]))
     jobs = {job.name: job for job in headneck.plan(0.001)}
-    names = ["adapt", "fill_adapted_0", "adapted_p0", "adapted_p0_d0", "mean_teacher_d0"]
-    assert set(jobs["fill_adapted_0"].after) | set(jobs["adapted_p0_d0"].after) < set(names)
-    assert "fill_adapted_1" in jobs["adapted_p0"].after
+    names = [
+        "adapt",
+        "fill_adapted_0",
+        "dense_adapted_p0",
+        "dense_adapted_p0_d0",
+        "mean_teacher_d0",
+    ]
+    assert set(jobs["fill_adapted_0"].after) | set(jobs["dense_adapted_p0_d0"].after) < set(names)
+    assert "fill_adapted_1" in jobs["dense_adapted_p0"].after
     found = {
         name: headneck.RUNS[jobs[name].run](work, name, **jobs[name].settings) for name in names
     }
-    assert np.isfinite([found["adapt"]["last"]["loss"], found["adapted_p0"]["last"]["dense"]]).all()
+    assert np.isfinite(
+        [found["adapt"]["last"]["loss"], found["dense_adapted_p0"]["last"]["dense"]]
+    ).all()
     assert all(0 <= found[name]["dice"] <= 1 for name in names[3:])
     record = json.loads((work / "runs/mean_teacher_d0/models/run.json").read_text())
     assert "mean_teacher" in record["config"]["train_handlers"]
     weights = work / "runs/adapt/models/teacher/adapted.safetensors"
-    record = json.loads((work / "runs/adapted_p0/models/run.json").read_text())
+    record = json.loads((work / "runs/dense_adapted_p0/models/run.json").read_text())
     assert record["config"]["teacher"]["weights"] == str(weights) and weights.is_file()
