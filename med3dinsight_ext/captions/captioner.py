@@ -59,6 +59,9 @@ class Captioner(ABC):
         """
         return None
 
+    def free(self) -> None:  # noqa: B027 (optional)
+        """Let go of the model's memory, if there is one; the next use loads it again."""
+
     def check_items(self, items: Sequence[dict]) -> None:  # noqa: B027 (optional)
         """Check that the captions belong to these items; accepts all by default.
 

@@ -167,6 +167,9 @@ class TransformersCaptions(MllmCaptions):
             network.to(self.device)
         return network.eval().requires_grad_(False)
 
+    def free(self) -> None:
+        self.__dict__.pop("network", None)
+
     def answers(self, requests: Iterable[SliceRequest]) -> Iterator[tuple[SliceRequest, str]]:
         """Each request with the model's raw answer, in order; one batch is taken at a time."""
         waiting = iter(requests)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.data import slicing
 from med3dinsight_ext.data.volumes import modality_of, read_volume
+from med3dinsight_ext.embeddings.shards import rank_share, wait_for_ranks
 from med3dinsight_ext.embeddings.whitening import Whitening, fit_whitening
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, key_of, keyed_path, sha256, write_atomic
@@ -175,7 +177,7 @@ class GridStore:
         return keyed_path(self.root / "grids", made, ".safetensors")
 
     def fill(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Make the grids that are missing.
+        """Make the grids that are missing; each rank of torchrun makes its share.
 
         Args:
             items: image and modality. Where ``root`` has no whitening for these settings yet, it is
@@ -191,14 +193,15 @@ class GridStore:
             raise ValueError("items must name at least one volume, got none; check the datalist")
         self._load_whitening(items[:: -(-len(items) // FIT_VOLUMES)])
         paths = [self.path(item) for item in items]
-        missing = [(i, p) for i, p in zip(items, paths, strict=True) if not p.exists()]
+        own = [(items[n], paths[n]) for n in rank_share(len(items))]
+        missing = [(item, path) for item, path in own if not path.exists()]
         if missing:
             self._check_size(len(items))
-            logger.info(
-                f"{len(missing)} of {len(items)} volumes have no feature grids: making them"
-            )
+            logger.info(f"{len(missing)} of {len(own)} volumes have no feature grids: making them")
         for item, path in Bar(missing, "feature grids", unit="volume", disable=not missing):
             self._write(item, path)
+        self.teacher.free()
+        wait_for_ranks()
         return [{**item, "grids": str(path)} for item, path in zip(items, paths, strict=True)]
 
     def _check_size(self, volumes: int) -> None:
@@ -229,7 +232,8 @@ class GridStore:
 
     def _load_whitening(self, sample: Sequence[dict[str, Any]]) -> None:
         path = self.root / "grids" / f"whitening-{key_of(self._made)}.safetensors"
-        if not path.exists():
+        alone = not dist.is_initialized()
+        if not path.exists() and (alone or rank_share(1)):  # of a group, the first rank
             fitted = self._fit(sample)
             tensors = {
                 f"{number}.{field}": value.contiguous()
@@ -237,6 +241,7 @@ class GridStore:
                 for field, value in fitted[layer]._asdict().items()
             }
             write_atomic(path, lambda draft: save_file(tensors, draft))
+        wait_for_ranks()
         stored = load_file(path)
         self._whitening_hash = sha256(path)
         self._whitening = {

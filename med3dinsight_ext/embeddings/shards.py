@@ -39,6 +39,11 @@ def rank_share(count: int) -> range:
     return range(rank, count, ranks)
 
 
+def wait_for_ranks() -> None:
+    """Return when every rank of a process group is here; at once without one."""
+    merge_ranks({})
+
+
 def merge_ranks(found: dict[str, str]) -> dict[str, str]:
     """The union over all ranks of a process group; without one, ``found`` itself."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -223,6 +223,8 @@ class Store:
         self.captioner.caption_volumes(
             volumes(), self.entries.write, len(missing), self.choice.counts()
         )
+        self.teacher.free()  # a training needs the memory
+        self.captioner.free()
         return {item["image"]: why for path, why in faults.items() for item in copies[path]}
 
     def embed(

@@ -72,6 +72,11 @@ class Teacher(nn.Module):
             tower.on(device)
         return self
 
+    def free(self) -> None:
+        """Let go of both networks and their memory; the next use loads them again."""
+        self.image.free()
+        self.text.free()
+
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode: a parent's ``train()`` must not enable dropout."""
         return super().train(False)

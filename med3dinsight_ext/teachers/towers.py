@@ -40,6 +40,7 @@ class Tower:
 
     fingerprint: str
     device = torch.device("cpu")
+    source: Any = None  # of the network, where two towers share one
     _seed: int | None = None
     _adapted: tuple[Path, str] | None = None  # file of weights, and its hash
 
@@ -68,6 +69,12 @@ class Tower:
     def on(self, device: str | torch.device) -> None:
         """Compute on ``device``."""
         self.device = torch.device(device)
+
+    def free(self) -> None:
+        """Let go of the network and its memory; the next use loads it again."""
+        self.__dict__.pop("network", None)
+        if self.source is not None:
+            vars(self.source).pop("network", None)
 
     def randomize(self, seed: int) -> None:
         """Replace the weights by random ones, drawn at the first use."""

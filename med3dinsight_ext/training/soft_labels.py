@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from med3dinsight_ext.data.datalists import datalist
 from med3dinsight_ext.data.volumes import ScaleByModalityd, read_volume
 from med3dinsight_ext.embeddings.grid_volumes import codes_on_grid
+from med3dinsight_ext.embeddings.shards import rank_share, wait_for_ranks
 from med3dinsight_ext.embeddings.whitening import position_terms
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, keyed_path, sha256, write_atomic
@@ -33,6 +34,7 @@ from med3dinsight_ext.training.checkpoints import load_weights
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # raise it when this file changes what is stored
+FIT_ROWS = 2**21  # voxels of all labelled cases, at most, that the head is fitted on
 LEAST = 13  # of 255: smaller probabilities become 0, so that a crop can find the foreground
 
 
@@ -150,8 +152,10 @@ class SoftLabels:
         return Path(item["grids"]).stem if self.head else self._hashes(item["image"])
 
     def fit(self, labelled: Sequence[dict[str, Any]]) -> VoxelHead:
-        """A head on the labelled items' features."""
+        """A head on the labelled items' features, at ``FIT_ROWS`` random voxels or all."""
         rows, labels = [], []
+        most = FIT_ROWS // len(labelled)
+        generator = torch.Generator().manual_seed(self.seed)
         load = LoadImage(image_only=True, ensure_channel_first=True)
         for item in labelled:
             image = self.image(item)
@@ -161,14 +165,18 @@ class SoftLabels:
             onehot = MetaTensor(onehot, affine=label.affine)
             share = ResampleToMatch(mode="bilinear", padding_mode="border")(onehot, image)
             share = share.as_tensor().clamp(min=0)
-            rows.append(features.flatten(1).mT)
-            labels.append((share / share.sum(0).clamp(min=1e-6)).flatten(1).mT)
+            share = share / share.sum(0).clamp(min=1e-6)
+            pick = torch.randperm(share[0].numel(), generator=generator)[:most]
+            rows.append(features.flatten(1)[:, pick].mT)
+            labels.append(share.flatten(1)[:, pick].mT)
         return fit_voxel_head(torch.cat(rows), torch.cat(labels), self.hidden, seed=self.seed)
 
     def fill(
         self, labelled: Sequence[dict[str, Any]], unlabelled: Sequence[dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """The unlabelled items without grids, each with ``label``, the path of its soft label.
+
+        Each rank of torchrun makes its share.
 
         Args:
             labelled: image, label and, for the head, grids.
@@ -186,9 +194,10 @@ class SoftLabels:
             made += [self.network.fingerprint, self.head]
         folder, sources = self.root / "soft", map(self._source, unlabelled)
         paths = [keyed_path(folder, [*made, source], ".nii.gz") for source in sources]
-        missing = [(i, p) for i, p in zip(unlabelled, paths, strict=True) if not p.exists()]
+        own = [(unlabelled[n], paths[n]) for n in rank_share(len(paths))]
+        missing = [(item, path) for item, path in own if not path.exists()]
         if missing:
-            logger.info(f"{len(missing)} of {len(unlabelled)} volumes have no soft label")
+            logger.info(f"{len(missing)} of {len(own)} volumes have no soft label")
             head = self.fit(labelled) if self.head else None
         for item, path in Bar(missing, "soft labels", unit="volume", disable=not missing):
             image = self.image(item)
@@ -199,6 +208,9 @@ class SoftLabels:
             share[share < LEAST] = 0
             volume = nib.Nifti1Image(share.movedim(0, -1).numpy(), image.affine.numpy())
             write_atomic(path, lambda draft, volume=volume: _save(volume, draft))
+        if self.network:
+            self.network.network.cpu()
+        wait_for_ranks()
         items = [{k: v for k, v in item.items() if k != "grids"} for item in unlabelled]
         return [{**item, "label": str(path)} for item, path in zip(items, paths, strict=True)]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.data.settings import described
-from med3dinsight_ext.embeddings.shards import merge_ranks, rank_share
+from med3dinsight_ext.embeddings.shards import rank_share, wait_for_ranks
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
 from med3dinsight_ext.models.teacher_classifier import TeacherFeatures
@@ -59,7 +59,7 @@ class VolumeTargets:
         missing = [(item, path) for item, path in own if not path.exists()]
         for item, path in Bar(missing, "encode", unit="volume", disable=not missing):
             self._write(item, path)
-        merge_ranks({})  # waits for the shares of the others
+        wait_for_ranks()
         rows = torch.stack([load_file(path)["features"] for path in paths])
         rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
         return [{**item, "label": row} for item, row in zip(items, rows, strict=True)]

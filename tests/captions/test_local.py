@@ -83,6 +83,14 @@ def test_answers_equal_the_models_own(folder: Path) -> None:
     assert captioner.tokens == sum(count for _, count in expected)
 
 
+def test_a_freed_model_is_loaded_again(folder: Path) -> None:
+    captioner = captions(folder)
+    first = list(captioner.answers([slice_request(0)]))
+    captioner.free()
+    assert "network" not in vars(captioner)
+    assert list(captioner.answers([slice_request(0)]))[0][1] == first[0][1]
+
+
 def test_the_batch_does_not_change_greedy_answers(folder: Path) -> None:
     assert texts(folder, batch_size=1) == texts(folder, batch_size=4)
 

@@ -77,6 +77,18 @@ def test_a_teachers_file_is_read_again(store: Store) -> None:
     assert store.embedding_dims == {"image": 2**20 - 1, "text": 1}
 
 
+def test_a_filled_store_lets_go_of_its_networks(
+    items: list[dict], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[str] = []
+    monkeypatch.setattr(store.teacher, "free", lambda: freed.append("teacher"))
+    monkeypatch.setattr(store.captioner, "free", lambda: freed.append("captioner"))
+    store.fill(items)
+    assert freed == ["teacher", "captioner"]
+    store.fill(items)  # nothing was loaded
+    assert freed == ["teacher", "captioner"]
+
+
 def test_a_full_store_never_runs_the_teacher(
     items: list[dict], store: Store, tmp_path: Path
 ) -> None:

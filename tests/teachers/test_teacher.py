@@ -1,5 +1,7 @@
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,17 @@ def test_embeddings_equal_the_models_own(kind: str, request: pytest.FixtureReque
         (teacher.encode_text(texts), both.text_embeds),
     ):
         assert torch.allclose(ours, nn.functional.normalize(theirs, dim=1), atol=1e-5)
+
+
+def test_a_freed_teacher_holds_no_network_and_loads_it_again(clip: str) -> None:
+    teacher, pixels = teachers.hugging_face(clip), torch.rand(1, 3, 32, 32)
+    before = teacher.encode_image(pixels), teacher.encode_text(["a mass"])
+    network = weakref.ref(teacher.image.network)
+    teacher.free()
+    gc.collect()
+    assert network() is None
+    after = teacher.encode_image(pixels), teacher.encode_text(["a mass"])
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_separate_towers_have_two_spaces(dino: str, bert: str) -> None:

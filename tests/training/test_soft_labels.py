@@ -1,13 +1,17 @@
 import copy
 import json
+import os
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from fakes import FakeTexts
 from monai.losses import DiceCELoss
+from running import free_port
 from torch import nn
 
 from med3dinsight_ext.data.volumes import read_volume
@@ -16,6 +20,7 @@ from med3dinsight_ext.losses.soft import SoftDiceCELoss
 from med3dinsight_ext.models.voxel_head import fit_voxel_head
 from med3dinsight_ext.teachers.teacher import Teacher
 from med3dinsight_ext.teachers.towers import ImageTower
+from med3dinsight_ext.training import soft_labels
 from med3dinsight_ext.training.soft_labels import (
     NetworkLabels,
     SoftLabeld,
@@ -71,6 +76,53 @@ def test_soft_labels_find_what_the_labelled_cases_show(tmp_path: Path) -> None:
     assert [Path(item["label"]).stat().st_mtime_ns for item in again] == before
     other = SoftLabels(tmp_path / "s", 2, (3.0, 3.0, 3.0), hidden=16, seed=1)
     assert other.fill(items[:2], items[2:3])[0]["label"] != made[0]["label"]
+
+
+def one_rank(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    items = json.loads((folder / "items.json").read_text())
+    teacher = Teacher(Brightness(), FakeTexts())
+    store = GridStore(folder / "s", teacher, ["0"], per_plane=20)
+    encoded: list[str] = []  # images whose grids or soft labels are made here
+    store_write, fitted = store._write, store._fit
+    store._write = lambda item, path: (encoded.append(item["image"]), store_write(item, path))  # type: ignore[method-assign]
+    store._fit = lambda sample: (encoded.append("whitening"), fitted(sample))[1]  # type: ignore[method-assign]
+    maker = SoftLabels(folder / "s", 2, (3.0, 3.0, 3.0), hidden=16)
+    with_grids = store.fill(items)
+    made = maker.fill(with_grids[:1], with_grids[1:])
+    there = [Path(item["label"]).is_file() for item in made]
+    (folder / f"{rank}.json").write_text(json.dumps([encoded, there, made]))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_share_the_grids_and_wait_for_them(tmp_path: Path) -> None:
+    cases = [ball(tmp_path, seed) for seed in range(4)]
+    (tmp_path / "items.json").write_text(json.dumps(cases))
+    mp.spawn(one_rank, (free_port(), tmp_path), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2))
+    images = [case["image"] for case in cases]
+    assert first[0] == ["whitening", *images[::2]] and second[0] == images[1::2]
+    assert first[1] == second[1] == [True] * 3
+    assert first[2] == second[2]
+    assert len(list((tmp_path / "s" / "soft").iterdir())) == 3
+
+
+def test_the_head_is_fitted_on_a_limited_number_of_voxels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soft_labels, "FIT_ROWS", 1000)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(soft_labels, "fit_voxel_head", lambda *given, **_: seen.append(given[:2]))
+    items = [ball(tmp_path, seed) for seed in range(2)]
+    items = GridStore(tmp_path / "s", Teacher(Brightness(), FakeTexts()), ["0"]).fill(items)
+    SoftLabels(tmp_path / "s", 2, (3.0, 3.0, 3.0)).fit(items)
+    features, labels = seen[0]
+    assert len(features) == len(labels) == 1000
+    # Bright voxels are the ball's, so rows of both are still those of one voxel.
+    assert np.corrcoef(features[:, 0], labels[:, 1])[0, 1] > 0.6
+    assert 0 < labels[:500, 1].sum() < 250 and 0 < labels[500:, 1].sum() < 250
 
 
 def threshold(folder: Path) -> tuple[nn.Module, Path]:
