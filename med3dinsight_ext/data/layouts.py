@@ -6,22 +6,26 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from med3dinsight_ext.data.datalists import LABEL_ENDINGS, datalist, split_items
 from med3dinsight_ext.data.labels import label_values
-from med3dinsight_ext.data.modalities import modality_name
+from med3dinsight_ext.data.modalities import MODALITY_PREFIXES, modality_name
+from med3dinsight_ext.data.patients import patient_name
 from med3dinsight_ext.data.volumes import check_each
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.images import open_volume
 from med3dinsight_ext.io.reading import read_json, readable
+from med3dinsight_ext.io.remote import is_remote
 from med3dinsight_ext.io.volume_files import DICOM_ENDINGS, VOLUME_ENDINGS, find_volumes
 
 CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net's number of a channel
 FEW_IMAGES = 10  # in a folder, on average, that is taken to be one patient
+MODALITY_FOLDERS = {*MODALITY_PREFIXES, "MRI"}
 Key = tuple[tuple[str, ...], str]
 
 
@@ -87,15 +91,14 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     names = decathlon_names(described) if described.is_file() else None
     notes: list[str] = []
     if listed:
-        items = [{"patient": Path(item["image"]).name, **item} for item in datalist(listed, root)]
-    else:
-        items = folder_items(source, Path(labels) if labels else None, notes)
+        items = datalist(listed, root)
         for item in items:
-            folder, stem = _key(Path(item["image"]), source)
-            item.setdefault("patient", "/".join((*folder, stem)))
-        if described.is_file():
-            kinds = _modalities(described)
-            items = [i | {"modality": kinds.get(_channel(i["image"]), "auto")} for i in items]
+            image = item["image"]
+            path = image if is_remote(image) else os.path.relpath(image, root)
+            item["patient"] = patient_name(item, _subject(Path(path).parts) or path)
+    else:
+        kinds = _modalities(described) if described.is_file() else {}
+        items = folder_items(source, Path(labels) if labels else None, notes, kinds)
     split, captions = root / "split.json", root / "captions.jsonl"
     found = [path if path.is_file() else None for path in (split, captions)]
     return Dataset(root, items, names, found[0], found[1], notes)
@@ -113,13 +116,22 @@ def decathlon_names(source: Path) -> list[str] | None:
     return None if None in names else [str(name) for name in names]
 
 
-def folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[dict[str, Any]]:
-    """Images of a folder with their labels, and with their patients where each has a folder.
+def folder_items(
+    source: Path,
+    labels: Path | None,
+    notes: list[str],
+    kinds: Mapping[int, str] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """Images of a folder with their patients and labels.
 
     Args:
         source: folder, as for ``read_dataset``.
         labels: folder, as for ``read_dataset``.
-        notes: gets what was left out.
+        notes: gets what was left out or guessed.
+        kinds: modality of each channel, where it is known.
+
+    Raises:
+        ValueError: no volumes, labels that no image is named like, or two labels for one image.
     """
     images = source / "imagesTr" if (source / "imagesTr").is_dir() else source
     if images != source and (source / "imagesTs").is_dir():
@@ -127,26 +139,24 @@ def folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[di
     volumes = find_volumes(images)
     if not volumes:
         other = Counter(path.suffix.lower() for path in images.rglob("*") if path.is_file())
-        kinds = ", ".join(f"{n} {kind or 'without extension'}" for kind, n in other.most_common(4))
+        count = ", ".join(f"{n} {kind or 'without extension'}" for kind, n in other.most_common(4))
         raise ValueError(
             f"data must hold {', '.join(VOLUME_ENDINGS)} files or DICOM series, got "
-            f"{kinds or 'no files'} in {images}; pictures (2D) are not volumes"
+            f"{count or 'no files'} in {images}; pictures (2D) are not volumes"
         )
     folders = {path.parent for path in volumes if path.is_file()}
     beside = [f for d in folders for f in d.iterdir() if f.name.lower().endswith(DICOM_ENDINGS)]
     if beside:
         notes.append(f"{len(beside)} DICOM files beside other volumes are left out")
     items = datalist(images)
+    if labels and images in labels.absolute().parents:
+        items = [item for item in items if labels.absolute() not in Path(item["image"]).parents]
     keys = {item["image"]: _key(Path(item["image"]), images) for item in items}
-    groups = {folder for folder, _ in keys.values() if folder}
-    by_folder = len(groups) > 1 and len(items) <= FEW_IMAGES * len(groups)
-    for item in items:
-        folder, _ = keys[item["image"]]
-        if folder and by_folder:
-            item.setdefault("patient", "/".join(folder))  # a DICOM series has one
     known = _labels(source, labels)
-    paired = Counter(key for key in keys.values() if key in known)
-    if known and not paired:
+    if labels and not known:
+        raise ValueError(f"labels must hold label maps, got no volumes in {labels}")
+    way = next((way for way in WAYS if _matches(way, keys, known)), None)
+    if known and not way:
         shown = [
             ", ".join(sorted({stem for _, stem in group})[:3]) for group in (known, keys.values())
         ]
@@ -154,14 +164,55 @@ def folder_items(source: Path, labels: Path | None, notes: list[str]) -> list[di
             f"labels must belong to the images, got {len(known)} labels ({shown[0]} …) and none "
             f"named like one of {len(items)} images ({shown[1]} …); name them alike"
         )
-    if labels and not known:
-        raise ValueError(f"labels must hold label maps, got no volumes in {labels}")
-    if lost := len(known) - len(paired):
-        notes.append(f"{lost} of {len(known)} labels have no image")
-    for item in items:
-        if (key := keys[item["image"]]) in known:
-            item["label"] = known[key]
+    if way:
+        labels_by = {way.label(key): path for key, path in known.items()}
+        found = {image: way.image(key) for image, key in keys.items()}
+        if lost := len(known) - len(labels_by.keys() & set(found.values())):
+            notes.append(f"{lost} of {len(known)} labels have no image")
+        for item in items:
+            if (key := found[item["image"]]) in labels_by:
+                item["label"] = labels_by[key]
+    if way.channels if way else _numbers_channels(keys.values()):
+        for item in items if kinds else ():
+            item["modality"] = kinds.get(_channel(item["image"]), "auto")
+        keys = {image: _case(key) for image, key in keys.items()}
+    elif kinds:
+        items = [item | {"modality": kinds.get(0, "auto")} for item in items]
+    _name_patients(items, keys, notes)
     return items
+
+
+def _name_patients(
+    items: Sequence[dict[str, Any]], keys: Mapping[str, Key], notes: list[str]
+) -> None:
+    """Give each item without a patient one, by its folder or its name.
+
+    Args:
+        items: images; a DICOM series has its patient.
+        keys: of each image.
+        notes: gets that folders were taken for patients.
+    """
+    groups = {folders for folders, _ in keys.values() if folders}
+    by_modality = all(folders[-1].upper() in MODALITY_FOLDERS for folders in groups)
+    by_folder = 1 < len(groups) >= len(items) / FEW_IMAGES and not by_modality
+    taken = set()
+    for item in items:
+        folders, stem = keys[item["image"]]
+        if subject := _subject(folders):
+            name = subject
+        elif by_folder and folders:
+            name = "/".join(folders)
+            taken.add(name)
+        else:
+            name = "/".join((*(folders[:-1] if by_modality else folders), stem))
+        item["patient"] = patient_name(item, name)
+    if taken:
+        notes.append(f"{len(taken)} folders are taken for patients; write a list if they are not")
+
+
+def _subject(folders: Sequence[str]) -> str | None:
+    """The subject's folder in BIDS."""
+    return next((part for part in folders if part.startswith("sub-")), None)
 
 
 def _modalities(path: Path) -> dict[int, str]:
@@ -187,22 +238,77 @@ def _labels(source: Path, labels: Path | None) -> dict[Key, str]:
     if labels and not labels.is_dir():
         raise ValueError(f"labels must be a folder or a list, got {labels}; correct the path")
     root = labels or (source / "labelsTr" if (source / "labelsTr").is_dir() else source)
-    found = {}
+    found: dict[Key, str] = {}
     for path in (path for path in find_volumes(root) if path.is_file()):
         folders = path.relative_to(source).parts[:-1] if path.is_relative_to(source) else ()
         in_folder = labels or any(folder.startswith("labels") for folder in folders)
         if in_folder or volume_stem(path).endswith(LABEL_ENDINGS):
-            found[_key(path, root)] = str(path.absolute())
+            key = _key(path, root)
+            if key in found:
+                raise ValueError(
+                    f"labels must be one for each image, got {found[key]} and {path}; leave one, "
+                    "or name image and label in a list"
+                )
+            found[key] = str(path.absolute())
     return found
 
 
 def _key(path: Path, root: Path) -> Key:
     """Folders and name without what differs between an image and its label."""
-    parts = Path(os.path.abspath(path)).relative_to(os.path.abspath(root)).parts[:-1]
+    parts = Path(os.path.relpath(path, root)).parts[:-1]
     folders = tuple(part for part in parts if not part.startswith(("images", "labels")))
-    stem = CHANNEL.sub("", volume_stem(path))
+    stem = volume_stem(path)
     ending = next((end for end in LABEL_ENDINGS if stem.endswith(end)), "")
     return folders, stem.removesuffix(ending)
+
+
+def _case(key: Key) -> Key:
+    """Without nnU-Net's number of a channel."""
+    return key[0], CHANNEL.sub("", key[1])
+
+
+def _bare(key: Key) -> Key:
+    """The name alone."""
+    return (), key[1]
+
+
+class _Way(NamedTuple):
+    """How images and labels may be named alike: what is compared of either."""
+
+    image: Callable[[Key], Key]
+    label: Callable[[Key], Key]
+    channels: bool  # whether the images' numbers are those of channels
+
+
+def _same(key: Key) -> Key:
+    return key
+
+
+WAYS = (
+    _Way(_same, _same, False),
+    _Way(_case, _same, True),
+    _Way(_bare, _bare, False),
+    _Way(lambda key: _bare(_case(key)), _bare, True),
+)
+
+
+def _matches(way: _Way, keys: Mapping[str, Key], known: Mapping[Key, str]) -> bool:
+    """Whether an image is named like a label, and no two labels become alike."""
+    labels = {way.label(key) for key in known}
+    return len(labels) == len(known) and any(way.image(key) in labels for key in keys.values())
+
+
+def _numbers_channels(keys: Collection[Key]) -> bool:
+    """Whether the numbers of four digits in the names of unlabelled images are those of channels.
+
+    They are if there are several cases with the same numbers, from 0000 on.
+    """
+    numbers: dict[Key, list[str]] = {}
+    for key in keys:
+        numbers.setdefault(_case(key), []).append(key[1].removeprefix(_case(key)[1]))
+    alike = {tuple(sorted(found)) for found in numbers.values()}
+    counted = tuple(f"_{n:04d}" for n in range(len(next(iter(numbers.values())))))
+    return len(numbers) > 1 and alike == {counted}
 
 
 def check_trainable(dataset: Dataset) -> None:

@@ -38,6 +38,9 @@ def pairs(root: Path, labels: Path | None = None) -> dict[str, str]:
         (["a.nii.gz", "b.nii.gz"], ["a_seg.nii.gz"]),
         (["p1/ct.nii.gz", "p2/ct.nii.gz"], ["p1/ct_mask.nii.gz"]),
         (["p1/images/x.nii.gz", "p2/images/x.nii.gz"], ["p1/labels/x.nii.gz"]),
+        (["imagesTr/a_0001.nii.gz", "imagesTr/a_0002.nii.gz"], ["labelsTr/a_0001.nii.gz"]),
+        (["a_0001.nii.gz", "a_0002.nii.gz"], ["a_0001_seg.nii.gz"]),
+        (["imagesTr/a_0001_0000.nii.gz", "imagesTr/a_0002_0000.nii.gz"], ["labelsTr/a_0001.nii"]),
     ],
 )
 def test_usual_layouts_pair_images_and_labels(
@@ -56,6 +59,50 @@ def test_labels_may_be_in_another_folder_or_a_list(tmp_path: Path) -> None:
     (tmp_path / "classes.csv").write_text("image,label\na.nii.gz,ill\nb.nii.gz,well\n")
     found = read_dataset(tmp_path / "scans", tmp_path / "classes.csv")
     assert [item["label"] for item in found.labelled()] == ["ill", "well"] and not found.segments()
+
+
+def test_labels_may_be_in_a_folder_beside_the_images(tmp_path: Path) -> None:
+    put(tmp_path / "d", "ct/a.nii.gz", "ct/b_0000.nii.gz", "seg/a.nii.gz")
+    found = {"d/ct/a.nii.gz": "d/seg/a.nii.gz", "d/ct/b_0000.nii.gz": "."}
+    assert pairs(tmp_path / "d", tmp_path / "d/seg") == found
+    put(tmp_path / "e", "ct/a/x_0000.nii.gz", "ct/b/y_0000.nii.gz", "seg/x.nii.gz")
+    found = {"e/ct/a/x_0000.nii.gz": "e/seg/x.nii.gz", "e/ct/b/y_0000.nii.gz": "."}
+    assert pairs(tmp_path / "e", tmp_path / "e/seg") == found
+
+
+def test_two_labels_of_an_image_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "a.nii.gz", "a_seg.nii.gz", "a_mask.nii.gz")
+    with pytest.raises(ValueError, match=r"one for each image, got .*a_\w+.nii.gz and .*a_\w+.nii"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "patients"),
+    [
+        (["a_0000", "a_0001", "b_0000", "b_0001"], ["a", "a", "b", "b"]),  # channels
+        (["a_0000", "b_0000"], ["a", "b"]),
+        (["a_0000", "a_0001", "a_0002"], ["a_0000", "a_0001", "a_0002"]),
+        (["a_0001", "b_0001"], ["a_0001", "b_0001"]),
+        (["a_0000", "a_0001", "b_0000"], ["a_0000", "a_0001", "b_0000"]),
+        (["CT/p1", "CT/p2", "MR/p1"], ["p1", "p2", "p1"]),
+        (["sub-1/ses-1/a", "sub-1/ses-2/a", "sub-2/a"], ["sub-1", "sub-1", "sub-2"]),
+        (["p/t1", "p/t2", "q/t1"], ["p", "p", "q"]),
+    ],
+)
+def test_patients_of_a_folder(names: list[str], patients: list[str], tmp_path: Path) -> None:
+    put(tmp_path, *(f"{name}.nii.gz" for name in names))
+    found = read_dataset(tmp_path)
+    assert [item["patient"] for item in found.items] == patients
+    said = ["2 folders are taken for patients; write a list if they are not"]
+    assert found.notes == (said if "p/t1" in names else [])
+
+
+def test_patients_of_a_list_are_its_paths_and_subjects(tmp_path: Path) -> None:
+    names = ["a/T1.nii.gz", "b/T1.nii.gz", "sub-1/T1.nii.gz", "sub-1/T2.nii.gz"]
+    put(tmp_path, *names)
+    (tmp_path / "list.json").write_text(json.dumps([{"image": name} for name in names]))
+    found = [item["patient"] for item in read_dataset(tmp_path / "list.json").items]
+    assert found == [*names[:2], "sub-1", "sub-1"]
 
 
 def test_a_dataset_json_gives_names_and_modality_and_test_images_stay_out(tmp_path: Path) -> None:
