@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 from fire import Fire
 from fire.core import FireExit
+from fire.decorators import SetParseFn
+from fire.parser import DefaultParseValue
 
 from med3dinsight_ext import __version__
 from med3dinsight_ext.io.errors import TRACEBACK, advice, wrong_input
@@ -110,7 +112,8 @@ def parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     try:
         with redirect_stderr(text):
             help_asked = {"-h", "--help"} & {*arguments}
-            Fire(scope[node.name], ["--", "--help"] if help_asked else list(arguments), name)
+            command = SetParseFn(str)(scope[node.name])
+            Fire(command, ["--", "--help"] if help_asked else list(arguments), name)
     except FireExit as ended:
         if not ended.code:
             print("NAME" + text.getvalue().partition("NAME")[2].rstrip())
@@ -119,7 +122,26 @@ def parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
         fault = fault.replace("The function received no value for", "no value for")
         stop(2, fault[:1].lower() + fault[1:], see)
     found = given[-1]
-    return found | found.pop(node.args.kwarg.arg) if node.args.kwarg else found
+    more = found.pop(node.args.kwarg.arg) if node.args.kwarg else {}
+    kinds = {
+        argument.arg: ast.unparse(argument.annotation) if argument.annotation else ""
+        for argument in (*node.args.args, *node.args.kwonlyargs)
+    }
+    for key, kind in kinds.items():
+        found[key] = valued(found[key], kind)
+    return found | {key: valued(value, "") for key, value in more.items()}
+
+
+def valued(value: Any, kind: str) -> Any:
+    """An argument's value: text stays text where that is asked for, as names of files do.
+
+    Args:
+        value: as it was written, or the default.
+        kind: annotation of the argument.
+    """
+    if not isinstance(value, str) or kind.startswith("str") and value != "None":
+        return value
+    return DefaultParseValue(value)
 
 
 def definition(name: str) -> ast.FunctionDef:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
@@ -21,6 +22,7 @@ from med3dinsight_ext.planning.run_folder import (
     PROGRAM,
     WEIGHTS,
     as_trained,
+    check_start,
     images_of,
     overlay,
     prepare,
@@ -70,7 +72,7 @@ def plan(
         raise ValueError("plan must have base or nnunet, got both; leave one out")
     settings = settle(dataset, path, base, quiet, nnunet)
     if not quiet:
-        print(f"next: {PROGRAM} pretrain {quote(data)} --plan {path}")
+        print(f"next: {PROGRAM} pretrain {quote(data)} --plan {quote(str(path))}")
     return settings
 
 
@@ -100,6 +102,7 @@ def pretrain(
         ``out``: models/model.pt in it is the network.
     """
     dataset = read_dataset(data, labels)
+    dataset.check_split()
     if len(dataset.training().items) < 2:
         raise ValueError(f"data must hold at least 2 volumes to pre-train on, got 1 in {data}")
     folder = Path(out) if out else OUT / _name(data) / "pretrain"
@@ -109,7 +112,7 @@ def pretrain(
             settings["captions"] = str(dataset.captions.absolute())
         launch("pretrain", ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
-        _close(folder, f"finetune {quote(data)} --pretrained {folder}")
+        _close(folder, f"finetune {quote(data)} --pretrained {quote(str(folder))}")
     return folder
 
 
@@ -148,20 +151,24 @@ def finetune(
             f"data must have labels, got none for {len(dataset.items)} images in {data}; name "
             "their folder or list with --labels"
         )
+    dataset.check_split()
     dataset = dataset._replace(items=labelled)
     check_trainable(dataset)
     folder = Path(out) if out else OUT / _name(data) / "finetune"
     more: dict[str, Any] = {}
+    weights = None
     if pretrained:
         weights, home = weights_of(pretrained)
         more["pretrained"] = str(weights)
         plan = plan or home
     bundle = "seg-finetune" if dataset.segments() else "cls-finetune"
     with only_training(folder / "models"):
+        check_start(folder, weights)
         settings = prepare(folder, dataset, plan, ["label"], quiet) | more
         launch(bundle, ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
-        _close(folder, f"predict {folder} FILES", f"evaluate {folder} {quote(data)}")
+        shown = quote(str(folder))
+        _close(folder, f"predict {shown} FILES", f"evaluate {shown} {quote(data)}")
     return folder
 
 
@@ -266,7 +273,8 @@ def evaluate(
     """Score a trained network on labelled volumes, with a page of figures.
 
     With a split.json in ``data`` the cases of its list "test"; else the cases that the training
-    kept for validation if ``data`` is what it was trained on; else all.
+    kept for validation if ``data`` is what it was trained on; else all, none of which it may have
+    had.
 
     Args:
         model: as for ``predict``.
@@ -281,7 +289,8 @@ def evaluate(
         ``out``: metrics.json (a pre-training: retrieval.json) and report.html are in it.
 
     Raises:
-        ValueError: there are no labels, or ``out`` holds an evaluation.
+        ValueError: there are no labels, ``out`` holds an evaluation, or ``data`` holds the cases
+            of the training and others.
     """
     home, bundle, overlays = trained(model)
     dataset = read_dataset(data, labels)
@@ -293,10 +302,18 @@ def evaluate(
     folder = Path(out) if out else results(model, home, f"evaluation-{_name(data)}")
     if (folder / DATALIST).exists():
         raise ValueError(f"out must be a new folder, got {folder}; name another with --out")
+    images = {os.path.realpath(item["image"]) for item in dataset.items}
+    trained_on = {os.path.realpath(image) for image in images_of(home)}
+    known = bool(images & trained_on)
+    if known and images != trained_on and not dataset.split:
+        raise ValueError(
+            f"data must be the cases of the training or others, got {len(images & trained_on)} of "
+            f"its {len(trained_on)} and {len(images - trained_on)} others in {data}; name "
+            f"{home / DATALIST}, or a list of the others"
+        )
     settings: dict[str, Any] = {"bundle_root": str(home), "output_dir": str(folder)}
     settings |= as_trained(home, bundle, overlays, "train.json")
     settings |= write_items(dataset, folder, ["label"] if scored else [])
-    known = bool(images_of(home) & {str(item["image"]) for item in dataset.items})
     if not known:  # captions are those of other volumes
         settings.pop("captions", None)
         settings |= {"captions": str(dataset.captions)} if dataset.captions and not scored else {}

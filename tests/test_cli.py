@@ -126,3 +126,12 @@ def test_values_are_python_literals_by_position_and_by_name() -> None:
     assert found == {"folder": "folder", "repo": "ann/ball", "dry_run": False, "update": False}
     found = parsed("transfer-report", ["a.pt", "b.json", "--spacing", "[1,2,3]"])
     assert found == {"weights": "a.pt", "network": "b.json", "spacing": [1, 2, 3]}
+
+
+def test_names_of_files_are_no_literals() -> None:
+    found = parsed("predict", ["2024", "data#2", "1_2", "a,b", "--out", "0x10", "--steps", "20"])
+    assert found["model"] == "2024" and found["files"] == ("data#2", "1_2", "a,b")
+    assert found["out"] == "0x10" and found["steps"] == 20 and found["quiet"] is False
+    assert parsed("plan", ["d", "--quiet", "--labels", "None"]) == {
+        "data": "d", "labels": None, "out": None, "base": None, "nnunet": None, "quiet": True
+    }  # fmt: skip

@@ -21,6 +21,8 @@ from volume_writers import write_dicom
 import med3dinsight_ext
 from med3dinsight_ext import workflows
 from med3dinsight_ext.cli import main
+from med3dinsight_ext.data.datalists import datalist
+from med3dinsight_ext.io.files import sha256
 from med3dinsight_ext.io.images import open_volume
 from med3dinsight_ext.planning.plan import read_plan
 
@@ -195,6 +197,55 @@ def test_a_folder_is_used_again_for_the_same_images_and_plan_alone(
     assert len(lines) == 2
 
 
+def test_a_training_from_other_weights_is_not_gone_on_with(
+    scans: Path, lines: list[tuple[Any, ...]]
+) -> None:
+    Path("weights.pt").write_bytes(b"weights")
+    workflows.finetune("scans", out="run", quiet=True)
+    record = Path("run/models/run.json")
+    record.parent.mkdir(exist_ok=True)
+    for began, given, other in (
+        (None, None, "weights.pt"),
+        ({"file": "weights.pt", "sha256": sha256(Path("weights.pt"))}, "weights.pt", None),
+    ):
+        record.write_text(json.dumps({"pretrained": began}))
+        workflows.finetune("scans", out="run", pretrained=given, quiet=True)
+        origin = given or "scratch"
+        with pytest.raises(ValueError, match=f"training from {other or 'scratch'}, got run, which "
+                           f"began from {origin}; name another"):  # fmt: skip
+            workflows.finetune("scans", out="run", pretrained=other, quiet=True)
+    assert len(lines) == 3
+
+
+def test_a_split_may_name_images_without_a_label(scans: Path, lines: list[tuple[Any, ...]]) -> None:
+    ids = {"development": ["v0", "v1", "v3"], "test": ["v2", "v4"]}
+    (scans / "split.json").write_text(json.dumps(ids))
+    workflows.finetune("scans", out="run", quiet=True)
+    own = Path(lines[0][2]["split"])
+    assert json.loads(own.read_text()) == {"development": ["v0", "v1"], "test": ["v2"]}
+    found = datalist(lines[0][2]["datalist"], "scans", own, "development")
+    assert [Path(item["image"]).name for item in found] == ["v0.nii.gz", "v1.nii.gz"]
+    (scans / "split.json").write_text(json.dumps(ids | {"test": ["v2", "v9"]}))
+    with pytest.raises(ValueError, match=r"split must name ids of the source, got \['v9'\]"):
+        workflows.finetune("scans", out="other", quiet=True)
+
+
+def test_printed_commands_can_be_pasted(
+    scans: Path, lines: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scans.rename("my scans")
+    workflows.plan("my scans", out="my plan.yaml")
+    workflows.pretrain("my scans", out="my run")
+    workflows.finetune("my scans", out="my net")
+    shown = [shlex.split(line) for line in capsys.readouterr().out.split("\n") if "next: " in line]
+    assert [words[4:] for words in shown] == [
+        ["pretrain", "my scans", "--plan", "my plan.yaml"],
+        ["finetune", "my scans", "--pretrained", "my run"],
+        ["predict", "my net", "FILES"],
+        ["evaluate", "my net", "my scans"],
+    ]
+
+
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_a_folder_where_another_process_trains_is_left_as_it_is(
     command: str, scans: Path, lines: list[tuple[Any, ...]]
@@ -273,6 +324,14 @@ def test_other_data_is_scored_whole_and_that_of_the_training_by_its_validation_c
     own, others = lines[-2][2], lines[-1][2]
     assert "val_fraction" not in own and others["val_fraction"] == 0
     assert own["output_dir"] == "run/evaluation-scans"
+    Path("linked").symlink_to(scans)
+    workflows.evaluate("run", "linked", out="linked scores", quiet=True)
+    assert "val_fraction" not in lines[-1][2]
+    shutil.copy(scans / "labels" / "v0.nii.gz", scans / "labels" / "v3.nii.gz")
+    with pytest.raises(ValueError, match="got 3 of its 3 and 1 others in scans; name run/datalist"):
+        workflows.evaluate("run", "scans", out="grown", quiet=True)
+    assert not Path("grown").exists()
+    workflows.evaluate("run", "run/datalist.json", out="again", quiet=True)
 
 
 def test_what_a_training_was_given_beside_its_plan_counts_in_later_commands(

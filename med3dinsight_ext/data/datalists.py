@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from med3dinsight_ext.io.reading import parse_json, read_rows, readable
 from med3dinsight_ext.io.remote import check_servers, is_remote, local_path
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes, real_path
 
+logger = logging.getLogger(__name__)
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 VAL_FRACTION, FEW = 0.2, 10  # held out by default, of at least so many cases
 
@@ -173,8 +175,8 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
     item = dict(_as_dict(row))
     if not isinstance(item.get("image"), str) or not item["image"]:
         raise ValueError(
-            f"image must be a path in every item of {source}, got {item.get('image')!r}; "
-            "name it in a field or column 'image'"
+            f"image must be a path in every item of {source}, got {item.get('image')!r} beside "
+            f"{', '.join(map(repr, list(item)[:5]))}; name it in a field or column 'image'"
         )
     for key in item.keys() & {"image", "label"}:
         if is_remote(item[key]):
@@ -185,8 +187,18 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
     return item
 
 
-def split_items(items: list[dict], root: Path, split: Path, subset: str | None) -> list[dict]:
-    """The items of one list of a split file, which is checked as a whole."""
+def split_items(
+    items: list[dict], root: Path, split: Path, subset: str | None, whole: bool = True
+) -> list[dict]:
+    """The items of one list of a split file.
+
+    Args:
+        items: to choose from.
+        root: folder of relative paths.
+        split: file.
+        subset: name of the list.
+        whole: whether an id without an item is an error.
+    """
     lists = split_lists(split)
     if subset not in lists:
         raise ValueError(f"subset must be one of {list(lists)} in {split}, got {subset!r}")
@@ -202,7 +214,7 @@ def split_items(items: list[dict], root: Path, split: Path, subset: str | None) 
             raise ValueError(f"split must keep an image in one list, got {path} in {sorted(homes)}")
         if subset in homes:
             chosen.append({"patient": min(ids), **item})
-    if lost := sorted(count.keys() - found):
+    if whole and (lost := sorted(count.keys() - found)):
         raise ValueError(
             f"split must name ids of the source, got {lost} of {split} that match no patient, "
             "file name or folder; correct the split"
@@ -217,7 +229,7 @@ def class_items(
 
     Args:
         items: from ``datalist``. A label may be a name, an index, an index as text, or a list of
-            one of these; a text that is both is the name. Without a label, the one class that a
+            one of these; what is both is the name. Without a label, the one class that a
             folder above the image is named after.
         class_names: in the order of the network's outputs.
         require_all: every class must have an item, as in training.
@@ -231,6 +243,9 @@ def class_items(
         raise ValueError(f"class_names must be two or more different ones, got {names}; rename")
     numbers = {key: i for i in range(len(names)) for key in (i, str(i))}
     numbers |= {name: i for i, name in enumerate(names)}
+    given = [item.get("label") for item in items]
+    if all(str(label) in names for label in given if isinstance(label, int)):
+        numbers |= {int(name): i for i, name in enumerate(names) if name.isdecimal()}
     for item in items:
         label = item.get("label")
         if label is None or label == "":
@@ -267,17 +282,33 @@ def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict]
         >>> train, val = hold_out([{"image": f"{i}.nii"} for i in range(5)], share=0.2)
         >>> len(train), len(val)
         (4, 1)
+
+    Where labels are numbers, each class keeps its share.
     """
     if not 0 <= share < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {share}; 0 holds nothing out")
     patients = patients_of(items)
     names = sorted(set(patients))
+    if len(names) < 2 and len(items) > 1 and share:
+        logger.warning(
+            f"nothing is held out: all {len(items)} items are of one patient, {names[0]}; write "
+            "the patient of each into a list"
+        )
     if len(names) < 2 or share == 0:
         return list(items), []
     count = min(max(1, round(share * len(names))), len(names) - 1)
-    held = {names[i] for i in np.random.RandomState(seed).permutation(len(names))[:count]}
+    held = _drawn(dict(zip(patients, items, strict=True)), names, count, seed)
     train = [item for item, name in zip(items, patients, strict=True) if name not in held]
     return train, [item for item, name in zip(items, patients, strict=True) if name in held]
+
+
+def _drawn(patients: dict[str, dict], names: list[str], count: int, seed: int) -> set[str]:
+    """Patients to hold out; classes keep their shares, and one with a single patient stays."""
+    rows = [{"patient": name, "label": patients[name].get("label")} for name in names]
+    classes = Counter[Any](row["label"] for row in rows if isinstance(row["label"], int))
+    rows = [row for row in rows if classes.get(row["label"]) != 1]
+    count = min(count, len(rows) - 1)
+    return {row["patient"] for row in take(rows, count, seed)} if count > 0 else set()
 
 
 def take(items: list[dict], count: int | None, seed: int = 0) -> list[dict]:

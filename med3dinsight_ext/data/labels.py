@@ -157,6 +157,7 @@ def check_labels(
             what = "only background" if seen == {0} else f"none for {', '.join(missing)}"
             raise ValueError(
                 f"labels must show each class of label_names in training, got {what} in "
-                f"{len(kept[0])} cases; correct label_names or raise max_cases"
+                f"{len(kept[0])} cases; correct label_names, raise max_cases, or give another seed "
+                "or val_fraction 0 where they are held out"
             )
     return kept

@@ -50,7 +50,13 @@ class Dataset(NamedTuple):
         """The dataset without the cases that a split.json keeps for tests."""
         if not self.split:
             return self
-        return self._replace(items=split_items(self.items, self.root, self.split, "development"))
+        items = split_items(self.items, self.root, self.split, "development", whole=False)
+        return self._replace(items=items)
+
+    def check_split(self) -> None:
+        """Stop if split.json names an image that is not there."""
+        if self.split:
+            split_items(self.items, self.root, self.split, "development")
 
     def labelled(self) -> list[dict[str, Any]]:
         """The items with a label."""
@@ -351,6 +357,6 @@ def class_numbers(items: Sequence[dict[str, Any]]) -> set[int]:
         shown = ", ".join(f"{value:g}" for value in union[:12])
         raise ValueError(
             f"labels must hold 0, 1, 2, … without a gap, got {shown} in {len(items)} label maps; "
-            "map the values, or name every value in the labels of dataset.json"
+            "map the values so that they count up"
         )
     return {int(value) for value in union}

@@ -49,7 +49,7 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
     given = {**extra, **given}
     files = given["config_file"]
     if isinstance(files, str) and files.startswith("["):
-        files = [name.strip(" '\"") for name in files.strip("[]").split(",")]
+        files = DefaultParseValue(files)  # as monai.bundle takes it
     config = ConfigParser.load_config_files(files)
     _check_overlays([files] if isinstance(files, str) else files)
     if missing := missing_shared(config):

@@ -83,7 +83,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
         for number, row in enumerate(rows, 1):
             yield f"{path} row {number}", {key: x for key, x in row.items() if x is not None}
         return
-    with readable("source", path), open(path, encoding="utf-8", newline="") as file:
+    with readable("source", path), open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             table = csv.DictReader(_lines(file, path))
             yield from ((f"{path} line {table.line_num}", row) for row in table)

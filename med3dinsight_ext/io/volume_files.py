@@ -21,9 +21,14 @@ def find_volumes(root: Path) -> list[Path]:
     """Files with one of ``VOLUME_ENDINGS`` and folders with a DICOM series, sorted; none hidden.
 
     DICOM files beside other volumes are left out: they are often what these were converted from.
+    Links to folders are followed, but to none twice.
     """
-    found = []
-    for folder, _, names in os.walk(root):
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         shown = sorted(name for name in names if name[0] != ".")
         files = [Path(folder, name) for name in shown if name.endswith(VOLUME_ENDINGS)]
         found += files or ([Path(folder)] if _holds_series(folder, shown) else [])

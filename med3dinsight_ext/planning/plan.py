@@ -148,7 +148,8 @@ def _put_classes(put: Any, dataset: Dataset) -> None:
     """Class names and mirroring."""
     labelled = dataset.labelled()
     if not dataset.segments():
-        classes = sorted({str(item["label"]) for item in labelled})
+        labels = {str(item["label"]) for item in labelled}
+        classes = sorted(labels, key=int if all(map(str.isdecimal, labels)) else None)
         put("class_names", classes, "all labels of the list")
         return
     names = dataset.names

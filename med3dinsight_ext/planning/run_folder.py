@@ -9,11 +9,12 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
+from med3dinsight_ext.data.datalists import item_ids, split_lists
 from med3dinsight_ext.data.layouts import Dataset
 from med3dinsight_ext.io.bundles import bundles_dir
 from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.errors import advice
-from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.files import sha256, write_atomic
 from med3dinsight_ext.io.hub import hub_id, local_folder
 from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.planning.nnunet import AXES, read_nnunet
@@ -108,7 +109,20 @@ def write_items(dataset: Dataset, folder: Path, keys: Sequence[str]) -> dict[str
     text = json.dumps(items, indent=1, ensure_ascii=False) + "\n"
     write_atomic(folder / DATALIST, lambda draft: draft.write_text(text, "utf-8"))
     settings = {"dataset_dir": str(dataset.root), "datalist": str(folder / DATALIST)}
-    return settings | ({"split": str(dataset.split)} if dataset.split else {})
+    return settings | ({"split": str(_own_split(dataset, folder))} if dataset.split else {})
+
+
+def _own_split(dataset: Dataset, folder: Path) -> Path:
+    """The dataset's split file, or a copy in ``folder`` with the ids of its items alone."""
+    assert dataset.split is not None
+    ids = set[str]().union(*(item_ids(item, dataset.root) for item in dataset.items))
+    lists = split_lists(dataset.split)
+    kept = {name: [id_ for id_ in members if id_ in ids] for name, members in lists.items()}
+    if kept == lists:
+        return dataset.split
+    text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(folder / "split.json", lambda draft: draft.write_text(text, "utf-8"))
+    return folder / "split.json"
 
 
 def images_of(folder: Path) -> set[str]:
@@ -134,6 +148,25 @@ def weights_of(pretrained: str) -> tuple[Path, str | None]:
     home = path if path.is_dir() else weights.absolute().parents[1]
     planned = (home / PLAN).is_file() or (home / PUBLISHED).is_file()
     return weights, str(home) if planned else None
+
+
+def check_start(folder: Path, weights: Path | None) -> None:
+    """Stop if the training in a folder did not start from these weights.
+
+    Args:
+        folder: of a training; it may be new.
+        weights: file that it should start from; None: from scratch.
+    """
+    record = folder / "models" / FILE
+    if not record.is_file():
+        return
+    began = read_json(record, "record").get("pretrained") or {}
+    if began.get("sha256") != (weights and sha256(weights)):
+        origin = began.get("file") or "scratch"
+        raise ValueError(
+            f"out must be new or a training from {weights or 'scratch'}, got {folder}, which began "
+            f"from {origin}; name another with --out"
+        )
 
 
 def trained(model: str) -> tuple[Path, Path, list[str]]:

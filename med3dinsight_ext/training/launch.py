@@ -49,7 +49,7 @@ def launch(
     if (tracking := overrides.get("tracking")) in TRACKING:
         overrides = {**overrides, "tracking": str(bundles_dir() / TRACKING[tracking])}
     short = [os.path.relpath(file) for file in files]
-    config = short[0] if len(files) == 1 else str(short).replace(" ", "")
+    config = short[0] if len(files) == 1 else f"[{','.join(map(repr, short))}]"
     words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
     if not quiet:
         shown = " ".join(quoted(word) for word in words)

@@ -377,6 +377,54 @@ def test_a_patients_images_are_held_out_together() -> None:
         hold_out(items, 1)
 
 
+def test_classes_keep_their_shares_when_cases_are_held_out() -> None:
+    items = [{"image": f"{i}.nii", "label": int(i < 3)} for i in range(20)]
+    for seed in range(20):
+        train, held = hold_out(items, 0.2, seed)
+        assert sorted(i["label"] for i in held) == [0, 0, 0, 1]
+        assert {i["label"] for i in train} == {0, 1}
+    rare = [*items, {"image": "rare.nii", "label": 2}]
+    assert all(rare[-1] in hold_out(rare, 0.4, seed)[0] for seed in range(20))
+    one_each = [{"image": f"{i}.nii", "label": i} for i in range(3)]
+    assert hold_out(one_each, 0.5) == (one_each, [])
+
+
+def test_one_patient_is_not_split_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    items = [{"image": f"{i}.nii", "patient": "ANON"} for i in range(12)]
+    assert hold_out(items, 0.2) == (items, [])
+    assert "all 12 items are of one patient, ANON; write the patient of each" in caplog.text
+
+
+def test_numbers_that_are_names_are_no_indices() -> None:
+    def labels(given: list[int], names: list[str]) -> list[int]:
+        items = [{"image": f"{n}.nii", "label": n} for n in given]
+        return [item["label"] for item in class_items(items, names)]
+
+    assert labels([1, 2, 3], ["1", "2", "3"]) == [0, 1, 2]
+    assert labels([0, 2, 10], ["0", "2", "10"]) == [0, 1, 2]
+    assert labels([0, 1], ["1", "2"]) == labels([0, 1], ["well", "ill"]) == [0, 1]
+
+
+def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
+    nifti(tmp_path / "disk" / "p1" / "a.nii")
+    (tmp_path / "study").mkdir()
+    for name in ("p1", "p2"):
+        (tmp_path / "study" / name).symlink_to(tmp_path / "disk" / "p1")
+    (tmp_path / "study" / "loop").symlink_to(tmp_path / "study")
+    assert [item["image"] for item in datalist(tmp_path / "study")] == [
+        str(tmp_path / "study" / "p1" / "a.nii")
+    ]
+
+
+def test_a_table_of_excel_has_its_columns(tmp_path: Path) -> None:
+    nifti(tmp_path / "a.nii")
+    (tmp_path / "a.csv").write_text("image,label\na.nii,ill\n", encoding="utf-8-sig")
+    assert datalist(tmp_path / "a.csv")[0]["label"] == "ill"
+    (tmp_path / "b.csv").write_text("image;label\na.nii;ill\n")
+    with pytest.raises(ValueError, match="got None beside 'image;label'; name it in a field or"):
+        datalist(tmp_path / "b.csv")
+
+
 def test_ct_is_scaled_by_hu_and_mr_by_percentiles() -> None:
     volume = MetaTensor(torch.linspace(-1000, 1000, 4 * 5 * 6).view(1, 4, 5, 6))
     scale = ScaleByModalityd("image", (-200, 300))

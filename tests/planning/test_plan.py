@@ -82,6 +82,9 @@ def test_a_list_of_classes_gets_class_names_and_a_patch_of_the_whole_volume(
     settings = make_plan(dataset, device=CPU).settings
     assert settings["backbone"]["norm"] == "BATCH"
     assert settings["class_names"] == ["even", "odd"] and "label_names" not in settings
+    numbered = [item | {"label": n % 11} for n, item in enumerate(dataset.items * 11)]
+    found = make_plan(dataset._replace(items=numbered), device=CPU).settings
+    assert found["class_names"] == [str(n) for n in range(11)]
     extent = np.array(settings["patch_size"]) * settings["spacing"]
     assert (extent >= np.array([28, 32, 26]) * 2 * 0.9).all()
 
