@@ -240,7 +240,8 @@ class GridStore:
                 for number, layer in enumerate(self.layers)
                 for field, value in fitted[layer]._asdict().items()
             }
-            write_atomic(path, lambda draft: save_file(tensors, draft))
+            if not path.exists():  # another job's, which its codes hang on
+                write_atomic(path, lambda draft: save_file(tensors, draft))
         wait_for_ranks()
         stored = load_file(path)
         self._whitening_hash = sha256(path)

@@ -138,6 +138,7 @@ class Store:
         size = self.teacher.image.size
         image = self.teacher.encode_image(torch.zeros(1, 1, size, size)).shape[1]
         text = self.teacher.encode_text(["image"]).shape[1]
+        self.teacher.free()
         dims = {"joint": image} if self.teacher.joint else {"image": image, "text": text}
         about = {"fingerprint": self._teacher_print, "embedding_dims": dims}
         try:

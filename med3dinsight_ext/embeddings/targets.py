@@ -222,7 +222,7 @@ class SampleTargetsd(MapTransform, Randomizable):
         assert self.slices is not None
         order = usable[torch.from_numpy(self.R.permutation(len(usable)))]
         captioned, others = order[has_text[order]], order[~has_text[order]]
-        half = max(self.slices // 2, self.slices - len(others))
+        half = max(-(-self.slices // 2), self.slices - len(others))
         return torch.cat((captioned[:half], others))[: self.slices]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -68,12 +68,15 @@ def token_grid(tokens: int, size: Sequence[int]) -> tuple[int, ...] | None:
     return grid if even and math.prod(grid) == tokens else None
 
 
-def as_grid(output: Any, size: Sequence[int]) -> Tensor | None:
+def as_grid(
+    output: Any, size: Sequence[int], grids: Collection[tuple[int, ...]] = ()
+) -> Tensor | None:
     """A module's output as features (b, c, x, y, z); None if it is no feature map of this input.
 
     Args:
         output: (b, c, x, y, z), or ViT tokens (b, n, c) with or without a class token.
         size: (x, y, z) of the network's input.
+        grids: that tokens may have, as of uneven patches; else they are as coarse along each axis.
     """
     if not isinstance(output, Tensor):
         return None
@@ -81,7 +84,9 @@ def as_grid(output: Any, size: Sequence[int]) -> Tensor | None:
         return output if all(g <= n for g, n in zip(output.shape[2:], size, strict=True)) else None
     if output.ndim == 3 and output.shape[1] > 2:
         for extra in (0, 1):
-            grid = token_grid(output.shape[1] - extra, size)
+            count = output.shape[1] - extra
+            known = next((grid for grid in grids if math.prod(grid) == count), None)
+            grid = known or token_grid(count, size)
             if grid is not None:
                 tokens = output[:, extra:]
                 return rearrange(tokens, "b (x y z) c -> b c x y z", x=grid[0], y=grid[1])
@@ -112,7 +117,7 @@ def seen_features(
 
     def collect(name: str, _: nn.Module, __: Any, output: Any) -> None:
         calls[name] += 1
-        found = as_grid(output, size)
+        found = as_grid(output, size, {features.grid: None for features in seen})
         if found is not None and len(found) == 1 and math.prod(found.shape[2:]) > 1:
             seen.append(Features(name, found.shape[1], tuple(found.shape[2:]), calls[name]))
 
@@ -219,8 +224,8 @@ def pyramid_of(
         for hook in hooks:
             hook.remove()
     values = []
-    for layer, *_, call in found:
-        value = as_grid(caught[layer][call - 1], volume.shape[2:])
+    for layer, _, grid, call in found:
+        value = as_grid(caught[layer][call - 1], volume.shape[2:], [grid])
         if value is None:
             raise ValueError(
                 f"volume must have a size that {layer} turns into features, got "

@@ -22,6 +22,9 @@ def find_pyramid(
 ) -> list[Features]:
     """The last features on each grid, finest first: a U-Net's decoder levels and its bottleneck.
 
+    Grids that do not divide the input, as of padded maps, are left out, and so are tensors with
+    channels last, which an input of another length shows.
+
     Args:
         network: maps (b, 1, x, y, z) to anything.
         size: (x, y, z) of its input, in voxels.
@@ -37,6 +40,8 @@ def find_pyramid(
         if missing := [name for name in layers if name not in last]:
             raise ValueError(f"feature_layers must give features (b, c, x, y, z), {missing} do not")
         return [last[name] for name in layers]
+    even = [f for f in seen if all(n % g == 0 for n, g in zip(size, f.grid, strict=True))]
+    seen = _maps(network, size, even or seen)
     on_grid = {features.grid: features for features in seen if features.channels >= MIN_CHANNELS}
     found = sorted(on_grid.values(), key=lambda features: -math.prod(features.grid))[:levels]
     if not found:
@@ -45,6 +50,19 @@ def find_pyramid(
             f"none in {type(network).__name__}; name modules as feature_layers"
         )
     return found
+
+
+def _maps(network: nn.Module, size: Sequence[int], seen: Sequence[Features]) -> list[Features]:
+    """Those with as many channels for an input half or twice as long, if the network takes one."""
+    x, *others = size
+    for length in (x // 2, 2 * x):
+        try:
+            other = seen_features(network, [length, *others], "auto")
+        except ValueError:
+            continue
+        channels = {(f.layer, f.call): f.channels for f in other}
+        return [f for f in seen if channels.get((f.layer, f.call)) == f.channels]
+    return list(seen)
 
 
 def sample_points(features: Tensor, points: Tensor, size: Sequence[int]) -> Tensor:

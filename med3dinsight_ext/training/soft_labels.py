@@ -33,7 +33,7 @@ from med3dinsight_ext.models.voxel_head import VoxelHead, fit_voxel_head
 from med3dinsight_ext.training.checkpoints import load_weights
 
 logger = logging.getLogger(__name__)
-FORMAT = 1  # raise it when this file changes what is stored
+FORMAT = 2  # raise it when this file changes what is stored
 FIT_ROWS = 2**21  # voxels of all labelled cases, at most, that the head is fitted on
 LEAST = 13  # of 255: smaller probabilities become 0, so that a crop can find the foreground
 
@@ -149,7 +149,9 @@ class SoftLabels:
 
     def _source(self, item: dict[str, Any]) -> str:
         """Names all that an item's soft label is made from."""
-        return Path(item["grids"]).stem if self.head else self._hashes(item["image"])
+        if self.head:
+            return Path(item["grids"]).stem
+        return f"{self._hashes(item['image'])} {item.get('modality')}"
 
     def fit(self, labelled: Sequence[dict[str, Any]]) -> VoxelHead:
         """A head on the labelled items' features, at ``FIT_ROWS`` random voxels or all."""

@@ -59,6 +59,7 @@ class VolumeTargets:
         missing = [(item, path) for item, path in own if not path.exists()]
         for item, path in Bar(missing, "encode", unit="volume", disable=not missing):
             self._write(item, path)
+        self.features.teacher.free()
         wait_for_ranks()
         rows = torch.stack([load_file(path)["features"] for path in paths])
         rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)

@@ -259,7 +259,8 @@ class Few(TemplateCaptions):
 
 
 @pytest.mark.parametrize(
-    ("captioned", "slices", "expected"), [(6, 4, 2), (6, 5, 2), (11, 6, 5), (1, 6, 1), (9, 12, 9)]
+    ("captioned", "slices", "expected"),
+    [(6, 4, 2), (6, 5, 3), (6, 1, 1), (11, 6, 5), (1, 6, 1), (9, 12, 9)],
 )
 def test_half_of_the_slices_have_a_caption_and_more_only_where_others_run_out(
     captioned: int, slices: int, expected: int, items: list[dict], teacher: Teacher, tmp_path: Path

@@ -23,6 +23,8 @@ from monai.bundle import (
     ReferenceResolver,
     verify_net_in_out,
 )
+from monai.data import MetaTensor
+from monai.transforms import Compose
 from running import (
     BACKBONES,
     BUNDLES,
@@ -261,6 +263,18 @@ def test_what_monai_label_needs_of_the_segmentation_configs() -> None:
     assert names[:3] == ["Activationsd", "Invertd", "Lambdad"]
 
 
+@pytest.mark.parametrize(("overlay", "flips"), [(None, False), ("dense.yaml", True)])
+def test_pre_training_mirrors_no_volume_whose_texts_name_a_side(
+    overlay: str | None, flips: bool
+) -> None:
+    files = ["train.json", *([overlay] if overlay else [])]
+    parser = ConfigParser(merged("pretrain", *files))
+    augment = Compose(parser.get_parsed_content("train::augment")).set_random_state(0)
+    image = MetaTensor(torch.rand(1, *[max(parser["patch_size"])] * 3), affine=torch.eye(4))
+    signs = [float(augment({"image": image})["image"].affine[0, 0]) for _ in range(12)]
+    assert (min(signs) < 0) == flips
+
+
 def test_the_paper_overlay_sets_the_papers_recipe() -> None:
     parser = ConfigParser(merged("pretrain", "train.json", "paper.yaml"))
     psat = parser.get("student")["psat"]
@@ -271,6 +285,8 @@ def test_the_paper_overlay_sets_the_papers_recipe() -> None:
         "first",
     )
     assert psat["_target_"].endswith("PSAT") and parser.get("student")["network"] == "@network_def"
+    parts = {key: psat[key] for key in ("hidden", "out_channels")}
+    assert parts == {"hidden": 768, "out_channels": 768}  # then one linear layer
     loss = parser.get("loss")
     assert (loss["kind"], loss["mass"], loss["epsilon"]) == ("partial_transport", 0.95, 0.03)
 

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from monai.networks.nets import SegResNet, UNet, ViT
@@ -6,7 +8,7 @@ from torch import nn
 from med3dinsight_ext.embeddings.grid_targets import GridTargets
 from med3dinsight_ext.losses.dense import DenseLoss, code_loss
 from med3dinsight_ext.models.dense import DenseStudent, hidden_at
-from med3dinsight_ext.models.features import pyramid_of
+from med3dinsight_ext.models.features import find_features, pyramid_of
 from med3dinsight_ext.models.pyramid import find_pyramid, sample_points
 
 SIZE = (24, 16, 32)
@@ -34,6 +36,39 @@ def test_a_vit_has_the_one_level_that_it_has() -> None:
     network = ViT(1, (16, 16, 16), (8, 8, 8), hidden_size=12, mlp_dim=8, num_layers=1, num_heads=2)
     (found,) = find_pyramid(network, (16, 16, 16))
     assert found.grid == (2, 2, 2) and found.channels == 12
+
+
+class Windows(nn.Module):
+    """As in Swin transformers: tensors with channels last between feature maps, and padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.norm = nn.Conv3d(1, 8, 3, 2, 1), nn.LayerNorm(8)
+        self.pad, self.up = nn.ConstantPad3d(1, 0.0), nn.Conv3d(8, 9, 3)
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        found = self.norm(self.down(volume).movedim(1, -1)).movedim(-1, 1)
+        return self.up(self.pad(found))
+
+
+@pytest.mark.parametrize("size", [SIZE, (12, 8, 16)])
+def test_channels_last_and_padded_tensors_are_no_levels(size: tuple[int, ...]) -> None:
+    network = Windows()
+    assert [(f.layer, f.channels) for f in find_pyramid(network, size)] == [("up", 9)]
+    network.norm.register_forward_pre_hook(same_size_alone(size))
+    with pytest.raises(ValueError, match="failed with: one size"):
+        find_features(network, [2 * n for n in size])
+    assert ("up", 9) in [(f.layer, f.channels) for f in find_pyramid(network, size)]
+
+
+def same_size_alone(size: tuple[int, ...]) -> Callable[..., None]:
+    """A hook that lets no other input through."""
+
+    def check(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if inputs[0].shape[1] * 2 != size[0]:
+            raise ValueError("one size")
+
+    return check
 
 
 def test_named_layers_are_taken_in_their_order() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from med3dinsight_ext.models.features import (
     as_grid,
+    encoder_parameters,
     extract_features,
     find_features,
     first_output,
@@ -120,6 +121,17 @@ def test_a_grid_of_tokens_divides_the_volume(
     tokens: int, size: tuple[int, int, int], grid: tuple[int, int, int] | None
 ) -> None:
     assert token_grid(tokens, size) == grid
+
+
+def test_tokens_of_uneven_patches_have_the_grid_of_their_embedding() -> None:
+    size = {"hidden_size": 12, "mlp_dim": 8, "num_layers": 1, "num_heads": 2}
+    network = nets.ViT(1, (16, 16, 16), (8, 8, 4), **size)
+    found = find_features(network, (16, 16, 16))
+    assert (found.layer, found.grid) == ("norm", (2, 2, 4))
+    assert any("attn" in name for name in encoder_parameters(network, (16, 16, 16)))
+    volume = torch.rand(1, 1, 16, 16, 16)
+    features, output = extract_features(network, found, volume)
+    assert torch.equal(features.flatten(2).mT, output[0])
 
 
 def test_what_is_no_feature_map_has_no_grid() -> None:

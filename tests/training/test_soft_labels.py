@@ -150,6 +150,8 @@ def test_a_network_s_predictions_are_soft_labels_alone_or_beside_the_head(tmp_pa
     store = GridStore(tmp_path / "s", Teacher(Brightness(), FakeTexts()), ["0"], per_plane=20)
     items = store.fill(cases)
     found = []
+    guessed = [alone.fill(cases, [{**cases[0], "modality": m}]) for m in ("CT", "auto")]
+    assert guessed[0][0]["label"] != guessed[1][0]["label"]  # it decides how a volume is scaled
     for source in ({}, {"network": labels}):
         maker = SoftLabels(tmp_path / "s", 2, (2.0, 2.0, 2.5), hidden=16, **source)
         found.append(load(maker.fill(items[:2], items[2:3])[0]["label"]))
