@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from med3dinsight_ext.data import slicing
+from med3dinsight_ext.data.saving import OutputStems
 from med3dinsight_ext.embeddings.targets import map_positions
-from med3dinsight_ext.io.files import volume_stem, write_atomic
+from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.models.student import StudentOutput
 from med3dinsight_ext.teachers.teacher import Teacher
 
@@ -159,10 +160,10 @@ class TokenWriter:
     ``engine.state.output["text_scores"]``, for handlers that draw them.
 
     Args:
-        output_dir: folder; it gets the subfolders that the images have below ``root``.
+        output_dir: folder of the files.
         teacher: encodes the prompts; None where there are none.
         prompts: texts.
-        root: folder of the images; others are named by their file alone.
+        root: folder of the images; see ``OutputStems``.
     """
 
     def __init__(
@@ -174,11 +175,9 @@ class TokenWriter:
     ) -> None:
         if isinstance(prompts, str):
             prompts = [prompts]
-        self.output_dir = Path(output_dir)
+        self.stems = OutputStems(output_dir, root)
         self.teacher = teacher
         self.prompts = list(prompts)
-        self.root = None if root is None else Path(root).resolve()
-        self._written: dict[Path, str] = {}
 
     @cached_property
     def _texts(self) -> Tensor:
@@ -198,7 +197,7 @@ class TokenWriter:
                 for space, values in engine.state.output["pred"].tokens.items()
             }
             place = {"plane": batch["plane"][i].cpu(), "position": batch["grid"][i].cpu()}
-            stem = self._stem(name)
+            stem = self.stems(name)
             tensors = {key: value.contiguous() for key, value in {**tokens, **place}.items()}
             target = stem.with_name(f"{stem.name}_tokens.safetensors")
             write_atomic(target, lambda draft, t=tensors: save_file(t, draft))
@@ -209,18 +208,6 @@ class TokenWriter:
                 _write_scores(stem, name, scores)
                 scored.append(TextScores(stem, batch["image"][i], scores, name))
         engine.state.output["text_scores"] = scored
-
-    def _stem(self, name: str) -> Path:
-        path = Path(name).resolve()
-        below = self.root is not None and path.is_relative_to(self.root)
-        folder = path.parent.relative_to(self.root) if below and self.root else Path()
-        stem = self.output_dir / folder / volume_stem(path)
-        if self._written.setdefault(stem, name) != name:
-            raise ValueError(
-                f"images must have names of their own, got {self._written[stem]} and {name}, both "
-                f"{stem.name}; give the folder above them as dataset_dir"
-            )
-        return stem
 
     def _scores(
         self,

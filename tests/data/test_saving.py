@@ -22,8 +22,8 @@ def data(name: str = "a.b.nii.gz") -> dict:
     return {"pred": MetaTensor(mask, torch.tensor(AFFINE), {"filename_or_obj": name})}
 
 
-def saver(folder: Path) -> SaveSegmentationd:
-    return SaveSegmentationd("pred", folder, output_postfix="seg", output_dtype=torch.uint8)
+def saver(folder: Path, root: Path | None = None) -> SaveSegmentationd:
+    return SaveSegmentationd("pred", folder, root, output_postfix="seg", output_dtype=torch.uint8)
 
 
 def test_a_segmentation_is_written_under_its_images_name(tmp_path: Path) -> None:
@@ -32,6 +32,28 @@ def test_a_segmentation_is_written_under_its_images_name(tmp_path: Path) -> None
     image = nib.load(tmp_path / "a.b_seg.nii.gz")
     assert np.allclose(image.affine, AFFINE) and image.get_data_dtype() == np.uint8
     assert np.argwhere(np.asarray(image.dataobj)).tolist() == [[1, 2, 3]]
+
+
+def test_images_of_one_name_keep_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write = saver(Path("out"), Path("data"))
+    for name in ("s0/t.1/ct.nii.gz", "s1/ct.nii.gz"):
+        write(data(str(tmp_path / "data" / name)))
+    write(data("/elsewhere/ct.nii.gz"))
+    files = sorted(path.as_posix() for path in Path("out").rglob("*.gz"))
+    assert files == ["out/ct_seg.nii.gz", "out/s0/t.1/ct_seg.nii.gz", "out/s1/ct_seg.nii.gz"]
+
+
+def test_no_segmentation_replaces_that_of_another_image(tmp_path: Path) -> None:
+    write = saver(tmp_path)
+    write(data("/data/s0/ct.nii.gz"))
+    write(data("/data/s0/ct.nii.gz"))
+    before = (tmp_path / "ct_seg.nii.gz").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="got /data/s0/ct.nii.gz and /data/s1/ct.nii, both ct;"):
+        write(data("/data/s1/ct.nii"))
+    assert (tmp_path / "ct_seg.nii.gz").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("before", [False, True])
