@@ -95,10 +95,7 @@ def read_volume(path: str) -> MetaTensor:
         image = _checked_header(path)
         with readable("volume", path, FIX):
             volume = Orientation("RAS", labels=None)(load_volume(path, image))
-    _require(min(volume.shape[1:]) > 1, path, "be thicker than one voxel", tuple(volume.shape[1:]))
-    finite = volume.isfinite().all()
-    _require(finite, path, "be finite", f"{int((~volume.isfinite()).sum())} NaN or infinite voxels")
-    _require(volume.min() < volume.max(), path, "vary", f"{volume.min().item():g} everywhere")
+    _check_voxels(volume, path)
     return volume
 
 
@@ -148,6 +145,23 @@ class CheckClaimd(MapTransform):
         return data
 
 
+class CheckVoxelsd(MapTransform):
+    """Checks what ``LoadImaged`` read, as ``read_volume`` does.
+
+    Args:
+        keys: images, (1, x, y, z).
+    """
+
+    def __call__(self, data: dict) -> dict:
+        for key in self.key_iterator(data):
+            image = data[key]
+            path = str(image.meta.get("filename_or_obj", key))
+            shape = tuple(image.shape)
+            _require(len(shape) == 4 and shape[0] == 1, path, "be 3D", f"(c, x, y, z) {shape}")
+            _check_voxels(image, path)
+        return data
+
+
 class ReadVolumed(MapTransform):
     """``read_volume`` as a transform of the paths at ``keys``: files, series and .npz, in RAS."""
 
@@ -168,6 +182,15 @@ def _require(ok: object, path: str, rule: str, value: object) -> None:
 def _npz_array(file: str, name: str) -> np.ndarray:
     with readable("volume", file):
         return npz_array(file, name)
+
+
+def _check_voxels(volume: MetaTensor, path: str) -> None:
+    """The part of ``read_volume``'s rules that needs voxels (1, x, y, z)."""
+    shape = tuple(volume.shape[1:])
+    _require(min(shape) > 1, path, "be thicker than one voxel", shape)
+    finite = volume.isfinite().all()
+    _require(finite, path, "be finite", f"{int((~volume.isfinite()).sum())} NaN or infinite voxels")
+    _require(volume.min() < volume.max(), path, "vary", f"{volume.min().item():g} everywhere")
 
 
 def _checked_header(path: str) -> Any:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pydoc import locate
 from typing import Any
 
 import fakes
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
@@ -42,6 +45,8 @@ from running import (
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+
+from med3dinsight_ext.io.errors import root_cause
 
 METRICS = {
     "pretrain": "image_within_r1", "seg-finetune": "val_mean_dice", "cls-finetune": "val_auroc",
@@ -122,6 +127,29 @@ def test_evaluation_puts_chance_and_the_control_beside_the_student(
     }
     assert keys <= tables["student"].keys() and keys <= tables["volume_zero"].keys()
     assert tables["student"]["image_all_r1_chance"] == tables["volume_zero"]["image_all_r1_chance"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "reason"),
+    [
+        ((9, 8, 7, 5), 0.0, r"be 3D, got .*9, 8, 7"),
+        ((9, 8, 7), np.nan, "be finite, got 1 NaN"),
+        ((9, 8), 0.0, "be 3D, got .*9, 8"),
+        ((9, 1, 7), 0.0, r"be thicker than one voxel, got \(9, 1, 7\)"),
+    ],
+)
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_inference_names_a_bad_volume(
+    bundle: str, shape: tuple[int, ...], value: float, reason: str, tmp_path: Path
+) -> None:
+    voxels = np.random.default_rng(0).random(shape, np.float32)
+    voxels.flat[5] = value
+    path = str(tmp_path / "a.nii.gz")
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+    transforms = ConfigParser(merged(bundle, "inference.json")).get_parsed_content("preprocessing")
+    with pytest.raises(RuntimeError) as caught:
+        transforms({"image": path})
+    assert re.fullmatch(f"volume must {reason}.* in {path}; .*", str(root_cause(caught.value)))
 
 
 @pytest.mark.parametrize("trained", ["pretrain"], indirect=True)
