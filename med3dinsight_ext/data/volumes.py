@@ -19,6 +19,7 @@ from monai.utils import convert_to_dst_type, ensure_tuple
 from nibabel.openers import Opener
 from torch import Tensor
 
+from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.data.slicing import window
 from med3dinsight_ext.io.claims import npz_array
 from med3dinsight_ext.io.console import Bar
@@ -40,9 +41,10 @@ def guess_modality(volume: Tensor) -> str:
     return "CT" if volume.min() < -150 else "MR"
 
 
-def modality_of(item: Mapping[str, Any], volume: Tensor) -> str:
-    """An item's modality, guessed where it is "auto" or not given."""
+def modality_of(item: Mapping[str, Any], volume: Tensor, default: str = "auto") -> str:
+    """An item's modality; ``default`` where it is "auto" or not given; guessed if both are."""
     given = item.get("modality", "auto")
+    given = default if given == "auto" else given
     return guess_modality(volume) if given == "auto" else given
 
 
@@ -52,17 +54,24 @@ class ScaleByModalityd(MapTransform):
     Args:
         keys: images, (1, x, y, z).
         ct_range: HU that become 0 and 1.
+        modality: of items without their own; "auto": guessed for each volume.
     """
 
-    def __init__(self, keys: str | list[str], ct_range: Sequence[float] = (-200.0, 300.0)) -> None:
+    def __init__(
+        self,
+        keys: str | list[str],
+        ct_range: Sequence[float] = (-200.0, 300.0),
+        modality: str = "auto",
+    ) -> None:
         super().__init__(keys)
+        self.modality = modality_name(modality)
         self.ct = ScaleIntensityRange(ct_range[0], ct_range[1], 0.0, 1.0, clip=True)
 
     def __call__(self, data: dict) -> dict:
         data = dict(data)
         for key in self.keys:
             image = data[key]
-            modality = modality_of(data, image)
+            modality = modality_of(data, image, self.modality)
             if modality == "CT":
                 data[key] = self.ct(image)
             else:

@@ -435,6 +435,17 @@ def test_ct_is_scaled_by_hu_and_mr_by_percentiles() -> None:
     assert isinstance(mr, MetaTensor) and mr.min() == 0 and mr.max() == 1 and mr.median() < 0.6
 
 
+@pytest.mark.parametrize(
+    ("own", "used"), [({}, "CT"), ({"modality": "auto"}, "CT"), ({"modality": "MR"}, "MR")]
+)
+def test_an_item_without_a_modality_has_the_given_one(own: dict, used: str) -> None:
+    volume = MetaTensor(torch.linspace(-100, 200, 4 * 5 * 6).view(1, 4, 5, 6))  # no air: like MR
+    found = ScaleByModalityd("image", modality="ct")({"image": volume, **own})["image"]
+    assert torch.equal(
+        found, ScaleByModalityd("image")({"image": volume, "modality": used})["image"]
+    )
+
+
 @pytest.mark.parametrize("label", [1, "1", "ill", ["ill"], [1]], ids=str)
 def test_a_label_may_be_a_name_or_an_index(label: object) -> None:
     item = {"image": "/d/a.nii", "label": label, "modality": "CT"}

@@ -152,6 +152,24 @@ def test_inference_names_a_bad_volume(
     assert re.fullmatch(f"volume must {reason}.* in {path}; .*", str(root_cause(caught.value)))
 
 
+@pytest.mark.parametrize("key", ["load_transforms", "preprocessing"])
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_path_alone_is_scaled_by_the_modality_of_the_plan(
+    bundle: str, key: str, tmp_path: Path
+) -> None:
+    """As MONAI Label, whose items have no modality, applies a network to a CT without air."""
+    voxels = np.linspace(-100, 200, 9 * 8 * 7, dtype=np.float32).reshape(9, 8, 7)
+    path = str(tmp_path / "a.nii.gz")
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+    nib.save(nib.Nifti1Image(np.uint8(voxels > 0), np.eye(4)), tmp_path / "label.nii.gz")
+    config = merged(bundle, "inference.json" if key == "preprocessing" else "train.json")
+    config |= {"modality": "CT", "spacing": [1.0] * 3, "patch_size": [9, 8, 7]}
+    found = ConfigParser(config).get_parsed_content(key)
+    image = Compose(found)({"image": path, "label": str(tmp_path / "label.nii.gz")})["image"]
+    expected = ((torch.from_numpy(voxels) + 200) / 500).clamp(0, 1)
+    torch.testing.assert_close(image.as_tensor()[0], expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("trained", ["pretrain"], indirect=True)
 def test_inference_gives_tokens_on_a_grid_and_scores_of_prompts(
     trained: tuple[str, dict[str, Any]], volumes: Path
