@@ -36,6 +36,10 @@ from med3dinsight_ext.reports.predictions import write_predictions
 from med3dinsight_ext.training.launch import launch
 
 PAGE, REPORT, INPUTS = "predictions.html", "report.html", "inputs.json"
+PREDICTED = {
+    "segmentation": "{}_seg.nii.gz", "pretraining": "{}_tokens.safetensors",
+    "classification": "cases.csv",
+}  # fmt: skip
 
 
 def plan(
@@ -192,7 +196,7 @@ def predict(
         overrides: keys of the inference config.
 
     Returns:
-        The files that were written.
+        The files that this call wrote.
 
     Raises:
         ValueError: a file is missing, or would be overwritten.
@@ -209,17 +213,26 @@ def predict(
             "each, with an --out of its own"
         )
     folder = Path(out) if out else results(model, home, "predictions")
-    if there := [stem for stem in stems if any(folder.glob(f"{stem}_*"))]:
+    due = {
+        image: PREDICTED[kind_of(bundle)].format(stem)
+        for image, stem in zip(images, stems, strict=True)
+    }
+    if there := sorted({name for name in due.values() if (folder / name).exists()}):
         raise ValueError(
             f"out must be a folder without these predictions, got {folder} with {there[0]} and "
             f"{len(there) - 1} more; name another with --out, or move them away"
         )
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*")}
     used = infer(home, bundle, overlays, images, folder, overrides, quiet, verbose)
-    written = sorted(path for path in folder.iterdir() if path.name != INPUTS)
+    written = sorted(
+        path
+        for path in folder.iterdir()
+        if path.name != INPUTS and before.get(path) != path.stat().st_mtime_ns
+    )
     if kind_of(bundle) == "segmentation":
         config = home / PLAN if overlays else bundle / "configs" / "inference.json"
         names = (read_plan(config) | used)["label_names"]  # JSON is YAML
-        found = {i: folder / f"{stem}_seg.nii.gz" for i, stem in zip(images, stems, strict=True)}
+        found = {image: folder / name for image, name in due.items()}
         write_predictions(folder / PAGE, found, names)
         written.append(folder / PAGE)
     if not quiet:

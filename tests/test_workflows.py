@@ -77,7 +77,7 @@ def test_three_commands_lead_from_a_folder_to_predictions_and_a_page(
     page = written[-1].read_text("utf-8")
     assert "v3.nii.gz" in page and page.count("<svg") == 3 and "class_1" in page
     with pytest.raises(
-        ValueError, match="without these predictions, got .* with 1.2.840 and 2 more"
+        ValueError, match="without these predictions, got .* with 1.2.840_seg.nii.gz and 2 more"
     ):
         med3dinsight_ext.predict("runs/scans/finetune", *images)
     out_dir = med3dinsight_ext.evaluate("runs/scans/finetune", "scans", device=SMALL["device"])
@@ -284,6 +284,53 @@ def test_a_published_bundle_predicts_by_its_own_configs(
     bundle, overlays, settings, *_ = lines[0]
     assert (bundle, overlays) == (home, ["inference.json"]) and settings["output_dir"] == "new"
     assert pages[0][2] == ["background", "ball"]
+
+
+def test_predictions_are_found_by_their_exact_names_and_those_of_this_call_are_returned(
+    scans: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def launch(bundle: Path, files: list[str], settings: dict[str, Any], *more: Any) -> None:
+        for item in json.loads(Path(settings["datalist"]).read_text()):
+            name = Path(item["image"]).name.replace(".nii.gz", "_seg.nii.gz")
+            (Path(settings["output_dir"]) / name).touch()
+
+    def page(path: Path, *more: Any) -> None:
+        path.touch()
+
+    monkeypatch.setattr(workflows, "launch", launch)
+    monkeypatch.setattr(workflows, "write_predictions", page)
+    (Path("run") / "models").mkdir(parents=True)
+    (Path("run") / "models" / "model.pt").touch()
+    Path("run/plan.yaml").write_text("label_names: [background, ball]\n")
+    for name in ("P1_x", "P1", "scan[1]"):
+        image = f"{name}.nii.gz"
+        shutil.copy(scans / "v0.nii.gz", image)
+        written = workflows.predict("run", image)
+        assert [path.name for path in written] == [f"{name}_seg.nii.gz", "predictions.html"]
+        assert "wrote 2 files to run/predictions" in capsys.readouterr().out
+        with pytest.raises(ValueError, match=f"with {re.escape(name)}_seg.nii.gz and 0 more"):
+            workflows.predict("run", image)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "there"),
+    [
+        ("student.pt", "spacing: [1, 1, 1]\n", "v0_tokens.safetensors"),
+        ("model.pt", "class_names: [even, odd]\n", "cases.csv"),
+    ],
+)
+def test_tokens_and_classes_are_not_overwritten_either(
+    name: str, text: str, there: str, scans: Path, lines: list[tuple[Any, ...]]
+) -> None:
+    (Path("run") / "models").mkdir(parents=True)
+    for file in {"model.pt", name}:
+        (Path("run") / "models" / file).touch()
+    Path("run/plan.yaml").write_text(text)
+    Path("run/predictions").mkdir()
+    (Path("run/predictions") / there).touch()
+    with pytest.raises(ValueError, match=f"with {there} and 0 more; name another with --out"):
+        workflows.predict("run", "scans/v0.nii.gz")
+    assert not lines
 
 
 @pytest.mark.parametrize(
