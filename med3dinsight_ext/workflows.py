@@ -252,6 +252,8 @@ def infer(
 ) -> dict[str, Any]:
     """Run the inference config of a trained network on some images, as it was trained.
 
+    What is written is in ``folder`` itself, wherever the images are.
+
     Args:
         home: folder of the network; with ``bundle`` and ``overlays`` from ``trained``.
         bundle: its bundle.
@@ -269,6 +271,9 @@ def infer(
     text = json.dumps([{"image": image} for image in images], indent=1)
     write_atomic(listed, lambda draft: draft.write_text(text))
     settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
+    settings["dataset_dir"] = str(
+        listed
+    )  # a file: no image is below it, so there are no subfolders
     settings |= as_trained(home, bundle, overlays, "inference.json") | dict(overrides)
     launch(bundle, ["inference.json", *overlays], settings, quiet, verbose)
     return settings

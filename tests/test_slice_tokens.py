@@ -67,6 +67,19 @@ def test_a_question_is_answered_by_places_and_a_page(
     assert again["noise"]["axial"]["score"] == pytest.approx(axial["score"], abs=1e-4)
 
 
+@pytest.mark.parametrize("place", ["data/sub1/scan.nii.gz", "link.nii.gz"])
+def test_a_volume_below_data_or_behind_a_link_is_named_by_its_own_file(
+    model: str, scans: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(scans / "v0.nii.gz")  # as git-annex stores files
+    found = med3dinsight_ext.ask(model, place, "noise", out="out", quiet=True, device=CPU)
+    assert "noise" in found and Path(f"out/{path.name.removesuffix('.nii.gz')}_text.json").is_file()
+    assert len(med3dinsight_ext.embed(model, place, grid_per_plane=5, device=CPU)["plane"]) == 15
+
+
 def test_wrong_questions_are_one_line(model: str, scans: Path, tmp_path: Path) -> None:
     volume = str(scans / "v0.nii.gz")
     with pytest.raises(ValueError, match="texts must be given, got none; like .* ask .*run"):
