@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from med3dinsight_ext.io.errors import first_line
+from med3dinsight_ext.publishing.checks.contents import check_paths
 from med3dinsight_ext.publishing.checks.folder import METADATA, PublishedFolder
 
 
@@ -21,8 +22,9 @@ def push(folder: str, repo: str, dry_run: bool = True, update: bool = False) -> 
         update: the repository may exist and gets a new commit.
 
     Raises:
-        ValueError: it is no published folder, its card is broken, there is no token, the
-            repository exists, or the hub does not answer or refuses.
+        ValueError: it is no published folder, its card is broken, a file names a place on a
+            person's machine, there is no token, the repository exists, or the hub does not answer
+            or refuses.
     """
     from huggingface_hub import ModelCard, get_token
 
@@ -42,6 +44,12 @@ def push(folder: str, repo: str, dry_run: bool = True, update: bool = False) -> 
     for key, value in (("library_name", card.library_name), ("license", card.license)):
         if not value:
             raise ValueError(f"README.md must have a {key} between dashes, got none in {folder}")
+    try:
+        check_paths(PublishedFolder(root))
+    except ValueError as error:
+        raise ValueError(
+            f"folder must name no place on a person's machine, got {error} in {folder}; take it out"
+        ) from error
     paths = PublishedFolder(root).names()
     for path in paths:
         print(f"{(root / path).stat().st_size:>12,}  {path}")

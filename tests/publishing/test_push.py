@@ -49,6 +49,37 @@ def test_a_folder_arrives_whole_in_a_new_repository(
     assert "uploaded 3 files to ann/ball" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "features/files.jsonl",
+        "predictions/inputs.json",
+        "answers/inputs.json",
+        "evaluation-scans/datalist.json",
+        "models/earlier/run.json",
+        "models/round/run.json",
+        "models/.training",
+        "configs/monailabel_train.json",
+    ],
+)
+def test_what_later_commands_wrote_stays_here(name: str, ball: str, hub: Path) -> None:
+    (Path(ball) / name).parent.mkdir(exist_ok=True)
+    (Path(ball) / name).write_text(json.dumps({"image": "/home/ann/scans/jones.nii.gz"}))
+    push(ball, "ann/ball", dry_run=False)
+    assert contents(hub) == FILES
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("name", ["notes.txt", "models/run.json", "configs/train.json"])
+def test_a_place_on_a_persons_machine_is_not_uploaded(
+    name: str, dry_run: bool, ball: str, hub: Path
+) -> None:
+    (Path(ball) / name).write_text(json.dumps({"image": "/home/ann/scans/jones.nii.gz"}))
+    with pytest.raises(ValueError, match=f"a person's machine, got {name}.*/home/ann/scans/jones"):
+        push(ball, "ann/ball", dry_run=dry_run)
+    assert not hub.exists()
+
+
 def test_a_repository_that_exists_gets_a_commit_only_if_asked(ball: str, hub: Path) -> None:
     hub.mkdir()
     (hub / "other.md").write_text("kept")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,10 @@ SUFFIXES = ("json", "yaml", "yml")  # of configs and of large_files, as MONAI lo
 METADATA = "configs/metadata.json"
 PACKAGES = ("required_packages_version", "optional_packages_version")
 IGNORED = {".git", "__pycache__", "eval"}  # folders
+WRITTEN = (  # into a published folder, by predict, ask, evaluate and the app of MONAI Label
+    "predictions", "answers", "evaluation-*", "features", "models/round", "models/earlier",
+    "models/.*", "configs/monailabel_train.json",
+)  # fmt: skip
 
 
 class Check(NamedTuple):
@@ -58,6 +63,14 @@ def settle(faults: Sequence[str], good: str) -> str:
     return good
 
 
+def _is_ignored(path: Path) -> bool:
+    """Whether a relative path is none of what ``publish`` wrote."""
+    places = [place.as_posix() for place in (path, *path.parents)]
+    return bool(IGNORED & set(path.parts)) or any(
+        fnmatchcase(place, pattern) for place in places for pattern in WRITTEN
+    )
+
+
 class PublishedFolder:
     """Files of a published folder; errors name them.
 
@@ -69,13 +82,13 @@ class PublishedFolder:
         self.root = root
 
     def names(self, ending: str = "") -> list[str]:
-        """Files with an ending, relative."""
+        """Files with an ending, relative, without what later commands wrote."""
         found = (
             path.relative_to(self.root)
             for path in sorted(self.root.rglob("*"))
             if path.is_file() and path.name.endswith(ending)
         )
-        return [path.as_posix() for path in found if not IGNORED & set(path.parts)]
+        return [path.as_posix() for path in found if not _is_ignored(path)]
 
     def text(self, name: str) -> str:
         return (self.root / name).read_text("utf-8")
@@ -102,7 +115,9 @@ class PublishedFolder:
         names = [
             f"configs/{path.name}"
             for path in sorted((self.root / "configs").glob("*"))
-            if path.suffix[1:] in SUFFIXES and path.name != "metadata.json"
+            if path.suffix[1:] in SUFFIXES
+            and path.name != "metadata.json"
+            and not _is_ignored(path.relative_to(self.root))
         ]
         return {name: self.read(name) for name in names}
 
