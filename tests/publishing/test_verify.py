@@ -160,6 +160,12 @@ def student_not_finite(root: Path) -> None:
     torch.save({"psat.bias": torch.tensor([torch.nan])}, root / "models" / "student.pt")
 
 
+def for_nnunet(value: float) -> Callable[[Path], Any]:
+    """As ``export --to nnunet`` writes them."""
+    weights = {"network_weights": {"bias": torch.tensor([value])}}
+    return lambda root: torch.save(weights, root / "models" / "nnunet.pth")
+
+
 @pytest.fixture
 def damaged(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(code, "FORMAT", {})  # three processes, which two tests are about
@@ -385,6 +391,8 @@ def test_a_sound_folder_passes_and_stays_as_it_was(
             "models/extra.PT holds torch.nn.modules.linear.Linear, which may run code when loaded",
         ),
         (write("models/extra.pt", "half"), "checkpoints", "models/extra.pt "),
+        (for_nnunet(torch.inf), "checkpoints", "nnunet.pth has network_weights::bias with values"),
+        (pickled("models/nnunet.pth"), "checkpoints", "models/nnunet.pth holds torch.nn.modules"),
         (write("a.PKL", ""), "checkpoints", "a.PKL does not belong here"),
         (write("models/extra", ""), "checkpoints", "models/extra does not belong here"),
     ],
@@ -531,6 +539,11 @@ def test_broken_metadata_is_named_and_leaves_the_other_checks(text: str, damaged
     assert all(text.startswith("configs/metadata.json ") for text in found.values())
 
 
+def test_weights_for_nnunet_may_be_in_a_published_folder(damaged: Path) -> None:
+    for_nnunet(1.0)(damaged)
+    assert not failed(list(file_checks(damaged)))
+
+
 @pytest.mark.parametrize("text", ["{", "a: 1", "large_files: 1", "large_files: [{url: a}]"])
 def test_broken_large_files_are_named_and_leave_the_other_checks(text: str, damaged: Path) -> None:
     (damaged / "large_files.yml").write_text(text)
@@ -539,7 +552,10 @@ def test_broken_large_files_are_named_and_leave_the_other_checks(text: str, dama
     assert all(text.startswith("large_files.yml ") for text in found.values())
 
 
-@pytest.mark.parametrize("name", ["med3dinsight_ext/__pycache__/a.pyc", "eval/a.pkl", ".git/a.pkl"])
+@pytest.mark.parametrize(
+    "name",
+    ["med3dinsight_ext/__pycache__/a.pyc", "eval/a.pkl", ".git/a.pkl", "models/earlier/a.pkl"],
+)
 def test_what_push_ignores_passes(name: str, damaged: Path) -> None:
     (damaged / name).parent.mkdir()
     (damaged / name).touch()

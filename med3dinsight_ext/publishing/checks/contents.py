@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from med3dinsight_ext.training.weights import not_finite
 HASHES = ("md5", "sha1", "sha256", "sha512")  # that MONAI takes
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin")
 UNWANTED = (".pkl", ".pickle", ".joblib", ".dill", ".pyc", ".so", ".dll", ".exe")
-MODELS = (".pt", ".ts", ".onnx", ".json", ".safetensors")  # all that models/ may hold
+MODELS = (".pt", ".pth", ".ts", ".onnx", ".json", ".safetensors")  # all that models/ may hold
 ABSOLUTE = re.compile(  # how a config names a place; "~5 mm" is none
     r"""(?:%|\$['"])?(?:/|~(?![\d\s])|\\\\|[a-z]:[\\/]|file://)""", re.IGNORECASE
 )
@@ -97,11 +98,9 @@ def check_checkpoints(folder: PublishedFolder) -> str:
         try:
             content = torch.load(folder.root / name, map_location="cpu", weights_only=True)
             if name != "models/model.pt":  # which has a check of its own
-                named = content.items() if isinstance(content, dict) else ()
-                tensors = {key: value for key, value in named if isinstance(value, Tensor)}
                 faults += [
                     f"{name} has {key} with values that are not finite"
-                    for key in not_finite(tensors)
+                    for key in not_finite(_tensors(content))
                 ]
         except pickle.UnpicklingError as error:
             what = re.search(r"GLOBAL (\S+)", str(error))
@@ -118,3 +117,12 @@ def check_checkpoints(folder: PublishedFolder) -> str:
         or (name.startswith("models/") and not name.lower().endswith(MODELS))
     ]
     return settle(faults, f"{len(weights)} files of tensors, no pickles")
+
+
+def _tensors(content: Any, place: str = "") -> dict[str, Tensor]:
+    """Tensors of a checkpoint by their keys; nnU-Net's are in a dict within one."""
+    found: dict[str, Tensor] = {}
+    for key, value in content.items() if isinstance(content, dict) else ():
+        name = f"{place}{key}"
+        found |= {name: value} if isinstance(value, Tensor) else _tensors(value, f"{name}::")
+    return found
