@@ -7,6 +7,7 @@ and ``export --to nnunet`` turns the weights back.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import nibabel as nib
 from med3dinsight_ext.io.images import open_volume
 from med3dinsight_ext.io.reading import read_json, readable
 
+logger = logging.getLogger(__name__)
 AXES = "nnunet_axes"  # key of the overlay
 CONFIGURATION = "3d_fullres"
 NETWORKS = "dynamic_network_architectures.architectures."
@@ -64,11 +66,22 @@ def read_nnunet(path: str | Path, images: Sequence[str]) -> dict[str, Any]:
 
 
 def _stored_axes(images: Sequence[str]) -> tuple[int, ...]:
-    """Axis of RAS for each axis of the stored file, as most images have it."""
-    orders = Counter(
-        tuple(int(axis) for axis in nib.io_orientation(open_volume(image).affine)[:, 0])
-        for image in images
-    )
+    """Axis of RAS for each axis of the stored file, as most images have it.
+
+    A warning names images that are stored mirrored. Their kernels are not mirrored by the export:
+    of strided convolutions that would be another network, as padding is not symmetric.
+    """
+    affines = [open_volume(image).affine for image in images]
+    turns = [nib.io_orientation(affine) for affine in affines]
+    if mirrored := [i for i, turn in enumerate(turns) if (turn[:, 1] < 0).any()]:
+        codes = "".join(nib.aff2axcodes(affines[mirrored[0]]))
+        logger.warning(
+            f"{len(mirrored)} of {len(images)} images are stored mirrored to RAS, as "
+            f"{images[mirrored[0]]} ({codes}): nnU-Net would get weights for mirrored volumes; "
+            'plan it with "overwrite_image_reader_writer": "NibabelIOWithReorient" in its '
+            "dataset.json, or store images and labels in RAS"
+        )
+    orders = Counter(tuple(int(axis) for axis in turn[:, 0]) for turn in turns)
     return orders.most_common(1)[0][0]
 
 

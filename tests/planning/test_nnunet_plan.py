@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,33 @@ def test_strides_kernels_patch_and_spacing_are_along_x_y_z(tmp_path: Path) -> No
     assert backbone["_target_"].endswith("unet.ResidualEncoderUNet")
     assert backbone["conv_op"] == "$torch.nn.modules.conv.Conv3d" and backbone["dropout_op"] is None
     assert backbone["input_channels"] == 1 and backbone["num_classes"] == "@out_channels"
+
+
+@pytest.mark.parametrize(
+    ("reader", "signs", "text"),
+    [
+        (
+            "SimpleITKIO",
+            (-1, -1, 1),
+            "1 of 2 images are stored mirrored to RAS, as .*b.nii.gz .LPS.: ",
+        ),
+        ("SimpleITKIO", (1, 1, 1), None),
+        ("NibabelIOWithReorient", (-1, -1, 1), None),
+    ],
+)
+def test_images_stored_mirrored_are_a_warning(
+    reader: str,
+    signs: tuple[int, ...],
+    text: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scans = [image(tmp_path / "a.nii.gz", np.eye(4))]
+    scans.append(image(tmp_path / "b.nii.gz", np.diag([*signs, 1.0])))
+    change = {"image_reader_writer": reader}
+    read_nnunet(written(tmp_path / "plans.json", lambda plan: plan.update(change)), scans)
+    assert len(caplog.records) == (text is not None)
+    assert text is None or re.match(text, caplog.messages[0])
 
 
 @pytest.mark.parametrize(
