@@ -1,5 +1,6 @@
 """Pages agree with the files, commands and configs that they name."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ PAGES = sorted([
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 ASSIGNED = re.compile(r'(?:^|(?<=; ))([A-Z]+)=(?:"([^"\n]*)"|([^\s;]+))', re.MULTILINE)
 CONFIG_FILE = re.compile(r'--config_file (?:"\[([^]]+)\]"|([^\s"]+))')
+STARTING = {f"m3d.{name}" for name in "pretrain finetune predict evaluate ask embed".split()}
 NO_RUN = {"gpu"}  # not measured yet
 
 
@@ -54,6 +56,16 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
     heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@every_page
+def test_scripts_that_start_workers_can_be_imported_by_them(page: Path) -> None:
+    """Where processes are spawned, each worker imports the script that started it."""
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.DOTALL):
+        free = [node for node in ast.parse(block).body if not isinstance(node, ast.If)]
+        calls = [node for part in free for node in ast.walk(part) if isinstance(node, ast.Call)]
+        bare = {ast.unparse(call.func) for call in calls} & STARTING
+        assert not bare, f'guard {bare} by if __name__ == "__main__":'
 
 
 @every_page
