@@ -40,6 +40,7 @@ from med3dinsight_ext.io.files import HashMemo
 from med3dinsight_ext.monailabel.app.requests import (
     check_extension,
     check_name,
+    check_training,
     check_values,
     is_inside,
 )
@@ -640,6 +641,18 @@ def path_of_the_server(folder: Path) -> Any:
 )
 def expression_over_rest(folder: Path) -> Any:
     return check_values({"max_epochs": "$__import__('os').system('touch canary')"})
+
+
+@case("training with max_epochs {'_target_': 'os.system', …} over REST", "refused", "plain keys")
+def component_over_rest(folder: Path) -> Any:
+    return check_values({"max_epochs": {"_target_": "os.system", "command": "touch canary"}})
+
+
+@case("training with an uploaded config as tracking over REST", "refused", "tracking must be one of")
+def config_as_tracking_over_rest(folder: Path) -> Any:
+    path = folder / "evil.json"
+    path.write_text('{"configs": {"a": "$__import__(\'os\').system(\'touch canary\')"}}')
+    return check_training({"max_epochs": 1, "tracking": [str(path)]})
 
 
 @case("request with a key of MONAI's configs over REST", "refused", "plain keys")

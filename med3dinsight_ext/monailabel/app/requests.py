@@ -11,6 +11,7 @@ from typing import Any
 STORED = (".nii", ".nii.gz")  # files that a folder of images lists
 RESULTS = (*STORED, ".nrrd")
 LONGEST_NAME = 200
+TRACKING = (None, "", "None", "mlflow")  # MONAI reads any other text as the path of a config
 
 
 def check_name(name: object, what: str) -> None:
@@ -45,14 +46,15 @@ def check_values(request: Any, what: str = "request") -> None:
     """Check that no text of a request is an expression or a reference of MONAI's configs.
 
     MONAI Label merges values of a request into a bundle's config, where a text that begins with $
-    is evaluated as Python.
+    is evaluated as Python, and a mapping with _target_ is a call.
 
     Raises:
-        ValueError: a text begins with $, @ or %, or a key has a separator of config keys.
+        ValueError: a text begins with $, @ or %, or a key has a separator of config keys or is one
+            of those that describe a component.
     """
     if isinstance(request, Mapping):
         for key, value in request.items():
-            if not isinstance(key, str) or re.search(r"[$@%#]|::", key):
+            if not isinstance(key, str) or re.search(r"[$@%#]|::|^_.*_$", key):
                 raise ValueError(f"{what} must have plain keys, got {str(key)[:80]!r}; rename it")
             check_values(value, f"{what} {key}")
     elif isinstance(request, (list, tuple)):
@@ -61,6 +63,22 @@ def check_values(request: Any, what: str = "request") -> None:
     elif isinstance(request, str) and request.lstrip()[:1] in ("$", "@", "%"):
         raise ValueError(
             f"{what} must be a plain value, got {request[:80]!r}; leave out $, @ and %"
+        )
+
+
+def check_training(request: Mapping[str, Any]) -> None:
+    """``check_values`` of a request for a training, and that its tracking names no file.
+
+    Raises:
+        ValueError: of ``check_values``, or tracking is none of ``TRACKING``.
+    """
+    check_values(request)
+    given = request.get("tracking")
+    tracking = given[0] if isinstance(given, list) and given else given
+    if tracking not in TRACKING:
+        raise ValueError(
+            f"tracking must be one of {TRACKING}, got {str(tracking)[:80]!r}; write other settings "
+            "into the bundle's train.json"
         )
 
 

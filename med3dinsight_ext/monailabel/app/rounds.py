@@ -20,7 +20,7 @@ from monailabel.utils.async_tasks.utils import tasks
 from med3dinsight_ext.data.labels import read_label
 from med3dinsight_ext.io.memory import total_memory
 from med3dinsight_ext.monailabel.app.datastores import on_grid
-from med3dinsight_ext.monailabel.app.requests import check_values
+from med3dinsight_ext.monailabel.app.requests import check_training
 from med3dinsight_ext.monailabel.app.versions import ROUND, adopt_round, weights_of
 from med3dinsight_ext.monailabel.server import class_names
 from med3dinsight_ext.training.history import read_history
@@ -28,6 +28,8 @@ from med3dinsight_ext.training.history import read_history
 logger = logging.getLogger(__name__)
 GIB = 2**30
 NICE = 5  # inference goes first
+# Not for clients: which expression of the config runs, from which file, and where results are sent
+OWN = {"run_id": "run", "model_filename": "model.pt", "tracking_uri": ""}
 
 
 def end_with(server: int) -> None:
@@ -76,7 +78,8 @@ class Training(BundleTrainTask):
 
     def config(self) -> dict[str, Any]:
         half = max(1, round(total_memory() / GIB / 2))
-        return super().config() | {"model_filename": ["model.pt"], "memory_gb": half}
+        options = super().config() | {"model_filename": ["model.pt"], "memory_gb": half}
+        return {key: value for key, value in options.items() if key not in ("run_id", "tracking_uri")}
 
     def stats(self) -> dict[str, Any]:
         """Progress and score, as viewers show them."""
@@ -94,7 +97,7 @@ class Training(BundleTrainTask):
         return found
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> Any:
-        check_values(request)
+        check_training(request)
         if not request.get("pretrained", True):
             raise ValueError("pretrained must be true, got false; train from scratch by the bundle")
         limit = request.get("memory_gb") or self.config()["memory_gb"]
@@ -112,7 +115,7 @@ class Training(BundleTrainTask):
         os.nice(NICE)
         with lock:
             shutil.rmtree(self.models / ROUND, ignore_errors=True)  # of one that was stopped
-            super().__call__(request | {"model_filename": "model.pt"}, datastore)
+            super().__call__(request | OWN, datastore)
             kept = "now serves the new weights" if adopt_round(self.models) else "keeps its weights"
             logger.info("%s %s", Path(self.bundle_path).name, kept)
         return {}
