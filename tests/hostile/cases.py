@@ -648,7 +648,9 @@ def component_over_rest(folder: Path) -> Any:
     return check_values({"max_epochs": {"_target_": "os.system", "command": "touch canary"}})
 
 
-@case("training with an uploaded config as tracking over REST", "refused", "tracking must be one of")
+@case(
+    "training with an uploaded config as tracking over REST", "refused", "tracking must be one of"
+)
 def config_as_tracking_over_rest(folder: Path) -> Any:
     path = folder / "evil.json"
     path.write_text('{"configs": {"a": "$__import__(\'os\').system(\'touch canary\')"}}')

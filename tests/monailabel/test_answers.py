@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from filelock import FileLock, Timeout
 
 from med3dinsight_ext.monailabel.app.answers import AnswerLog, clicks_of, effort
-from med3dinsight_ext.monailabel.app.versions import adopt_round, go_back
+from med3dinsight_ext.monailabel.app.versions import Versions, adopt_round, go_back
+from med3dinsight_ext.training.record import state_hash
 
 
 def event(second: float, image: str = "a", **more: Any) -> dict[str, Any]:
@@ -105,6 +108,26 @@ def test_a_round_replaces_the_weights_and_going_back_exchanges_them(tmp_path: Pa
     go_back(models)
     assert contents(models) == ("new", "new")
     assert not (models / "round").exists()
+
+
+def test_weights_do_not_go_back_during_a_training(tmp_path: Path) -> None:
+    models = folder(tmp_path / "models", "old")
+    folder(models / "earlier", "before")
+    with FileLock(models / ".training"), pytest.raises(Timeout):
+        go_back(models)
+    assert contents(models) == ("old", "old") and contents(models / "earlier") == ("before",) * 2
+
+
+def test_a_record_that_comes_after_its_weights_is_shown(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    torch.save({"w": torch.ones(1)}, models / "model.pt")
+    versions = Versions(models)
+    assert versions.weights["epochs"] is None
+    digest = state_hash({"w": torch.ones(1)})
+    record = {"weights_sha256": {"model.pt": digest}, "epochs": 3}
+    (models / "run.json").write_text(json.dumps(record))
+    assert versions.weights["epochs"] == 3
 
 
 def test_a_round_in_which_no_epoch_was_better_changes_nothing(tmp_path: Path) -> None:

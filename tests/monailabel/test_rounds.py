@@ -101,6 +101,11 @@ def test_a_training_shows_its_progress_and_a_stopped_one_changes_nothing(served:
     stats = server.ask("GET", "/info/").body["train_stats"][PLAIN]
     assert 1 < stats["epoch"] < stats["total_epochs"] == FOREVER
     assert "Stop" in server.ask("GET", "/rounds/").body.decode()
+    (bundle / "models" / "earlier").mkdir(exist_ok=True)
+    torch.save(before, bundle / "models" / "earlier" / "model.pt")
+    answer = server.ask("POST", f"/rounds/{PLAIN}/back")
+    assert answer.status == 409 and "during a training" in answer.body["detail"]
+    assert server.ask("POST", f"/train/{PLAIN}?run_sync=true&enqueue=true", {}).status == 400
     assert server.ask("DELETE", "/train/").body["status"] == "STOPPED"
     assert same(before, weights(bundle))
     assert "epoch" not in server.ask("GET", "/info/").body["train_stats"][PLAIN]

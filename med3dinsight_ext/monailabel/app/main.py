@@ -150,6 +150,14 @@ class LabelApp(MONAILabelApp):
         )
         return found
 
+    def train(self, request: dict[str, Any]) -> Any:
+        """Train, in a process of its own only: it may end itself, and changes its priority."""
+        if os.environ[SERVER] == str(os.getpid()):
+            raise HTTPException(
+                400, "run_sync must be false for a training, got true; leave it out"
+            )
+        return super().train(request)
+
     def bundle_path(self, model: str) -> str:
         """Folder of a model's bundle, which the server needs to start a training."""
         known(model, self._trainers, "model")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
 import threading
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 from filelock import FileLock, Timeout
@@ -19,9 +21,9 @@ from monailabel.utils.async_tasks.utils import tasks
 
 from med3dinsight_ext.data.labels import read_label
 from med3dinsight_ext.io.memory import total_memory
-from med3dinsight_ext.monailabel.app.datastores import on_grid
 from med3dinsight_ext.monailabel.app.requests import check_training
-from med3dinsight_ext.monailabel.app.versions import ROUND, adopt_round, weights_of
+from med3dinsight_ext.monailabel.app.validation import validation_split
+from med3dinsight_ext.monailabel.app.versions import BUSY, EARLIER, ROUND, Versions, adopt_round
 from med3dinsight_ext.monailabel.server import class_names
 from med3dinsight_ext.training.history import read_history
 
@@ -32,11 +34,19 @@ NICE = 5  # inference goes first
 OWN = {"run_id": "run", "model_filename": "model.pt", "tracking_uri": ""}
 
 
+def end() -> NoReturn:
+    """End this process and those that it started, as torchrun and its ranks."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(1)
+
+
 def end_with(server: int) -> None:
     """End this process when the server is gone: a killed server's training must not go on."""
     while os.getppid() == server:
         time.sleep(0.5)
-    os._exit(1)
+    end()
 
 
 def memory(process: psutil.Process) -> int:
@@ -62,7 +72,7 @@ def end_above(limit: float) -> None:
         "training's options; the model stays as it was",
         flush=True,
     )
-    os._exit(1)
+    end()
 
 
 class Training(BundleTrainTask):
@@ -72,18 +82,21 @@ class Training(BundleTrainTask):
     annotator's model changes during a training, and a training that is stopped changes nothing.
     """
 
-    @property
-    def models(self) -> Path:
-        return Path(self.bundle_path) / "models"
+    def __init__(self, path: str, conf: dict[str, str]) -> None:
+        super().__init__(path, conf)
+        self.models = Path(path) / "models"
+        self.versions, self.earlier = Versions(self.models), Versions(self.models / EARLIER)
 
     def config(self) -> dict[str, Any]:
         half = max(1, round(total_memory() / GIB / 2))
         options = super().config() | {"model_filename": ["model.pt"], "memory_gb": half}
-        return {key: value for key, value in options.items() if key not in ("run_id", "tracking_uri")}
+        return {
+            key: value for key, value in options.items() if key not in ("run_id", "tracking_uri")
+        }
 
     def stats(self) -> dict[str, Any]:
         """Progress and score, as viewers show them."""
-        score = weights_of(self.models)["validation"] or {}
+        score = self.versions.weights["validation"] or {}
         found: dict[str, Any] = {"best_metric": next(iter(score.values()))} if score else {}
         name = Path(self.bundle_path).name
         for task in tasks("train"):
@@ -103,7 +116,7 @@ class Training(BundleTrainTask):
         limit = request.get("memory_gb") or self.config()["memory_gb"]
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
             raise ValueError(f"memory_gb must be above 0, got {limit!r}")
-        lock = FileLock(self.models / ".training")
+        lock = FileLock(self.models / BUSY)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
@@ -124,18 +137,48 @@ class Training(BundleTrainTask):
         overrides["ckpt_dir"] = str(self.models / ROUND)
         return overrides
 
+    def _run_command(self, cmd: list[str], env: dict[str, str]) -> None:
+        """Run the ranks of several GPUs; a server's own code would not see that they failed."""
+        logger.info("running %s", cmd)
+        code = subprocess.run(cmd, env=env).returncode
+        if code:
+            raise RuntimeError(
+                f"ranks of a training must end without an error, got return code {code}; the log "
+                "above has the cause; the model stays as it was"
+            )
+
     def _fetch_datalist(self, request: dict[str, Any], datastore: Datastore) -> Any:
+        """Labelled cases that are good, with their patient and the values of the label."""
         names = class_names(Path(self.bundle_path))
         items = []
         for item in super()._fetch_datalist(request, datastore):
-            if item["label"].endswith(".nrrd"):
-                item["label"] = on_grid(item["label"], item["image"])
             try:
-                read_label(item, names)
+                values = read_label(item, names)
             except ValueError as error:
                 logger.warning("left out: %s", error)
             else:
-                items.append(item)
+                patient = patient_of(item["image"], datastore)
+                items.append({**item, "patient": patient, "values": values})
         if not items:
             raise ValueError("labels must be there for a training, got none; save one first")
         return items
+
+    def _partition_datalist(
+        self, datalist: list[dict[str, Any]], request: dict[str, Any], shuffle: bool = False
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        share = request.get("val_split", 0.2)
+        train, held = (datalist, []) if share < 0 else validation_split(datalist, share)
+        logger.info("%d cases to train on, %d to validate on", len(train), len(held))
+        return paths(train), None if share < 0 else paths(held)
+
+
+def paths(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a training reads of the cases."""
+    return [{"image": item["image"], "label": item["label"]} for item in items]
+
+
+def patient_of(image: str, datastore: Datastore) -> str:
+    """PatientID of a DICOM series; the name of an image file."""
+    name, _ = datastore._to_id(os.path.basename(image))
+    found = datastore.get_image_info(name).get("PatientID")
+    return name if found in (None, "", "UNK") else str(found)

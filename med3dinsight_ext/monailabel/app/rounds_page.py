@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException
 from fastapi.responses import HTMLResponse
+from filelock import Timeout
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from monailabel.config import settings
@@ -16,12 +17,7 @@ from monailabel.utils.async_tasks.utils import tasks
 
 from med3dinsight_ext.monailabel.app.answers import AnswerLog, effort
 from med3dinsight_ext.monailabel.app.rounds import Training
-from med3dinsight_ext.monailabel.app.versions import (
-    EARLIER,
-    go_back,
-    has_weights,
-    weights_of,
-)
+from med3dinsight_ext.monailabel.app.versions import go_back, has_weights
 from med3dinsight_ext.reports.figures import BLUE, STYLE, VERMILION
 from med3dinsight_ext.reports.pages import environment
 
@@ -32,10 +28,8 @@ def rounds(trainers: dict[str, Training]) -> dict[str, dict[str, Any]]:
     """The weights that each model serves and the earlier ones."""
     return {
         name: {
-            "now": weights_of(trainer.models),
-            "earlier": weights_of(earlier)
-            if has_weights(earlier := trainer.models / EARLIER)
-            else None,
+            "now": trainer.versions.weights,
+            "earlier": trainer.earlier.weights if has_weights(trainer.earlier.models) else None,
         }
         for name, trainer in trainers.items()
     }
@@ -113,6 +107,9 @@ def router(app: MONAILabelApp, trainers: dict[str, Training], log: AnswerLog) ->
             raise HTTPException(404, f"model must be one of {', '.join(trainers)}, got {model!r}")
         try:
             go_back(trainers[model].models)
+        except Timeout as error:
+            text = "weights must stay as they are during a training, got one; stop it, or wait"
+            raise HTTPException(409, text) from error
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         return rounds(trainers)[model]

@@ -18,7 +18,7 @@ from med3dinsight_ext.training.record import FILE, read_record
 WEIGHTS = "model.pt"
 ROUND = "round"  # folder in models/ of a training that has not ended
 EARLIER = "earlier"  # folder in models/ of the weights that a round has replaced
-
+BUSY = ".training"  # file in models/ that a training locks
 
 MOST = 4  # images with a history, which holds the scores of a volume in half precision
 
@@ -72,13 +72,15 @@ def go_back(models: Path) -> None:
 
     Raises:
         ValueError: there are no earlier ones.
+        Timeout: a training is running, which would replace them at its end.
     """
     if not has_weights(models / EARLIER):
         raise ValueError(
             f"weights must have earlier ones, got none in {models.parent.name}; a round of "
             "training keeps those before it"
         )
-    with FileLock(models / ".weights"), tempfile.TemporaryDirectory(dir=models) as kept:
+    busy = FileLock(models / BUSY, timeout=0)
+    with busy, FileLock(models / ".weights"), tempfile.TemporaryDirectory(dir=models) as kept:
         _copy(models, Path(kept))
         _copy(models / EARLIER, models)
         _copy(Path(kept), models / EARLIER)
@@ -94,7 +96,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 class Versions:
-    """``weights_of`` a folder, read again when its model.pt changes, and its latest histories.
+    """``weights_of`` a folder, read again when its files change, and its latest histories.
 
     Args:
         models: the folder.
@@ -102,7 +104,7 @@ class Versions:
 
     def __init__(self, models: Path) -> None:
         self.models = models
-        self._weights: tuple[int, dict[str, Any]] = (0, {})
+        self._weights: tuple[tuple[int, ...], dict[str, Any]] = ((), {})
         self._histories: OrderedDict[tuple[Any, ...], History] = OrderedDict()
 
     def _changed(self) -> int:
@@ -110,7 +112,9 @@ class Versions:
 
     @property
     def weights(self) -> dict[str, Any]:
-        if self._weights[0] != (changed := self._changed()):
+        record = self.models / FILE
+        changed = (self._changed(), record.stat().st_mtime_ns if record.is_file() else 0)
+        if self._weights[0] != changed:
             self._weights = changed, weights_of(self.models)
         return self._weights[1]
 
