@@ -95,6 +95,12 @@ def find_bundles(bundles: str | Sequence[str]) -> list[Path]:
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         raise ValueError(f"bundles must have different folder names, got {names}; rename one")
+    classes = {folder.name: class_names(folder) for folder in folders}
+    if any(found != classes[names[0]] for found in classes.values()):
+        raise ValueError(
+            f"bundles of one server must have the same classes, got {classes}; they share the "
+            "labels, so start a server for each, with a folder of images of its own"
+        )
     return folders
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -200,16 +199,288 @@ def a_validation_without_a_class_is_none(folder: Path) -> None:
     assert split(training(folder), cases) == (["v0"], [])
 
 
+def volume(path: Path, array: Any) -> Path:
+    import nibabel as nib
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([2.0, 2, 3, 1])), path)
+    return path
+
+
+def stored(path: str | Path) -> Any:
+    import nibabel as nib
+    import numpy as np
+
+    return np.asarray(nib.load(path).dataobj)
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """Reason of an answer with status 400."""
+    found = raised(call)
+    assert found.status_code == 400, found
+    return found.detail
+
+
+NAMES = ["background", "liver", "Spleen", "tumour"]
+
+
+def boxes(*values: int) -> Any:
+    """A label with a box of each value, and slices without any."""
+    import numpy as np
+
+    found = np.zeros((10, 12, 8), np.uint8)
+    for value in values:
+        found[2 * value : 2 * value + 2, 3:9, 2:5] = value
+    return found
+
+
+def studies(folder: Path, count: int = 2) -> Any:
+    """A folder of images as a datastore."""
+    import numpy as np
+
+    from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore
+
+    for n in range(count):
+        array = np.random.default_rng(n).random((10, 12, 8)).astype(np.float32)
+        volume(folder / "studies" / f"v{n}.nii.gz", array)
+    return CheckedDatastore(str(folder / "studies"), NAMES)
+
+
+@check
+def a_label_gets_the_values_of_the_classes_that_its_segments_name(folder: Path) -> None:
+    store = studies(folder)
+    given = [{"name": "spleen", "idx": 2}, {"name": "Liver", "idx": 3}, {"name": "other"}]
+    label = volume(folder / "label.nii.gz", boxes(1, 2))
+    store.save_label("v0", str(label), "final", {"label_info": given})
+    found = stored(store.get_label_uri("v0", "final"))
+    assert (found == boxes(1, 2).choose([0, 2, 1])).all()
+    info = store.get_label_info("v0", "final")["label_info"]
+    assert info == [{"name": "liver"}, {"name": "Spleen"}, {"name": "tumour"}]
+    label = volume(folder / "label.nii.gz", boxes(3))
+    reason = refusal(lambda: store.save_label("v1", str(label), "final", {"label_info": given}))
+    assert "segments must be classes of the model (background, liver" in reason
+    assert not store.get_label_uri("v1", "final")
+
+
+def wait_until(ready: Callable[[], Any]) -> Any:
+    begin = time.monotonic()
+    while not (found := ready()) and time.monotonic() - begin < 10:
+        time.sleep(0.05)
+    return found
+
+
+@check
+def labels_of_another_process_are_seen_and_kept(folder: Path) -> None:
+    one, other = studies(folder, 4), studies(folder, 4)
+    label = str(volume(folder / "label.nii.gz", boxes(1)))
+    other.save_label("v1", label, "final", {"client_id": "other"})
+    assert wait_until(lambda: "v1" in one.get_labeled_images())
+    draft = folder / "studies" / "labels" / "final" / ".v2.nii.gz.draft"  # as rsync writes
+    draft.write_bytes(Path(label).read_bytes())
+    draft.rename(draft.with_name("v2.nii.gz"))
+    assert wait_until(lambda: "v2" in one.get_labeled_images())
+    one.save_label("v0", label, "final", {})
+    text = json.loads((folder / "studies" / "datastore_v2.json").read_text())
+    assert text["objects"]["v1"]["labels"]["final"]["info"]["client_id"] == "other"
+    assert sorted(one.get_labeled_images()) == ["v0", "v1", "v2"]
+
+
+@check
+def an_image_of_the_store_goes_before_a_file_of_the_working_folder(folder: Path) -> None:
+    from monailabel.interfaces.app import MONAILabelApp
+
+    from med3dinsight_ext.monailabel.app.main import LabelApp
+
+    store, seen = studies(folder), {}
+    app = LabelApp.__new__(LabelApp)
+    task = mock.Mock(labels=[], versions=mock.Mock(weights={"saved": "now"}))
+    app._infers, app._datastore = {"m": task}, store
+    app._sessions = mock.Mock(store_path=str(folder / "sessions"))
+    answer = volume(folder / "answer.nii.gz", boxes(2))
+    found = {"label": str(answer), "file": str(answer), "params": {"a": 1}}
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        Path("v0").write_text("another scan")
+        with mock.patch.object(
+            MONAILabelApp, "infer", lambda _, request, __: seen.update(request) or found
+        ):
+            got = app.infer({"model": "m", "image": "v0", "save_label": True, "label_tag": "mine"})
+            missing = raised(lambda: app.infer({"model": "m", "image": ["/etc/passwd"]}))
+    finally:
+        os.chdir(before)
+    assert seen["image"] == store.get_image_uri("v0") and got["label"] == "v0"
+    assert (stored(store.get_label_uri("v0", "mine")) == boxes(2)).all()
+    assert store.get_label_info("v0", "mine")["params"] == {"a": 1}
+    assert missing.status_code == 404
+
+
+class Memory:
+    """A client of a DICOMweb store that lies in memory."""
+
+    base_url = "http://memory"
+
+    def __init__(self) -> None:
+        self.instances: list[Any] = []
+
+    def search_for_series(self, search_filters: dict[str, str] | None = None) -> list[Any]:
+        from pydicom import Dataset
+
+        rows = {}
+        for one in self.instances:
+            head = Dataset()
+            for name in ("SeriesInstanceUID", "StudyInstanceUID", "Modality", "PatientID"):
+                setattr(head, name, one.get(name))
+            rows[one.SeriesInstanceUID] = head
+        wanted = (search_filters or {}).items()
+        return [
+            head.to_json_dict()
+            for head in rows.values()
+            if all(str(head.get(key)) == value for key, value in wanted)
+        ]
+
+    def retrieve_series(self, study: str, series: str) -> list[Any]:
+        return [one for one in self.instances if one.SeriesInstanceUID == series]
+
+    def retrieve_series_metadata(self, study: str, series: str) -> list[Any]:
+        rows = [one.to_json_dict() for one in self.retrieve_series(study, series)]
+        return [{tag: row[tag] for tag in row if tag != "7FE00010"} for row in rows]
+
+    def store_instances(self, instances: list[Any]) -> Any:
+        from pydicom import Dataset
+
+        self.instances += instances
+        found = Dataset()
+        found.RetrieveURL = f"http://memory/series/{instances[0].SeriesInstanceUID}/x"
+        return found
+
+
+def remote(folder: Path) -> tuple[Memory, list[str]]:
+    """A client of a store with two images, and their series."""
+    import nibabel as nib
+    import numpy as np
+
+    sys.modules.setdefault("playwright.sync_api", mock.MagicMock())
+    sys.modules.setdefault("playwright", mock.MagicMock())
+    sys.path.append(str(Path(__file__).parents[2] / "docs" / "guides"))
+    from ohif import dicom_slices
+
+    client, series = Memory(), []
+    for n in range(2):
+        array = np.random.default_rng(n).random((10, 12, 8))
+        slices = dicom_slices(nib.Nifti1Image(array, np.diag([2.0, 2, 3, 1])), f"Example {n}")
+        client.store_instances(slices)
+        series.append(str(slices[0].SeriesInstanceUID))
+    return client, series
+
+
+def dicom_store(client: Memory, cache: Path, names: list[str] = NAMES) -> Any:
+    """A server of the store with a cache of its own."""
+    from monailabel.config import settings
+
+    from med3dinsight_ext.monailabel.app import datastores
+
+    own = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([own, os.environ["PATH"]])
+    kind = getattr(datastores, "DicomStore", None)
+    if kind is None:
+        from med3dinsight_ext.monailabel.app.dicom_store import DicomStore as kind
+    with mock.patch.object(settings, "MONAI_LABEL_DICOMWEB_CACHE_PATH", str(cache)):
+        return kind(client, names)
+
+
+def labels_of(store: Any) -> dict[str, Any]:
+    """Labels to train on, by their image."""
+    return {
+        Path(item["image"]).name.removesuffix(".nii.gz"): stored(item["label"])
+        for item in store.datalist()
+    }
+
+
+@check
+def a_label_without_all_classes_comes_back_from_dicom_as_it_was(folder: Path) -> None:
+    client, series = remote(folder)
+    store = dicom_store(client, folder / "one")
+    shapes = [stored(store.get_image_uri(name)).shape for name in series]
+    assert shapes == [(10, 12, 8)] * 2
+    given = {"label_info": [{"name": name} for name in NAMES[1:]]}
+    expected = {}
+    for name, values, info in ((series[0], (2,), given), (series[1], (1, 3), {})):
+        array, affine = boxes(*values), image_affine(store.get_image_uri(name))
+        path = folder / "label.nii.gz"
+        save(array, affine, path)
+        store.save_label(name, str(path), "final", info)
+        expected[name] = array
+    found = [
+        [str(part.SegmentLabel) for part in one.SegmentSequence]
+        for one in client.instances
+        if one.Modality == "SEG"
+    ]
+    assert found == [["Spleen"], ["liver", "tumour"]]
+    for cache in ("one", "other"):  # that which saved them, and a new one
+        labels = labels_of(dicom_store(client, folder / cache))
+        assert labels.keys() == expected.keys()
+        assert all((labels[name] == expected[name]).all() for name in series), cache
+
+
+def image_affine(path: str) -> Any:
+    import nibabel as nib
+
+    return nib.load(path).affine
+
+
+def save(array: Any, affine: Any, path: Path) -> None:
+    import nibabel as nib
+
+    nib.save(nib.Nifti1Image(array, affine), path)
+
+
+@check
+def a_segmentation_that_was_corrected_elsewhere_reaches_each_round(folder: Path) -> None:
+    client, series = remote(folder)
+    store = dicom_store(client, folder / "one")
+    elsewhere = dicom_store(client, folder / "other")
+    foreign = dicom_store(client, folder / "foreign", ["background", "lesion"])
+    affine, path = image_affine(store.get_image_uri(series[0])), folder / "label.nii.gz"
+    for n, (saving, values) in enumerate(
+        ((elsewhere, (1,)), (store, (1, 2)), (elsewhere, (3,)), (elsewhere, (2,)), (foreign, (1,)))
+    ):
+        save(boxes(*values), affine, path)
+        saving.save_label(series[0], str(path), "final", {})
+        client.instances[-1].ContentTime = f"{n:06d}"
+        client.instances[-1].ContentDate = "20300101"
+        if saving is foreign:
+            assert store.get_labeled_images() == [series[0]]
+            assert (labels_of(store)[series[0]] == boxes(2)).all()
+        else:
+            assert (labels_of(store)[series[0]] == boxes(*values)).all(), values
+    client.instances = [one for one in client.instances if one.Modality != "SEG"]
+    assert labels_of(store) == {} and store.get_labeled_images() == []
+
+
+@check
+def a_label_of_background_alone_is_refused_for_dicom(folder: Path) -> None:
+    client, series = remote(folder)
+    store = dicom_store(client, folder / "one")
+    path = folder / "label.nii.gz"
+    save(boxes(), image_affine(store.get_image_uri(series[0])), path)
+    reason = refusal(lambda: store.save_label(series[0], str(path), "final", {}))
+    assert "label must hold a class, got only background" in reason
+    store.save_label(series[0], str(path), "original", {})
+
+
 def main(out: str) -> None:
-    found = {}
+    found: dict[str, str] = {}
     for name, function in CHECKS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                function(Path(folder))
-            except Exception:
-                found[name] = traceback.format_exc()
-            else:
-                found[name] = ""
+        folder = Path(out).absolute().parent / name  # stays: threads may be watching it
+        folder.mkdir()
+        try:
+            function(folder)
+        except Exception:
+            found[name] = traceback.format_exc()
+        else:
+            found[name] = ""
     Path(out).write_text(json.dumps(found))
 
 

@@ -115,6 +115,16 @@ def test_two_bundles_of_one_name_are_refused(bundle: Path) -> None:
         label.find_bundles([bundle, bundle])
 
 
+def test_bundles_with_other_classes_are_not_served_together(bundle: Path) -> None:
+    other = small_bundle(bundle.parent / "other")
+    path = other / "configs" / "metadata.json"
+    path.write_text(path.read_text().replace('"foreground"', '"liver"'))
+    with pytest.raises(
+        ValueError, match="must have the same classes, got .*'liver'.* a server for"
+    ):
+        label.find_bundles([bundle, other])
+
+
 def test_class_names_come_in_the_order_of_their_values(bundle: Path) -> None:
     path = bundle / "configs" / "metadata.json"
     metadata = json.loads(path.read_text())

@@ -1,32 +1,31 @@
-"""Datastores of images, a folder or DICOMweb, that take only labels that fit their image."""
+"""A folder of images, and the checks of labels that all datastores have in common."""
 
 from __future__ import annotations
 
 import errno
 import json
 import shutil
+import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import SimpleITK as sitk
-from dicomweb_client import DICOMwebClient
 from fastapi import HTTPException
 from filelock import FileLock
 from monailabel.config import settings
 from monailabel.datastore import local
-from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
-from pydicom import Dataset
+from watchdog.events import FileSystemMovedEvent
 
 from med3dinsight_ext.data.labels import read_label
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.monailabel.app.answers import NAME, AnswerLog
 from med3dinsight_ext.monailabel.app.requests import check_extension, check_name
+from med3dinsight_ext.monailabel.app.segments import renumber
 
-MODALITIES = ("CT", "MR", "PT")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -56,27 +55,67 @@ class LabelChecks:
     """Refuses labels that do not fit their image, and logs those that it saves."""
 
     names: list[str]
+    changes = threading.RLock()  # the watcher of files has a thread of its own
     _datastore_path: str  # of the labels
 
     @property
     def log(self) -> AnswerLog:
         return AnswerLog(Path(self._datastore_path) / NAME)
 
+    def segments(self, values: set[int], tag: str) -> list[dict[str, str]]:
+        """Names of the segments in a label with these values; the nth is that of the value n."""
+        return [{"name": name} for name in self.names[1:]]
+
     def save_label(
         self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]
     ) -> str:
-        """Save a label; answer 404 without its image, and 400 where it does not fit."""
+        """Save a label; answer 404 without its image, and 400 where it does not fit.
+
+        Where ``label_info`` names the segments, their values become those of the classes.
+        """
         store: Any = super()
         image = self.get_image_uri(image_id)  # type: ignore[attr-defined]
         if not image:
             raise HTTPException(404, f"image must be one of the datastore's, got {image_id!r}")
         with refused():
+            check_extension(label_filename, "label")
             check_name(label_tag, "tag")
-        with refused("refused, nothing was saved: "):
-            read_label({"image": image, "label": label_filename}, self.names)
-        found: str = store.save_label(image_id, label_filename, label_tag, label_info)
+        with tempfile.TemporaryDirectory() as folder:
+            with refused("refused, nothing was saved: "):
+                if given := label_info.get("label_info"):
+                    draft = Path(folder) / "label.nii.gz"
+                    if renumber(label_filename, given, self.names, draft):
+                        label_filename = str(draft)
+                values = read_label({"image": image, "label": label_filename}, self.names)
+                info = label_info | {"label_info": self.segments(values, label_tag)}
+            with refused(), self.changes:
+                self._init_from_datastore_file()  # type: ignore[attr-defined]
+                found: str = store.save_label(image_id, label_filename, label_tag, info)
         self.log.add(image=image_id, saved=label_tag, annotator=label_info.get("client_id"))
         return found
+
+    def watch(self) -> None:
+        """Take in files that other processes rename into place; MONAI Label sees only new ones."""
+        if handler := getattr(self, "_handler", None):
+            handler.on_moved = self._moved
+
+    def _moved(self, event: FileSystemMovedEvent) -> None:
+        store: Any = self
+        path = Path(str(event.dest_path))
+        with self.changes:
+            store._init_from_datastore_file()
+            item = store._datastore.objects.get(store._to_id(path.name)[0])
+            places = {Path(store._datastore.image_path())}
+            places |= {
+                Path(store._datastore.label_path(tag)) for tag in (item.labels if item else ())
+            }
+            known = path.parent in places if item else path == Path(store._datastore_config_path)
+            if not known:
+                store.refresh()
+
+    def refresh(self) -> None:
+        with self.changes:
+            super().refresh()  # type: ignore[misc]
 
 
 class CheckedDatastore(LabelChecks, LocalDatastore):
@@ -95,14 +134,7 @@ class CheckedDatastore(LabelChecks, LocalDatastore):
             auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
-
-    def save_label(
-        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]
-    ) -> str:
-        """Save a label; answer 400 where its file has another ending than volumes have."""
-        with refused():
-            check_extension(label_filename, "label")
-            return super().save_label(image_id, label_filename, label_tag, label_info)
+        self.watch()
 
     def _update_datastore_file(self, lock: bool = True) -> None:
         text = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
@@ -118,37 +150,5 @@ class CheckedDatastore(LabelChecks, LocalDatastore):
             check_extension(image_filename, "image")
             if image_id:
                 check_name(image_id, "image")
-        return super().add_image(image_id, image_filename, image_info)
-
-
-class DicomStore(LabelChecks, DICOMWebDatastore):
-    """The current images of a DICOMweb store, which MONAI Label would cache for two hours.
-
-    Args:
-        client: of the store.
-        names: of the classes; the label value is the index.
-    """
-
-    def __init__(self, client: DICOMwebClient, names: list[str]) -> None:
-        self.names = names
-        cache = settings.MONAI_LABEL_DICOMWEB_CACHE_PATH.strip() or None
-        super().__init__(client, {}, cache, settings.MONAI_LABEL_DICOMWEB_FETCH_BY_FRAME)
-
-    def list_images(self) -> list[str]:
-        found = [Dataset.from_json(series) for series in self._client.search_for_series()]
-        return [str(series.SeriesInstanceUID) for series in found if series.Modality in MODALITIES]
-
-    def get_labeled_images(self, *tags: Any) -> list[str]:
-        return sorted(set(DICOMWebDatastore.get_labeled_images.__wrapped__(self)))
-
-    def get_image_uri(self, image_id: str) -> str:
-        return super().get_image_uri(image_id) if image_id in self.list_images() else ""
-
-
-def on_grid(label: str, image: str) -> str:
-    """NIfTI file beside a label: a DICOM segmentation has only the slices that are not empty."""
-    path = label.removesuffix(".nrrd") + ".nii.gz"
-    grid = sitk.ReadImage(image)
-    nearest = (sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
-    sitk.WriteImage(sitk.Resample(sitk.ReadImage(label), grid, *nearest), path)
-    return path
+        with self.changes:
+            return super().add_image(image_id, image_filename, image_info)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
-from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
@@ -34,7 +34,8 @@ from monailabel.utils.others.generic import file_ext
 from med3dinsight_ext import __version__
 from med3dinsight_ext.io.errors import root_cause
 from med3dinsight_ext.monailabel.app.answers import clicks_of
-from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore, DicomStore, refused
+from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore, refused
+from med3dinsight_ext.monailabel.app.dicom_store import DicomStore
 from med3dinsight_ext.monailabel.app.kcenter_greedy import Features, kcenter_greedy
 from med3dinsight_ext.monailabel.app.requests import (
     RESULTS,
@@ -75,7 +76,7 @@ class LabelApp(MONAILabelApp):
         )
 
     def init_datastore(self) -> Datastore:
-        names = max(map(class_names, self.bundles.values()), key=len)
+        names = class_names(next(iter(self.bundles.values())))  # the same in all of them
         if self.studies.startswith(("http://", "https://")):
             return DicomStore(super().init_datastore()._client, names)
         return CheckedDatastore(self.studies, names)
@@ -131,15 +132,21 @@ class LabelApp(MONAILabelApp):
             check_values({key: value for key, value in request.items() if key != "image"})
         # The server's own code would read any path: of its working folder, of other patients.
         given = (tempfile.gettempdir(), self.sessions().store_path)  # uploads and sessions
+        stored = store.get_image_uri(image) if isinstance(image, str) else ""
         uploaded = isinstance(image, str) and os.path.exists(image) and is_inside(image, given)
-        if isinstance(image, str) and not uploaded and not store.get_image_uri(image):
+        if not stored and not uploaded:
             raise HTTPException(404, f"image must be one of the datastore's, got {image!r}")
         try:
-            found = super().infer(request, datastore)
+            own = {"image": stored, "save_label": False} if stored else {}
+            found = super().infer(request | own, datastore)
         except (ValueError, RuntimeError) as error:  # what transforms raise; the cause is inside
             if isinstance(cause := root_cause(error), ValueError):
                 raise HTTPException(400, str(cause)) from error
             raise
+        if stored and request.get("save_label") and found["file"]:
+            info = {"model": request["model"], "params": found["params"]}
+            tag = request.get("label_tag", DefaultLabelTag.ORIGINAL)
+            found["label"] = store.save_label(image, found["file"], tag, info)
         store.log.add(
             image=os.path.basename(str(image)),
             model=request["model"],
