@@ -456,6 +456,8 @@ def a_segmentation_that_was_corrected_elsewhere_reaches_each_round(folder: Path)
             assert (labels_of(store)[series[0]] == boxes(2)).all()
         else:
             assert (labels_of(store)[series[0]] == boxes(*values)).all(), values
+    del client.instances[-2].SegmentSequence  # as from a store that keeps no names
+    assert (labels_of(dicom_store(client, folder / "new"))[series[0]] == boxes(3)).all()
     client.instances = [one for one in client.instances if one.Modality != "SEG"]
     assert labels_of(store) == {} and store.get_labeled_images() == []
 

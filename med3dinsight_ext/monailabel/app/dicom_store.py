@@ -85,7 +85,8 @@ class DicomStore(LabelChecks, DICOMWebDatastore):
             if uid not in self._read:
                 self._read[uid] = self._segmentation(str(series.StudyInstanceUID), uid)
             own = self._read[uid]
-            if own.image in images and (None not in own.values.values() or self._is_here(own)):
+            fits = own.values and None not in own.values.values()
+            if own.image in images and (fits or self._is_here(own)):
                 found.setdefault(own.image, []).append(own)
         return {
             image: max(rows, key=lambda own: (own.date, self._is_here(own)))
@@ -107,10 +108,9 @@ class DicomStore(LabelChecks, DICOMWebDatastore):
             for part in meta.get("SegmentSequence", [])
         }
         values = {number: class_value(name, self.names) for number, name in names.items()}
-        if unknown := [name for number, name in names.items() if values[number] is None]:
-            logger.warning(
-                "left out: segmentation %s has segments that are no classes: %s", uid, unknown
-            )
+        if not values or None in values.values():
+            shown = list(names.values())
+            logger.warning("left out: segments of %s must be classes, got %s", uid, shown)
         date = f"{meta.get('ContentDate') or ''}{meta.get('ContentTime') or ''}"
         return Segmentation(image, date, uid, study, values)
 
