@@ -181,7 +181,8 @@ def class_scores(probability: Tensor, labels: Tensor) -> dict[str, float]:
     if len(present) < 2:
         raise ValueError(
             f"labels must hold two classes, got only class {present.tolist()}; "
-            "test on a split that has both"
+            "hold out cases of both by another seed or a larger val_fraction, or none by "
+            "val_fraction 0; test on a split that has both"
         )
     if int(present.max()) >= probability.shape[1]:
         raise ValueError(
