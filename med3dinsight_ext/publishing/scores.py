@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from med3dinsight_ext.reports.formatting import short
+
 
 class Scores(NamedTuple):
     """Measured performance: names to numbers, and a Markdown table with intervals."""
@@ -41,8 +43,8 @@ def read_scores(path: str | Path | None, kind: str, classes: Sequence[str] = ())
         ) from error
     if scored != list(classes):
         raise ValueError(
-            f"metrics must be of a model with the classes {list(classes)}, got {scored} in {path}; "
-            "evaluate this one"
+            f"metrics must be of a model with the classes {list(classes)}, got "
+            f"{short(str(scored), 80)} in {path}; evaluate this one"
         )
     return Scores(flat, _table(rows))
 

@@ -402,6 +402,15 @@ def test_scores_of_a_model_with_other_classes_are_an_error(
         read_scores(tmp_path / "metrics.json", kind, ["Cube"])
 
 
+def test_the_file_of_scores_is_named_before_a_long_name_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    rows = dict(zip(("even", "o" * 10**5), CLASSIFICATION["per_class"].values(), strict=False))
+    path.write_text(json.dumps({**CLASSIFICATION, "per_class": rows}))
+    with pytest.raises(ValueError, match="metrics must be of a model") as raised:
+        read_scores(path, "classification", ["even", "odd"])
+    assert str(path) in str(raised.value)[:300]
+
+
 def test_scores_of_another_model_are_not_published(ball: dict[str, Any], tmp_path: Path) -> None:
     other = {**SEGMENTATION, "classes": {"Cube": SEGMENTATION["classes"]["Ball"]}}
     (tmp_path / "metrics.json").write_text(json.dumps(other))
