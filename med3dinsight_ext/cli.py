@@ -139,7 +139,10 @@ def valued(value: Any, kind: str) -> Any:
         value: as it was written, or the default.
         kind: annotation of the argument.
     """
-    if not isinstance(value, str) or kind.startswith("str") and value != "None":
+    if not isinstance(value, str):
+        return value
+    listed = "Sequence" in kind and value.startswith(("[", "("))
+    if kind.startswith("str") and value != "None" and not listed:
         return value
     return DefaultParseValue(value)
 

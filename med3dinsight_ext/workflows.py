@@ -149,6 +149,7 @@ def finetune(
         ``out``: models/model.pt in it is the network.
     """
     dataset = read_dataset(data, labels)
+    dataset.check_labels()
     labelled = dataset.labelled()
     if not labelled:
         raise ValueError(
@@ -167,8 +168,10 @@ def finetune(
         plan = plan or home
     bundle = "seg-finetune" if dataset.segments() else "cls-finetune"
     with only_training(folder / "models"):
-        check_start(folder, weights)
         settings = prepare(folder, dataset, plan, ["label"], quiet) | more
+        if "pretrained" in (planned := read_plan(folder / PLAN)) and weights is None:
+            weights = Path(planned["pretrained"]) if planned["pretrained"] else None
+        check_start(folder, weights)
         launch(bundle, ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
         shown = quote(str(folder))
@@ -314,6 +317,7 @@ def evaluate(
     dataset = read_dataset(data, labels)
     scored = kind_of(bundle) != "pretraining"
     if scored:
+        dataset.check_labels()
         dataset = dataset._replace(items=dataset.labelled())
     if not dataset.items:
         raise ValueError(f"data must have labels, got none in {data}; name them with --labels")
@@ -331,7 +335,7 @@ def evaluate(
         )
     settings: dict[str, Any] = {"bundle_root": str(home), "output_dir": str(folder)}
     settings |= as_trained(home, bundle, overlays, "train.json")
-    settings |= write_items(dataset, folder, ["label"] if scored else [])
+    settings |= write_items(dataset, folder, ["label"] if scored else [], home)
     if not known:  # captions are those of other volumes
         settings.pop("captions", None)
         settings |= {"captions": str(dataset.captions)} if dataset.captions and not scored else {}

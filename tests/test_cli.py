@@ -132,6 +132,9 @@ def test_names_of_files_are_no_literals() -> None:
     found = parsed("predict", ["2024", "data#2", "1_2", "a,b", "--out", "0x10", "--steps", "20"])
     assert found["model"] == "2024" and found["files"] == ("data#2", "1_2", "a,b")
     assert found["out"] == "0x10" and found["steps"] == 20 and found["quiet"] is False
+    listed = parsed("label", ["scans", "--bundles", "['a','b,c']"])
+    assert listed["bundles"] == ["a", "b,c"]
+    assert parsed("label", ["scans", "--bundles", "a,b"])["bundles"] == "a,b"
     assert parsed("plan", ["d", "--quiet", "--labels", "None"]) == {
         "data": "d", "labels": None, "out": None, "base": None, "nnunet": None, "quiet": True
     }  # fmt: skip

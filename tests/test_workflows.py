@@ -215,6 +215,26 @@ def test_a_training_from_other_weights_is_not_gone_on_with(
                            f"began from {origin}; name another"):  # fmt: skip
             workflows.finetune("scans", out="run", pretrained=other, quiet=True)
     assert len(lines) == 3
+    plan = Path("run/plan.yaml")
+    plan.write_text(plan.read_text() + "pretrained: weights.pt\n")
+    workflows.finetune("scans", out="run", quiet=True)  # as the plan says
+    assert len(lines) == 4
+
+
+def test_patients_of_a_training_stay_those_of_its_list(
+    scans: Path, lines: list[tuple[Any, ...]]
+) -> None:
+    workflows.finetune("scans", out="run", quiet=True)
+    path = Path("run/datalist.json")
+    rows = [{**row, "patient": "one"} for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(rows))
+    workflows.finetune("scans", out="run", quiet=True)
+    (Path("run") / "models").mkdir(exist_ok=True)
+    (Path("run") / "models" / "model.pt").touch()
+    workflows.evaluate("run", "scans", quiet=True)
+    for settings in (lines[-2][2], lines[-1][2]):
+        listed = json.loads(Path(settings["datalist"]).read_text())
+        assert [row["patient"] for row in listed] == ["one"] * 3
 
 
 def test_a_split_may_name_images_without_a_label(scans: Path, lines: list[tuple[Any, ...]]) -> None:

@@ -222,17 +222,15 @@ def split_items(
     return chosen
 
 
-def class_items(
-    items: list[dict], class_names: Sequence[str], require_all: bool = False
-) -> list[dict]:
+def class_items(items: list[dict], class_names: Sequence[str]) -> list[dict]:
     """The items with ``label`` as the index of their class.
 
     Args:
         items: from ``datalist``. A label may be a name, an index, an index as text, or a list of
-            one of these; what is both is the name. Without a label, the one class that a
-            folder above the image is named after.
+            one of these; a text that is both is the name, and where all names are numbers, a number
+            is the name. Without a label, the one class that a folder above the image is named
+            after.
         class_names: in the order of the network's outputs.
-        require_all: every class must have an item, as in training.
 
     Examples:
         >>> class_items([{"image": "a.nii", "label": "tumor"}], ["healthy", "tumor"])
@@ -241,11 +239,11 @@ def class_items(
     names, found, bad = list(class_names), [], []
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"class_names must be two or more different ones, got {names}; rename")
-    numbers = {key: i for i in range(len(names)) for key in (i, str(i))}
-    numbers |= {name: i for i, name in enumerate(names)}
-    given = [item.get("label") for item in items]
-    if all(str(label) in names for label in given if isinstance(label, int)):
-        numbers |= {int(name): i for i, name in enumerate(names) if name.isdecimal()}
+    numbers: dict[int | str, int] = {name: i for i, name in enumerate(names)}
+    if all(str(name).isdecimal() for name in names):
+        numbers |= {int(name): i for i, name in enumerate(names)}
+    else:
+        numbers = {key: i for i in range(len(names)) for key in (i, str(i))} | numbers
     for item in items:
         label = item.get("label")
         if label is None or label == "":
@@ -260,13 +258,23 @@ def class_items(
             f"{len(items)} that are not: {', '.join(bad[:3])}; correct these labels or "
             "class_names, or put each image into a folder named after its class"
         )
-    lost = [name for i, name in enumerate(names) if i not in {item["label"] for item in found}]
-    if require_all and lost:
+    return found
+
+
+def with_all_classes(items: list[dict], class_names: Sequence[str]) -> list[dict]:
+    """The items, once each class has one of them: what a training needs.
+
+    Args:
+        items: from ``class_items``.
+        class_names: in the order of the network's outputs.
+    """
+    seen = {item["label"] for item in items}
+    if lost := [name for i, name in enumerate(class_names) if i not in seen]:
         raise ValueError(
             f"class_names must each have a case in training, got none for {lost}; "
             "add cases or leave these classes out"
         )
-    return found
+    return items
 
 
 def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
@@ -308,7 +316,10 @@ def _drawn(patients: dict[str, dict], names: list[str], count: int, seed: int) -
     classes = Counter[Any](row["label"] for row in rows if isinstance(row["label"], int))
     rows = [row for row in rows if classes.get(row["label"]) != 1]
     count = min(count, len(rows) - 1)
-    return {row["patient"] for row in take(rows, count, seed)} if count > 0 else set()
+    if count < 1:
+        logger.warning("nothing is held out: each class has one patient")
+        return set()
+    return {row["patient"] for row in take(rows, count, seed)}
 
 
 def take(items: list[dict], count: int | None, seed: int = 0) -> list[dict]:

@@ -45,6 +45,7 @@ class Dataset(NamedTuple):
     split: Path | None
     captions: Path | None
     notes: list[str]
+    twice: Sequence[str] = ()  # labels that are of one image
 
     def training(self) -> Dataset:
         """The dataset without the cases that a split.json keeps for tests."""
@@ -61,6 +62,14 @@ class Dataset(NamedTuple):
     def labelled(self) -> list[dict[str, Any]]:
         """The items with a label."""
         return [item for item in self.items if item.get("label") not in (None, "")]
+
+    def check_labels(self) -> None:
+        """Stop if an image has several labels."""
+        if self.twice:
+            raise ValueError(
+                f"labels must be one for each image, got {' and '.join(self.twice[:2])}; leave one "
+                "of them, or name image and label in a list"
+            )
 
     def segments(self) -> bool:
         """Whether labels are label maps, not classes."""
@@ -96,6 +105,7 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     described = listed if listed and listed.suffix == ".json" else root / "dataset.json"
     names = decathlon_names(described) if described.is_file() else None
     notes: list[str] = []
+    twice: list[str] = []
     if listed:
         items = datalist(listed, root)
         for item in items:
@@ -104,10 +114,10 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
             item["patient"] = patient_name(item, _subject(Path(path).parts) or path)
     else:
         kinds = _modalities(described) if described.is_file() else {}
-        items = folder_items(source, Path(labels) if labels else None, notes, kinds)
+        items = folder_items(source, Path(labels) if labels else None, notes, kinds, twice)
     split, captions = root / "split.json", root / "captions.jsonl"
     found = [path if path.is_file() else None for path in (split, captions)]
-    return Dataset(root, items, names, found[0], found[1], notes)
+    return Dataset(root, items, names, found[0], found[1], notes, twice)
 
 
 def decathlon_names(source: Path) -> list[str] | None:
@@ -127,6 +137,7 @@ def folder_items(
     labels: Path | None,
     notes: list[str],
     kinds: Mapping[int, str] = MappingProxyType({}),
+    twice: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Images of a folder with their patients and labels.
 
@@ -135,9 +146,10 @@ def folder_items(
         labels: folder, as for ``read_dataset``.
         notes: gets what was left out or guessed.
         kinds: modality of each channel, where it is known.
+        twice: gets labels that are of one image, which then has none.
 
     Raises:
-        ValueError: no volumes, labels that no image is named like, or two labels for one image.
+        ValueError: no volumes, or labels that no image is named like.
     """
     images = source / "imagesTr" if (source / "imagesTr").is_dir() else source
     if images != source and (source / "imagesTs").is_dir():
@@ -155,14 +167,19 @@ def folder_items(
     if beside:
         notes.append(f"{len(beside)} DICOM files beside other volumes are left out")
     items = datalist(images)
-    if labels and images in labels.absolute().parents:
-        items = [item for item in items if labels.absolute() not in Path(item["image"]).parents]
+    if labels and Path(os.path.abspath(images)) in (root := Path(os.path.abspath(labels))).parents:
+        items = [item for item in items if root not in Path(item["image"]).parents]
     keys = {item["image"]: _key(Path(item["image"]), images) for item in items}
-    known = _labels(source, labels)
-    if labels and not known:
+    found = _labels(source, labels)
+    if labels and not found:
         raise ValueError(f"labels must hold label maps, got no volumes in {labels}")
-    way = next((way for way in WAYS if _matches(way, keys, known)), None)
-    if known and not way:
+    known = {key: paths[0] for key, paths in found.items() if len(paths) == 1}
+    if more := [path for paths in found.values() if len(paths) > 1 for path in paths]:
+        notes.append(f"{len(more)} labels are left out: two or more are of one image")
+        if twice is not None:
+            twice += more
+    way = max(WAYS, key=lambda way: _matches(way, keys, known))
+    if known and not _matches(way, keys, known):
         shown = [
             ", ".join(sorted({stem for _, stem in group})[:3]) for group in (known, keys.values())
         ]
@@ -170,15 +187,15 @@ def folder_items(
             f"labels must belong to the images, got {len(known)} labels ({shown[0]} …) and none "
             f"named like one of {len(items)} images ({shown[1]} …); name them alike"
         )
-    if way:
+    if known:
         labels_by = {way.label(key): path for key, path in known.items()}
-        found = {image: way.image(key) for image, key in keys.items()}
-        if lost := len(known) - len(labels_by.keys() & set(found.values())):
+        cases = {image: way.image(key) for image, key in keys.items()}
+        if lost := len(known) - len(labels_by.keys() & set(cases.values())):
             notes.append(f"{lost} of {len(known)} labels have no image")
         for item in items:
-            if (key := found[item["image"]]) in labels_by:
+            if (key := cases[item["image"]]) in labels_by:
                 item["label"] = labels_by[key]
-    if way.channels if way else _numbers_channels(keys.values()):
+    if way.channels if known else _numbers_channels(keys.values(), kinds):
         for item in items if kinds else ():
             item["modality"] = kinds.get(_channel(item["image"]), "auto")
         keys = {image: _case(key) for image, key in keys.items()}
@@ -198,9 +215,11 @@ def _name_patients(
         keys: of each image.
         notes: gets that folders were taken for patients.
     """
+    by_modality = all(f[-1].upper() in MODALITY_FOLDERS for f, _ in keys.values() if f)
+    if by_modality:  # the patients of one are those of the others
+        keys = {image: (folders[:-1], stem) for image, (folders, stem) in keys.items()}
     groups = {folders for folders, _ in keys.values() if folders}
-    by_modality = all(folders[-1].upper() in MODALITY_FOLDERS for folders in groups)
-    by_folder = 1 < len(groups) >= len(items) / FEW_IMAGES and not by_modality
+    by_folder = 1 < len(groups) >= len(items) / FEW_IMAGES
     taken = set()
     for item in items:
         folders, stem = keys[item["image"]]
@@ -210,7 +229,7 @@ def _name_patients(
             name = "/".join(folders)
             taken.add(name)
         else:
-            name = "/".join((*(folders[:-1] if by_modality else folders), stem))
+            name = "/".join((*folders, stem))
         item["patient"] = patient_name(item, name)
     if taken:
         notes.append(f"{len(taken)} folders are taken for patients; write a list if they are not")
@@ -239,23 +258,17 @@ def _channel(image: str) -> int:
     return int(found[0][1:]) if found else 0
 
 
-def _labels(source: Path, labels: Path | None) -> dict[Key, str]:
+def _labels(source: Path, labels: Path | None) -> dict[Key, list[str]]:
     """Label files by what they belong to."""
     if labels and not labels.is_dir():
         raise ValueError(f"labels must be a folder or a list, got {labels}; correct the path")
     root = labels or (source / "labelsTr" if (source / "labelsTr").is_dir() else source)
-    found: dict[Key, str] = {}
+    found: dict[Key, list[str]] = {}
     for path in (path for path in find_volumes(root) if path.is_file()):
         folders = path.relative_to(source).parts[:-1] if path.is_relative_to(source) else ()
         in_folder = labels or any(folder.startswith("labels") for folder in folders)
         if in_folder or volume_stem(path).endswith(LABEL_ENDINGS):
-            key = _key(path, root)
-            if key in found:
-                raise ValueError(
-                    f"labels must be one for each image, got {found[key]} and {path}; leave one, "
-                    "or name image and label in a list"
-                )
-            found[key] = str(path.absolute())
+            found.setdefault(_key(path, root), []).append(str(path.absolute()))
     return found
 
 
@@ -298,17 +311,22 @@ WAYS = (
 )
 
 
-def _matches(way: _Way, keys: Mapping[str, Key], known: Mapping[Key, str]) -> bool:
-    """Whether an image is named like a label, and no two labels become alike."""
+def _matches(way: _Way, keys: Mapping[str, Key], known: Mapping[Key, str]) -> int:
+    """How many labels an image is named like; none if two labels become alike."""
     labels = {way.label(key) for key in known}
-    return len(labels) == len(known) and any(way.image(key) in labels for key in keys.values())
+    found = labels & {way.image(key) for key in keys.values()}
+    return len(found) if len(labels) == len(known) else 0
 
 
-def _numbers_channels(keys: Collection[Key]) -> bool:
+def _numbers_channels(keys: Collection[Key], kinds: Mapping[int, str]) -> bool:
     """Whether the numbers of four digits in the names of unlabelled images are those of channels.
 
-    They are if there are several cases with the same numbers, from 0000 on.
+    They are if there are several cases with the same numbers, from 0000 on; or if all are numbers
+    of several ``kinds``.
     """
+    if len(kinds) > 1:
+        found = (CHANNEL.search(stem) for _, stem in keys)
+        return all(number and int(number[0][1:]) in kinds for number in found)
     numbers: dict[Key, list[str]] = {}
     for key in keys:
         numbers.setdefault(_case(key), []).append(key[1].removeprefix(_case(key)[1]))

@@ -57,6 +57,8 @@ class ScaleByModalityd(MapTransform):
         modality: of items without their own; "auto": guessed for each volume.
     """
 
+    modality = "auto"
+
     def __init__(
         self,
         keys: str | list[str],
@@ -64,7 +66,8 @@ class ScaleByModalityd(MapTransform):
         modality: str = "auto",
     ) -> None:
         super().__init__(keys)
-        self.modality = modality_name(modality)
+        if (name := modality_name(modality)) != "auto":  # prepared copies go by what is set
+            self.modality = name
         self.ct = ScaleIntensityRange(ct_range[0], ct_range[1], 0.0, 1.0, clip=True)
 
     def __call__(self, data: dict) -> dict:

@@ -21,18 +21,32 @@ def find_volumes(root: Path) -> list[Path]:
     """Files with one of ``VOLUME_ENDINGS`` and folders with a DICOM series, sorted; none hidden.
 
     DICOM files beside other volumes are left out: they are often what these were converted from.
-    Links to folders are followed, but to none twice.
     """
-    found, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
+    found = []
+    for folder, names in _folders(root):
         shown = sorted(name for name in names if name[0] != ".")
         files = [Path(folder, name) for name in shown if name.endswith(VOLUME_ENDINGS)]
         found += files or ([Path(folder)] if _holds_series(folder, shown) else [])
     return sorted(path for path in found if path.exists())  # a link may lead nowhere
+
+
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders with the names of their files: first all in ``root``, then where links lead.
+
+    No folder comes twice, and none that ``root`` lies in.
+    """
+    seen, above = set[str](), {str(path) for path in Path(os.path.realpath(root)).parents}
+    waiting = [str(root)]
+    while waiting:
+        for folder, folders, names in os.walk(waiting.pop(0)):
+            if (real := os.path.realpath(folder)) in seen or real in above:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            paths = (os.path.join(folder, name) for name in folders)
+            waiting += filter(os.path.islink, paths)
+            yield folder, names
 
 
 def _holds_series(folder: str, names: Sequence[str]) -> bool:

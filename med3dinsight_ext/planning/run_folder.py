@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,19 +94,24 @@ def prepare(
         )
     elif not quiet:
         print(f"goes on with {path}")
-    return {"bundle_root": str(folder), **write_items(dataset, folder, keys)}
+    return {"bundle_root": str(folder), **write_items(dataset, folder, keys, folder)}
 
 
-def write_items(dataset: Dataset, folder: Path, keys: Sequence[str]) -> dict[str, Any]:
+def write_items(dataset: Dataset, folder: Path, keys: Sequence[str], run: Path) -> dict[str, Any]:
     """Write the list of a dataset; returns overrides that name list, folder and split.
 
     Args:
         dataset: to list.
         folder: gets datalist.json.
         keys: fields of an item besides image, modality and patient.
+        run: folder of a training, whose list says the patients of the images that it had: what is
+            held out hangs on them.
     """
     fields = ("image", "modality", "patient", *keys)
     items = [{key: item[key] for key in fields} for item in dataset.items]
+    known = {os.path.realpath(row["image"]): row.get("patient") for row in _listed(run)}
+    for item in items:
+        item["patient"] = known.get(os.path.realpath(item["image"])) or item["patient"]
     text = json.dumps(items, indent=1, ensure_ascii=False) + "\n"
     write_atomic(folder / DATALIST, lambda draft: draft.write_text(text, "utf-8"))
     settings = {"dataset_dir": str(dataset.root), "datalist": str(folder / DATALIST)}
@@ -127,9 +133,12 @@ def _own_split(dataset: Dataset, folder: Path) -> Path:
 
 def images_of(folder: Path) -> set[str]:
     """Images in the list of a folder; none if there is no list."""
+    return {str(row["image"]) for row in _listed(folder)}
+
+
+def _listed(folder: Path) -> list[dict[str, Any]]:
     path = folder / DATALIST
-    rows = read_json(path, "datalist", "name another folder") if path.is_file() else []
-    return {str(row["image"]) for row in rows}
+    return read_json(path, "datalist", "name another folder") if path.is_file() else []
 
 
 def weights_of(pretrained: str) -> tuple[Path, str | None]:

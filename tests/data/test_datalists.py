@@ -20,6 +20,7 @@ from med3dinsight_ext.data.datalists import (
     hold_out,
     partition,
     take,
+    with_all_classes,
 )
 from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.data.volumes import (
@@ -377,7 +378,9 @@ def test_a_patients_images_are_held_out_together() -> None:
         hold_out(items, 1)
 
 
-def test_classes_keep_their_shares_when_cases_are_held_out() -> None:
+def test_classes_keep_their_shares_when_cases_are_held_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     items = [{"image": f"{i}.nii", "label": int(i < 3)} for i in range(20)]
     for seed in range(20):
         train, held = hold_out(items, 0.2, seed)
@@ -387,6 +390,7 @@ def test_classes_keep_their_shares_when_cases_are_held_out() -> None:
     assert all(rare[-1] in hold_out(rare, 0.4, seed)[0] for seed in range(20))
     one_each = [{"image": f"{i}.nii", "label": i} for i in range(3)]
     assert hold_out(one_each, 0.5) == (one_each, [])
+    assert "nothing is held out: each class has one patient" in caplog.text
 
 
 def test_one_patient_is_not_split_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -402,7 +406,10 @@ def test_numbers_that_are_names_are_no_indices() -> None:
 
     assert labels([1, 2, 3], ["1", "2", "3"]) == [0, 1, 2]
     assert labels([0, 2, 10], ["0", "2", "10"]) == [0, 1, 2]
-    assert labels([0, 1], ["1", "2"]) == labels([0, 1], ["well", "ill"]) == [0, 1]
+    assert labels([0, 1], ["1", "0"]) == [1, 0] and labels([0, 1], ["well", "ill"]) == [0, 1]
+    assert class_items([{"image": "a", "label": [1]}], ["1", "2"])[0]["label"] == 0
+    with pytest.raises(ValueError, match="label must be one of class_names .*got 1 of 2"):
+        labels([0, 1], ["1", "2"])
 
 
 def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
@@ -411,9 +418,11 @@ def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
     for name in ("p1", "p2"):
         (tmp_path / "study" / name).symlink_to(tmp_path / "disk" / "p1")
     (tmp_path / "study" / "loop").symlink_to(tmp_path / "study")
-    assert [item["image"] for item in datalist(tmp_path / "study")] == [
-        str(tmp_path / "study" / "p1" / "a.nii")
-    ]
+    (tmp_path / "study" / "a").symlink_to(tmp_path)  # above it
+    nifti(tmp_path / "study" / "z" / "b.nii")
+    (tmp_path / "study" / "b").symlink_to(tmp_path / "study" / "z")
+    found = [item["image"] for item in datalist(tmp_path / "study")]
+    assert found == [str(tmp_path / "study" / name) for name in ("p1/a.nii", "z/b.nii")]
 
 
 def test_a_table_of_excel_has_its_columns(tmp_path: Path) -> None:
@@ -473,7 +482,7 @@ def test_an_item_without_label_is_named() -> None:
 def test_a_folder_named_after_a_class_is_the_label(tmp_path: Path) -> None:
     for name in ("well/a.nii", "ill/patient_1/b.nii.gz", "ill/illness.nii"):
         nifti(tmp_path / name)
-    items = class_items(datalist(tmp_path), ["well", "ill"], require_all=True)
+    items = with_all_classes(class_items(datalist(tmp_path), ["well", "ill"]), ["well", "ill"])
     assert {Path(i["image"]).name: i["label"] for i in items} == {
         "a.nii": 0,
         "b.nii.gz": 1,
@@ -495,7 +504,7 @@ def test_a_class_without_a_case_is_an_error_in_training_alone() -> None:
     items = [{"image": "a.nii", "label": "ill"}]
     assert class_items(items, ["well", "ill"])[0]["label"] == 1
     with pytest.raises(ValueError, match=r"a case in training, got none for \['well'\]; add"):
-        class_items(items, ["well", "ill"], require_all=True)
+        with_all_classes(class_items(items, ["well", "ill"]), ["well", "ill"])
 
 
 @pytest.mark.parametrize("names", [["ill"], ["ill", "ill"]])

@@ -61,19 +61,41 @@ def test_labels_may_be_in_another_folder_or_a_list(tmp_path: Path) -> None:
     assert [item["label"] for item in found.labelled()] == ["ill", "well"] and not found.segments()
 
 
-def test_labels_may_be_in_a_folder_beside_the_images(tmp_path: Path) -> None:
+def test_labels_may_be_in_a_folder_beside_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(tmp_path / "d", "ct/a.nii.gz", "ct/b_0000.nii.gz", "seg/a.nii.gz")
     found = {"d/ct/a.nii.gz": "d/seg/a.nii.gz", "d/ct/b_0000.nii.gz": "."}
     assert pairs(tmp_path / "d", tmp_path / "d/seg") == found
     put(tmp_path / "e", "ct/a/x_0000.nii.gz", "ct/b/y_0000.nii.gz", "seg/x.nii.gz")
     found = {"e/ct/a/x_0000.nii.gz": "e/seg/x.nii.gz", "e/ct/b/y_0000.nii.gz": "."}
     assert pairs(tmp_path / "e", tmp_path / "e/seg") == found
+    monkeypatch.chdir(tmp_path)
+    assert len(read_dataset("e", "e/seg").items) == 2
 
 
-def test_two_labels_of_an_image_are_named(tmp_path: Path) -> None:
-    put(tmp_path, "a.nii.gz", "a_seg.nii.gz", "a_mask.nii.gz")
+def test_two_labels_of_an_image_are_named_where_labels_are_needed(tmp_path: Path) -> None:
+    put(tmp_path, "a.nii.gz", "a_seg.nii.gz", "a_mask.nii.gz", "b.nii.gz", "b_seg.nii.gz")
+    found = read_dataset(tmp_path)
+    assert [Path(item["image"]).name for item in found.labelled()] == ["b.nii.gz"]
+    assert found.notes == ["2 labels are left out: two or more are of one image"]
     with pytest.raises(ValueError, match=r"one for each image, got .*a_\w+.nii.gz and .*a_\w+.nii"):
-        read_dataset(tmp_path)
+        found.check_labels()
+
+
+def test_most_labels_decide_whether_numbers_are_channels(tmp_path: Path) -> None:
+    cases = [f"c{i}" for i in range(4)]
+    put(tmp_path / "imagesTr", *(f"{case}_0000.nii.gz" for case in cases), "more.nii.gz")
+    put(tmp_path / "labelsTr", *(f"{case}.nii.gz" for case in (*cases, "more")))
+    found = read_dataset(tmp_path)
+    assert len(found.labelled()) == 5 and found.items[0]["patient"] == "c0" and not found.notes
+
+
+def test_numbers_of_the_channels_of_dataset_json_are_those(tmp_path: Path) -> None:
+    put(tmp_path / "imagesTr", "c0_0000.nii.gz", "c0_0001.nii.gz", "c1_0001.nii.gz")
+    described(tmp_path, ["CT", "PET"], {"background": 0})
+    found = [(item["modality"], item["patient"]) for item in read_dataset(tmp_path).items]
+    assert found == [("CT", "c0"), ("PET", "c0"), ("PET", "c1")]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +107,7 @@ def test_two_labels_of_an_image_are_named(tmp_path: Path) -> None:
         (["a_0001", "b_0001"], ["a_0001", "b_0001"]),
         (["a_0000", "a_0001", "b_0000"], ["a_0000", "a_0001", "b_0000"]),
         (["CT/p1", "CT/p2", "MR/p1"], ["p1", "p2", "p1"]),
+        (["p/CT/a1", "p/CT/a2", "p/MR/b", "q/CT/a"], ["p", "p", "p", "q"]),
         (["sub-1/ses-1/a", "sub-1/ses-2/a", "sub-2/a"], ["sub-1", "sub-1", "sub-2"]),
         (["p/t1", "p/t2", "q/t1"], ["p", "p", "q"]),
     ],
@@ -94,7 +117,7 @@ def test_patients_of_a_folder(names: list[str], patients: list[str], tmp_path: P
     found = read_dataset(tmp_path)
     assert [item["patient"] for item in found.items] == patients
     said = ["2 folders are taken for patients; write a list if they are not"]
-    assert found.notes == (said if "p/t1" in names else [])
+    assert found.notes == (said if names[0][:2] == "p/" else [])
 
 
 def test_patients_of_a_list_are_its_paths_and_subjects(tmp_path: Path) -> None:
