@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from fakes import FakeImages, FakeTexts
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
@@ -182,6 +182,40 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
         teachers.open_clip(f"local-dir:{tmp_path}/none")
     with pytest.raises(ValueError, match="no such folder"):
         teachers.hugging_face(str(tmp_path / "none"))
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> str:
+    """A ViT without a pooler, as classifiers are saved."""
+    config = transformers.ViTConfig(**VISION, num_labels=2)
+    return save(tmp_path, transformers.ViTForImageClassification(config))
+
+
+def test_a_vit_without_a_pooler_gives_its_class_token_not_a_random_projection(
+    classifier: str, bert: str
+) -> None:
+    teacher, pixels = teachers.pair(classifier, bert), torch.rand(2, 3, 32, 32)
+    model = transformers.ViTForImageClassification.from_pretrained(classifier).eval()
+    with torch.no_grad():
+        token = model.vit((pixels - 0.5) / 0.25).last_hidden_state[:, 0]
+    expected = nn.functional.normalize(token, dim=1)
+    assert torch.allclose(teacher.encode_image(pixels), expected, atol=1e-5)
+
+
+def test_other_missing_weights_are_named(classifier: str) -> None:
+    path = Path(classifier, "model.safetensors")
+    weights = load_file(path)
+    del weights["vit.layernorm.weight"]
+    save_file(weights, path, {"format": "pt"})
+    tower = HuggingFaceImages(HuggingFaceModel(classifier))
+    with pytest.raises(ValueError, match=r"without layernorm.weight \(1 in all\); fetch the whole"):
+        tower.embed(torch.rand(1, 3, 32, 32))
+
+
+def test_a_checkpoint_in_half_precision_computes_in_float32(tmp_path: Path, bert: str) -> None:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    teacher = teachers.pair(save(tmp_path, transformers.ResNetModel(config).half()), bert)
+    assert teacher.encode_image(torch.rand(1, 3, 32, 32)).shape == (1, 8)
 
 
 def test_a_hub_model_without_network_names_the_download_command(
