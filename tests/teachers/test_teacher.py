@@ -229,6 +229,19 @@ def test_a_hub_model_without_network_names_the_download_command(
         teachers.hugging_face("org/model")
 
 
+@pytest.mark.parametrize(
+    ("preprocess", "vision", "size"),
+    [({}, {"image_size": 384}, 384), ({"size": [96, 96]}, {"image_size": 32}, 96), ({}, {}, 224)],
+)
+def test_the_size_of_an_open_clip_model_is_its_configs(
+    preprocess: dict, vision: dict, size: int, tmp_path: Path
+) -> None:
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"weights")
+    about = {"model_cfg": {"vision_cfg": vision}, "preprocess_cfg": preprocess}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
+    assert teachers.open_clip(f"local-dir:{tmp_path}").image.size == size
+
+
 def test_an_open_clip_folder_gives_the_models_own_embeddings(tmp_path: Path) -> None:
     try:
         open_clip = import_open_clip()
