@@ -14,6 +14,7 @@ from monai.transforms import MapTransform, Randomizable
 from safetensors import safe_open
 from torch import Tensor
 
+from med3dinsight_ext.data.volumes import STRAIGHT, UNSHEAR, shear
 from med3dinsight_ext.embeddings.entry import read_entry
 
 
@@ -98,7 +99,7 @@ def map_positions(
         plane (s,) and position (s,) in the copy; a position outside [0, 1] was cropped away.
 
     Raises:
-        ValueError: the copy was rotated, so that its slices are tilted against the source's.
+        ValueError: the source is sheared or the copy was rotated, so that slices are tilted.
     """
     step = torch.linalg.solve(target.double(), source.double())  # source voxel -> copy voxel
     size_of_step = step[:3, :3].abs()
@@ -106,6 +107,11 @@ def map_positions(
     off = size_of_step.clone()
     off[new_axis, torch.arange(3)] = 0
     if len(set(new_axis.tolist())) < 3 or off.max() > 1e-3 * size_of_step.max():
+        if (angle := shear(source)) > STRAIGHT:
+            raise ValueError(
+                f"volume must have axes at right angles, got {angle:.2g} degrees of shear (gantry "
+                f"tilt); {UNSHEAR}"
+            )
         raise ValueError(
             "image must be flipped, cropped, padded, zoomed or turned by right angles only, got a "
             "rotated grid, in which slices tilt; take rotations and deformations out of the "

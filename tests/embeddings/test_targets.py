@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from fakes import SIZE, FakeImages, FakeTexts, volume
@@ -92,6 +94,34 @@ def test_a_tilted_volume_is_refused() -> None:
             copy.affine,
             copy.shape[1:],
         )
+
+
+def test_a_sheared_volume_is_refused_by_the_store_until_it_is_resampled(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    item = volume(tmp_path / "tilted.nii.gz")
+    image = nib.load(item["image"])
+    sheared = image.affine.copy()
+    sheared[1, 2] = 2.0 * math.tan(math.radians(15))  # z steps of 2 mm lean along y
+    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32), sheared), item["image"])
+    store = Store(tmp_path / "s", teacher, TemplateCaptions(), 4)
+    with pytest.raises(ValueError, match=r"got 15 degrees of shear \(gantry tilt\) in .*tilted.nii"):
+        store.fill([item])
+    straight = Spacing((1.5, 1.0, 2.0))(read_volume(item["image"]))
+    with pytest.raises(ValueError, match="got 15 degrees of shear"):  # stored by an earlier version
+        about = torch.tensor([2]), torch.tensor([0.5]), torch.tensor(SIZE), torch.tensor(sheared)
+        map_positions(*about, straight.affine, straight.shape[1:])
+    nib.save(nib.Nifti1Image(straight[0].numpy(), straight.affine.numpy()), item["image"])
+    assert sampled([item], store, 4)["valid"].all()
+
+
+def test_an_oblique_volume_is_not_sheared(teacher: Teacher, tmp_path: Path) -> None:
+    item = volume(tmp_path / "oblique.nii.gz")
+    image = nib.load(item["image"])
+    turned = tilted(0.3, 1.0).numpy() @ image.affine
+    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32), turned), item["image"])
+    store = Store(tmp_path / "s", teacher, TemplateCaptions(), 4)
+    assert sampled([item], store, 4)["valid"].all()
 
 
 def tilted(angle: float, zoom: float) -> torch.Tensor:
