@@ -135,13 +135,13 @@ class SampleTargetsd(MapTransform, Randomizable):
     Args:
         keys: the image, a MetaTensor (1, x, y, z).
         embedding_dims: of the store.
-        slices: slices a volume, >= 1, padded if there are fewer; None takes all in order.
+        slices: slices a volume, >= 1, padded if there are fewer or none; None takes all in order.
         min_similarity: captions with a lower cosine similarity to their slice are left out; needs a
             teacher with one joint space.
 
     Raises:
         TypeError: ``min_similarity`` is no number, or the image is no MetaTensor.
-        ValueError: an argument is out of range, or a crop holds no stored slice.
+        ValueError: an argument is out of range, or all slices are wanted and there are none.
     """
 
     def __init__(
@@ -183,9 +183,9 @@ class SampleTargetsd(MapTransform, Randomizable):
         row_of_text[entry["text_row"].long()] = torch.arange(len(entry["text_row"]))
         inside = (position >= 0) & (position <= 1)
         usable = inside.nonzero().flatten()
-        if not len(usable):
+        if self.slices is None and not len(usable):
             raise ValueError(
-                f"image must hold a stored slice, got none of {len(plane)} inside the crop of "
+                f"image must hold a stored slice, got none of {len(plane)} inside "
                 f"{image.meta.get('filename_or_obj', 'a volume')}; raise per_plane or patch_size "
                 f"(entry {data['targets']})"
             )

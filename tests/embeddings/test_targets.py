@@ -225,12 +225,17 @@ def test_an_oriented_file_gives_the_same_targets(teacher: Teacher, tmp_path: Pat
         assert torch.allclose(other["position"], found[0]["position"])
 
 
-def test_a_crop_without_a_stored_slice_is_an_error(items: list[dict], store: Store) -> None:
+def test_a_crop_without_a_stored_slice_has_invalid_rows_and_a_volume_is_an_error(
+    items: list[dict], store: Store
+) -> None:
     item = store.fill(items)[0]
     image = MetaTensor(torch.zeros(1, 2, 2, 2), affine=torch.diag(torch.tensor([1.5, 1, 2, 1.0])))
     image.affine[:3, 3] = -500
+    found = SampleTargetsd("image", store.embedding_dims, 3)({**item, "image": image})
+    assert found["image_target"].shape == (3, 6) and not found["image_target"].any()
+    assert not found["valid"].any() and not found["has_text"].any()
     with pytest.raises(ValueError, match="raise per_plane or patch_size"):
-        SampleTargetsd("image", store.embedding_dims)({**item, "image": image})
+        SampleTargetsd("image", store.embedding_dims, None)({**item, "image": image})
 
 
 def test_the_control_hides_the_volume_from_the_student_alone(
