@@ -16,7 +16,7 @@ from med3dinsight_ext.teachers import teacher as teachers
 from med3dinsight_ext.teachers.adapted import write_adapted
 from med3dinsight_ext.teachers.hugging_face import HuggingFaceImages, HuggingFaceModel
 from med3dinsight_ext.teachers.open_clip import import_open_clip
-from med3dinsight_ext.teachers.teacher import Teacher
+from med3dinsight_ext.teachers.teacher import Teacher, sentences
 
 WORDS = ["[PAD]", "[BEGIN]", "[END]", "[UNK]", *"a mass of soft tissue in the left thigh .".split()]
 TEXT = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
@@ -138,6 +138,18 @@ def test_a_long_sentence_is_split_at_words(teacher: Teacher) -> None:
     assert torch.allclose(
         teacher.encode_text([words])[0], nn.functional.normalize(halves.sum(0), dim=0), atol=1e-6
     )
+
+
+def test_a_text_without_spaces_is_split_at_its_marks_then_at_characters() -> None:
+    text = "肝脏右叶见低密度影，边界清楚。脾脏正常！"
+    assert sentences(text, lambda piece: len(piece) <= 10) == [
+        "肝脏右叶见低密度影，", "边界清楚。", "脾脏正常！"
+    ]  # fmt: skip
+    pieces = sentences(text, lambda piece: len(piece) <= 6)
+    assert pieces == ["肝脏右叶见", "低密度影，", "边界清楚。", "脾脏正常！"]
+    assert sentences(" abcdefg ", lambda piece: len(piece) <= 4) == ["abc", "defg"]
+    with pytest.raises(ValueError, match="characters that fit the encoder, got 'a'"):
+        sentences("ab", lambda piece: False)
 
 
 def test_texts_up_to_the_limit_are_whole(clip: str) -> None:
