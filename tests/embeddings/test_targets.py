@@ -105,7 +105,9 @@ def test_a_sheared_volume_is_refused_by_the_store_until_it_is_resampled(
     sheared[1, 2] = 2.0 * math.tan(math.radians(15))  # z steps of 2 mm lean along y
     nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32), sheared), item["image"])
     store = Store(tmp_path / "s", teacher, TemplateCaptions(), 4)
-    with pytest.raises(ValueError, match=r"got 15 degrees of shear \(gantry tilt\) in .*tilted.nii"):
+    with pytest.raises(
+        ValueError, match=r"got 15 degrees of shear \(gantry tilt\) in .*tilted.nii"
+    ):
         store.fill([item])
     straight = Spacing((1.5, 1.0, 2.0))(read_volume(item["image"]))
     with pytest.raises(ValueError, match="got 15 degrees of shear"):  # stored by an earlier version
