@@ -10,7 +10,6 @@ from monai.data import MetaTensor
 from safetensors import safe_open
 from torch import Tensor
 
-from med3dinsight_ext.data.slicing import MODALITIES
 from med3dinsight_ext.embeddings.grid_targets import GEOMETRY, SampleGridsd, within
 from med3dinsight_ext.embeddings.grids import slice_voxels
 from med3dinsight_ext.embeddings.targets import map_positions, patient_index
@@ -42,16 +41,16 @@ class SampleCropsd(SampleGridsd):
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         plane, position, means = self.crop_means(data)
+        with safe_open(data["grids"], "pt") as file:
+            modality = file.get_tensor("modality").long()
         count = max(len(plane), 1) if self.count is None else self.count
         valid = torch.arange(count) < len(plane)
         pad = count - len(plane)
-        modality = data.get("modality")
-        index = MODALITIES.index(modality) if modality in MODALITIES else 0
         return {
             **data,
             "plane": F.pad(plane, (0, pad)),
             "position": F.pad(position, (0, pad)),
-            "modality_index": torch.tensor(index).expand(count),
+            "modality_index": modality.expand(count),
             "image_target": F.pad(F.normalize(means, dim=1), (0, 0, 0, pad)),
             "text_target": torch.zeros(count, 0),
             "has_text": torch.zeros(count, dtype=torch.bool),
