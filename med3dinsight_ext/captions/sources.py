@@ -19,6 +19,7 @@ from med3dinsight_ext.data.slicing import PLANES, depth, plane_number
 from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.io.images import open_volume
 from med3dinsight_ext.io.reading import read_rows, readable
+from med3dinsight_ext.io.remote import is_remote
 
 
 def source(captions: str | Captioner | None, root: str | Path | None = None) -> Captioner:
@@ -53,9 +54,10 @@ class _Caption(NamedTuple):
 class FileCaptions(Captioner):
     """Captions from a JSONL or CSV file, one row a slice.
 
-    Columns: ``image`` (path below ``root``), ``plane`` (name or number), ``index`` (voxel along the
-    cut axis in RAS) or ``position`` (fraction of the extent) or both, ``caption`` or ``text``, and
-    optionally ``size`` (voxels along the cut axis); without it the image's header is read.
+    Columns: ``image`` (path below ``root``, or an address), ``plane`` (name or number), ``index``
+    (voxel along the cut axis in RAS) or ``position`` (fraction of the extent) or both, ``caption``
+    or ``text``, and optionally ``size`` (voxels along the cut axis); without it the image's header
+    is read.
 
     Args:
         path: the file; rows of images that are not in the datalist are ignored.
@@ -120,6 +122,8 @@ class FileCaptions(Captioner):
         image = fields.get("image")
         if not isinstance(image, str) or not image:
             raise ValueError(f"image must be a path, got {image!r} in {where}; add it")
+        if is_remote(image):
+            return image
         key = _key(os.path.join(self.root, image))
         if key not in self.rows and not os.path.exists(key.split("::")[0]):
             raise ValueError(
@@ -244,7 +248,7 @@ def _row(where: str, fields: dict) -> Row:
 
 
 def _key(image: str) -> str:
-    return os.path.realpath(image)
+    return image if is_remote(image) else os.path.realpath(image)
 
 
 def _pairs(

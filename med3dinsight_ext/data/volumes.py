@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from monai.data import MetaTensor, NibabelReader
 from monai.data.utils import correct_nifti_header_if_necessary
 from monai.transforms import LoadImage, MapTransform, Orientation, ScaleIntensityRange
@@ -34,6 +36,8 @@ warnings.filterwarnings("ignore", "NvImgCodecPydicomReader")
 logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 T = TypeVar("T")
 FIX = "repair the file or leave it out"
+STRAIGHT = math.degrees(1e-3)  # a larger shear is none of rounding
+UNSHEAR = "resample it to a grid of right angles (monai.transforms.Spacing; dcm2niix for DICOM)"
 
 
 def guess_modality(volume: Tensor) -> str:
@@ -46,6 +50,18 @@ def modality_of(item: Mapping[str, Any], volume: Tensor, default: str = "auto") 
     given = item.get("modality", "auto")
     given = default if given == "auto" else given
     return guess_modality(volume) if given == "auto" else given
+
+
+def shear(affine: Tensor) -> float:
+    """Largest deviation of a volume's axes from right angles, in degrees.
+
+    Args:
+        affine: (4, 4), voxels to mm.
+    """
+    axes = torch.as_tensor(affine).as_subclass(Tensor)[:3, :3].double()
+    axes = axes / axes.norm(dim=0)
+    cosine = (axes.mT @ axes - torch.eye(3).to(axes)).abs().max().item()
+    return math.degrees(math.asin(min(cosine, 1.0)))
 
 
 class ScaleByModalityd(MapTransform):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -18,10 +18,12 @@ from monai.bundle import ConfigParser
 
 from med3dinsight_ext.embeddings.store import Store
 from med3dinsight_ext.io.console import Bar
+from med3dinsight_ext.io.errors import first_line
 from med3dinsight_ext.io.packages import package
 
 logger = logging.getLogger(__name__)
 PART = 8  # volumes of one task: what a worker that dies makes again, at most
+RETRIES = 2  # of a part whose worker dies
 
 
 class Filler:
@@ -61,15 +63,15 @@ def fill(
 ) -> list[dict[str, Any]]:
     """``Store.fill`` by Ray actors, each with one GPU where the cluster has them.
 
-    A part whose actor dies is given to another, and entries that it had made are not made again.
-    At the end ``store`` itself goes through all items: it names bad volumes, and makes what is
-    missing.
+    A part whose actor dies is tried again, ``RETRIES`` times, and entries that it had made are not
+    made again. At the end ``store`` itself goes through all items: it names bad volumes, and makes
+    what is missing.
 
     Args:
         store: on a folder that all nodes share.
         items: from ``datalist``.
         build: makes the same store in an actor.
-        workers: actors.
+        workers: actors; no more than the cluster has CPUs, or GPUs.
         address: of a cluster; None starts Ray on this machine.
         skip_bad: as in ``Store.fill``.
 
@@ -80,14 +82,26 @@ def fill(
     begun = not ray.is_initialized()
     if begun:
         ray.init(address=address, include_dashboard=None, log_to_driver=False)
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(Filler)
+    has = ray.cluster_resources()
+    gpus = 1 if has.get("GPU") else 0
+    places = int(min(has.get("CPU", 0), has["GPU"]) if gpus else has.get("CPU", 0))
+    if workers > max(1, places):
+        logger.warning(f"{workers} workers are more than the cluster has places for: {places}")
+        workers = max(1, places)  # more would wait for one for ever
+    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES)(Filler)
     fillers = [actor.remote(build, os.getcwd()) for _ in range(workers)]
     parts = [items[i : i + PART] for i in range(0, len(items), PART)]
+    died = False
     try:
         pool = ray.util.ActorPool(fillers)
-        done = pool.map_unordered(lambda filler, part: filler.fill.remote(part), parts)
-        for message in Bar(done, "Filling the store", len(parts)):
+        for part in parts:
+            pool.submit(lambda filler, part: filler.fill.remote(part), part)
+        for _ in Bar(parts, "Filling the store"):
+            try:
+                message = pool.get_next_unordered()
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+                died = True
+                message = f"a worker died {RETRIES + 1} times: {first_line(error)}"
             if message:
                 logger.warning(message)
     finally:
@@ -96,7 +110,20 @@ def fill(
         if begun:
             ray.shutdown()
     store.reload()
+    if died:
+        left = ", ".join(_missing(store, items))
+        logger.warning(
+            f"this process makes what no worker survived (leave it out if need be): {left}"
+        )
     return store.fill(items, skip_bad)
+
+
+def _missing(store: Store, items: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Images without an entry."""
+    for item in items:
+        with suppress(OSError, ValueError):  # `Store.fill` names those
+            if not store.path(item).exists():
+                yield item["image"]
 
 
 def embed(

@@ -10,7 +10,6 @@ from monai.data import MetaTensor
 from safetensors import safe_open
 from torch import Tensor
 
-from med3dinsight_ext.data.slicing import MODALITIES
 from med3dinsight_ext.embeddings.grid_targets import GEOMETRY, SampleGridsd, within
 from med3dinsight_ext.embeddings.grids import slice_voxels
 from med3dinsight_ext.embeddings.targets import map_positions, patient_index
@@ -28,11 +27,12 @@ class SampleCropsd(SampleGridsd):
     Args:
         keys: the image, a MetaTensor (1, x, y, z).
         layers: teacher layers in the file; their means stand side by side.
-        slices: slices a volume, >= 1, padded if there are fewer; None takes all in order.
+        slices: slices a volume, >= 1, padded if there are fewer or none; None takes all in order,
+            and a row of padding where there are none.
 
     Raises:
         TypeError: the image is no MetaTensor.
-        ValueError: the item names no grids, or the crop shows no stored slice.
+        ValueError: the item names no grids.
     """
 
     def __init__(self, keys: str, layers: int, slices: int | None = 16) -> None:
@@ -41,17 +41,17 @@ class SampleCropsd(SampleGridsd):
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         plane, position, means = self.crop_means(data)
-        count = len(plane) if self.count is None else self.count
+        with safe_open(data["grids"], "pt") as file:
+            modality = file.get_tensor("modality").long()
+        count = max(len(plane), 1) if self.count is None else self.count
         valid = torch.arange(count) < len(plane)
-        rows = torch.arange(count) * valid
-        modality = data.get("modality")
-        index = MODALITIES.index(modality) if modality in MODALITIES else 0
+        pad = count - len(plane)
         return {
             **data,
-            "plane": plane[rows],
-            "position": position[rows],
-            "modality_index": torch.tensor(index).expand(count),
-            "image_target": F.normalize(means, dim=1)[rows] * valid[:, None],
+            "plane": F.pad(plane, (0, pad)),
+            "position": F.pad(position, (0, pad)),
+            "modality_index": modality.expand(count),
+            "image_target": F.pad(F.normalize(means, dim=1), (0, 0, 0, pad)),
             "text_target": torch.zeros(count, 0),
             "has_text": torch.zeros(count, dtype=torch.bool),
             "valid": valid,
@@ -69,19 +69,13 @@ class SampleCropsd(SampleGridsd):
                 self._shown(geometry, every, round(x.get_shape()[1] ** 0.5), image) for x in stored
             ]
             usable = torch.stack([cells.any(1) for cells in shown]).all(0).nonzero().flatten()
-            if not len(usable):
-                raise ValueError(
-                    f"image must show a stored slice, got none of {len(every)} inside the crop of "
-                    f"{image.meta.get('filename_or_obj', 'a volume')}; raise per_plane, or "
-                    "patch_size"
-                )
             if self.count is not None:
                 order = torch.from_numpy(self.R.permutation(len(usable)))
                 usable = usable[order[: self.count]].sort().values
-            means = [
-                torch.stack([decode(x[int(row)])[cells[row]].mean(0) for row in usable])
-                for x, cells in zip(stored, shown, strict=True)
-            ]
+            means = [torch.zeros(len(usable), x.get_shape()[2]) for x in stored]
+            for mean, x, cells in zip(means, stored, shown, strict=True):
+                for n, row in enumerate(usable):
+                    mean[n] = decode(x[int(row)])[cells[row]].mean(0)
         plane, position = map_positions(
             geometry["plane"].long()[usable],
             geometry["position"][usable],

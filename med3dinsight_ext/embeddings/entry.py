@@ -13,7 +13,7 @@ from torch import Tensor
 from med3dinsight_ext.captions.captioner import Captioner, SlicedVolume
 from med3dinsight_ext.captions.cleaning import Reply
 from med3dinsight_ext.data import slicing
-from med3dinsight_ext.data.volumes import modality_of, read_volume
+from med3dinsight_ext.data.volumes import STRAIGHT, UNSHEAR, modality_of, read_volume, shear
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.teachers.teacher import Teacher
@@ -80,9 +80,14 @@ class EntryMaker:
             answers: file of a model's raw answers.
 
         Raises:
-            ValueError: the volume is bad, or a caption does not fit it.
+            ValueError: the volume is bad or sheared, or a caption does not fit it.
         """
         volume = read_volume(item["image"])
+        if (angle := shear(volume.affine)) > STRAIGHT:  # its slices would tilt on any other grid
+            raise ValueError(
+                f"volume must have axes at right angles, got {angle:.2g} degrees of shear (gantry "
+                f"tilt) in {item['image']}; {UNSHEAR}"
+            )
         modality = modality_of(item, volume)
         item = {**item, "modality": modality}
         shown, size = slicing.window(volume, modality), volume.shape[1:]

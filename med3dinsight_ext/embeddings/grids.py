@@ -23,11 +23,12 @@ from med3dinsight_ext.embeddings.shards import rank_share, wait_for_ranks
 from med3dinsight_ext.embeddings.whitening import Whitening, fit_whitening
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, key_of, keyed_path, sha256, write_atomic
+from med3dinsight_ext.io.remote import local_path
 from med3dinsight_ext.teachers.dense import encode_grids, find_layers
 from med3dinsight_ext.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
-FORMAT = 1  # raise it when slicing, windows, whitening or this file change what is stored
+FORMAT = 2  # raise it when slicing, windows, whitening or this file change what is stored
 FIT_VOLUMES = 64  # at most, for the whitening
 FIT_CELLS = 2000  # of each of them and each layer
 
@@ -72,7 +73,10 @@ def cell_voxels(
 
 
 class Slices(NamedTuple):
-    """The slices of one volume: pictures (s, c, h, w), plane and position (s,), geometry."""
+    """The slices of one volume: pictures (s, c, h, w), plane and position (s,), geometry.
+
+    modality: that of the item, or what "auto" found.
+    """
 
     pictures: Tensor
     plane: Tensor
@@ -80,6 +84,7 @@ class Slices(NamedTuple):
     affine: Tensor
     size: list[int]
     spacing: list[float]
+    modality: str
 
     def voxels(self, side: int) -> Tensor:
         """(s, side * side, 3) voxel coordinates of the cells of all slices."""
@@ -100,11 +105,13 @@ def read_slices(
         picture: pixels along a side of a picture.
     """
     volume = read_volume(item["image"])
-    shown = slicing.window(volume, modality_of(item, volume))
+    modality = modality_of(item, volume)
+    shown = slicing.window(volume, modality)
     plane, position = slicing.choose(shown, per_plane, seed, planes)
     spacing = [float(mm) for mm in volume.pixdim]
     pictures = slicing.cut_planes(shown, spacing, plane, position, picture)
-    return Slices(pictures, plane, position, volume.affine, list(volume.shape[1:]), spacing)
+    size = list(volume.shape[1:])
+    return Slices(pictures, plane, position, volume.affine, size, spacing, modality)
 
 
 def slice_voxels(
@@ -152,7 +159,7 @@ class GridStore:
     ) -> None:
         if codes < 1:
             raise ValueError(f"codes must be at least 1, got {codes}; 64 is the default")
-        self.root = Path(root)
+        self.root = local_path(root, "store_dir")
         self.teacher = teacher.on(device)
         self.layers = find_layers(teacher.image) if layers == "auto" else list(layers)
         self.codes, self.per_plane, self.seed = codes, per_plane, seed
@@ -281,6 +288,7 @@ class GridStore:
             "size": torch.tensor(slices.size, dtype=torch.int32),
             "spacing": torch.tensor(slices.spacing, dtype=torch.float64),
             "picture": torch.tensor(slices.pictures.shape[-1]),
+            "modality": torch.tensor(slicing.MODALITIES.index(slices.modality)),
         }
         for number, (layer, features, fraction) in enumerate(self._cells(slices)):
             s, cells, _ = features.shape

@@ -14,6 +14,7 @@ from monai.transforms import MapTransform, Randomizable
 from safetensors import safe_open
 from torch import Tensor
 
+from med3dinsight_ext.data.volumes import STRAIGHT, UNSHEAR, shear
 from med3dinsight_ext.embeddings.entry import read_entry
 
 
@@ -98,7 +99,7 @@ def map_positions(
         plane (s,) and position (s,) in the copy; a position outside [0, 1] was cropped away.
 
     Raises:
-        ValueError: the copy was rotated, so that its slices are tilted against the source's.
+        ValueError: the source is sheared or the copy was rotated, so that slices are tilted.
     """
     step = torch.linalg.solve(target.double(), source.double())  # source voxel -> copy voxel
     size_of_step = step[:3, :3].abs()
@@ -106,6 +107,11 @@ def map_positions(
     off = size_of_step.clone()
     off[new_axis, torch.arange(3)] = 0
     if len(set(new_axis.tolist())) < 3 or off.max() > 1e-3 * size_of_step.max():
+        if (angle := shear(source)) > STRAIGHT:
+            raise ValueError(
+                f"volume must have axes at right angles, got {angle:.2g} degrees of shear (gantry "
+                f"tilt); {UNSHEAR}"
+            )
         raise ValueError(
             "image must be flipped, cropped, padded, zoomed or turned by right angles only, got a "
             "rotated grid, in which slices tilt; take rotations and deformations out of the "
@@ -129,13 +135,13 @@ class SampleTargetsd(MapTransform, Randomizable):
     Args:
         keys: the image, a MetaTensor (1, x, y, z).
         embedding_dims: of the store.
-        slices: slices a volume, >= 1, padded if there are fewer; None takes all in order.
+        slices: slices a volume, >= 1, padded if there are fewer or none; None takes all in order.
         min_similarity: captions with a lower cosine similarity to their slice are left out; needs a
             teacher with one joint space.
 
     Raises:
         TypeError: ``min_similarity`` is no number, or the image is no MetaTensor.
-        ValueError: an argument is out of range, or a crop holds no stored slice.
+        ValueError: an argument is out of range, or all slices are wanted and there are none.
     """
 
     def __init__(
@@ -177,9 +183,9 @@ class SampleTargetsd(MapTransform, Randomizable):
         row_of_text[entry["text_row"].long()] = torch.arange(len(entry["text_row"]))
         inside = (position >= 0) & (position <= 1)
         usable = inside.nonzero().flatten()
-        if not len(usable):
+        if self.slices is None and not len(usable):
             raise ValueError(
-                f"image must hold a stored slice, got none of {len(plane)} inside the crop of "
+                f"image must hold a stored slice, got none of {len(plane)} inside "
                 f"{image.meta.get('filename_or_obj', 'a volume')}; raise per_plane or patch_size "
                 f"(entry {data['targets']})"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from med3dinsight_ext.embeddings.targets import SliceTargets
     from med3dinsight_ext.models.student import StudentOutput
 
+logger = logging.getLogger(__name__)
+
 KINDS = ("siglip", "info_nce", "cosine", "regression", "partial_transport")
 
 
@@ -39,7 +42,8 @@ class AlignmentLoss(nn.Module):
 
     The image and text parts compare slice tokens with the teacher's embeddings by one ``kind`` of
     loss; slices with equal targets (drawn twice, or with the same caption) are no negatives of
-    each other. Under torch.distributed the pairs of all ranks count.
+    each other. Under torch.distributed the pairs of all ranks count. A part of fewer than two
+    valid slices is zero.
 
     Args:
         kind: "siglip", "info_nce" (v1), "cosine", "regression" or "partial_transport" (v2).
@@ -118,6 +122,7 @@ class AlignmentLoss(nn.Module):
             for name, size in lengths.items():
                 self.roots[name] = nn.Parameter(torch.eye(size))
         self.latest = LossParts(*torch.zeros(4))
+        self._warned = False
 
     def _pair_loss(self, name: str, student: Tensor, teacher: Tensor, allowed: Tensor) -> Tensor:
         """The chosen loss of n pairs of the "image" or "text" target."""
@@ -144,10 +149,17 @@ class AlignmentLoss(nn.Module):
         if tokens is None:
             return pred.tokens[next(iter(pred.tokens))].sum() * 0
         columns = (tokens.float(), getattr(target, name).float(), target.plane, target.position)
-        rows = gather(rows).flatten().nonzero().flatten()  # once: each use of a mask waits for it
+        rows = gather(rows).flatten()
+        slots, rows = len(rows), rows.nonzero().flatten()  # once: each use of a mask waits for it
         student, teacher, plane, position = (gather(x).flatten(0, 1)[rows] for x in columns)
-        if name == "text" and len(student) < 2:
-            return tokens.sum() * 0  # captions may be rare, and one alone has no negatives
+        if len(student) < 2 <= slots:  # one alone has no negatives
+            if name == "image" and not self._warned:  # captions may be rare
+                self._warned = True
+                logger.warning(
+                    f"{len(student)} of a step's {slots} slices are in its crops: such steps have "
+                    "no image part; raise per_plane, patch_size or batch_size"
+                )
+            return tokens.sum() * 0
         if name in self.residuals:
             teacher = self.residuals[name](teacher, plane, position)
         unit = F.normalize(teacher.double(), dim=1)  # TF32 would tell equal captions apart
@@ -161,7 +173,7 @@ class AlignmentLoss(nn.Module):
         """Weighted sum of the parts, in float32 under any autocast; ``latest`` has the parts.
 
         Raises:
-            ValueError: fewer than two valid slices, or shapes that do not fit.
+            ValueError: a batch of fewer than two slices, or shapes that do not fit.
         """
         parts = list(torch.zeros(3, device=target.volume.device))
         image, text, reconstruction = self.weights

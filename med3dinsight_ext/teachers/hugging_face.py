@@ -8,10 +8,13 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from med3dinsight_ext.teachers.checkpoints import image_settings, model_fingerprint
 from med3dinsight_ext.teachers.towers import ImageTower, TextTower
+
+LOADING = 2  # raise it when loading or pooling changes the embeddings of images
 
 
 class HuggingFaceModel:
@@ -23,17 +26,36 @@ class HuggingFaceModel:
 
     @cached_property
     def network(self) -> Any:
-        """The model with its weights."""
+        """The model with its weights, in float32.
+
+        A pooler that the checkpoint has no weights of is left out: it would be drawn at random.
+
+        Raises:
+            ValueError: other weights are missing.
+        """
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(self.name, revision=self.revision)
+        network, loaded = AutoModel.from_pretrained(
+            self.name, revision=self.revision, dtype=torch.float32, output_loading_info=True
+        )
+        missing = sorted(loaded["missing_keys"])
+        if others := [key for key in missing if not key.startswith("pooler.")]:
+            raise ValueError(
+                f"model must have all its weights, got {self.name} without "
+                f"{', '.join(others[:3])} ({len(others)} in all); fetch the whole repository (hf "
+                "download MODEL --local-dir DIR), or name a checkpoint of "
+                f"{type(network).__name__}"
+            )
+        if missing:
+            network.pooler = None
+        return network
 
 
 class HuggingFaceImages(ImageTower):
     """The image side of a transformers checkpoint: CLIP, SigLIP, DINO, ViT, ConvNeXt, ResNet."""
 
     def __init__(self, source: HuggingFaceModel) -> None:
-        self.source, self.fingerprint = source, source.fingerprint
+        self.source, self.fingerprint = source, f"{source.fingerprint}-{LOADING}"
         self.size, self.mean, self.std = image_settings(source.name, source.revision)
 
     def load(self) -> nn.Module:

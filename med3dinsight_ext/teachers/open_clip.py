@@ -44,7 +44,10 @@ class OpenClipModel:
         local = folder_fingerprint(Path(place)) if kind == "local-dir" else ""
         config = Path(hub_file(place, "open_clip_config.json"))
         self.fingerprint = local or config.parent.name
-        self.preprocess = json.loads(config.read_text()).get("preprocess_cfg", {})
+        about = json.loads(config.read_text())
+        self.preprocess = about.get("preprocess_cfg", {})
+        vision = about.get("model_cfg", {}).get("vision_cfg", {})
+        self.size = self.preprocess.get("size") or vision.get("image_size") or 224
 
     @property
     def library(self) -> Any:
@@ -68,8 +71,7 @@ class OpenClipImages(ImageTower):
 
     def __init__(self, source: OpenClipModel) -> None:
         self.source, self.fingerprint = source, source.fingerprint
-        size = source.preprocess.get("size", 224)
-        self.size = size if isinstance(size, int) else max(size)
+        self.size = source.size if isinstance(source.size, int) else max(source.size)
         # open_clip's own constants where a checkpoint sets none
         self.mean = source.preprocess.get("mean", (0.48145466, 0.4578275, 0.40821073))
         self.std = source.preprocess.get("std", (0.26862954, 0.26130258, 0.27577711))

@@ -22,21 +22,26 @@ from med3dinsight_ext.teachers.hugging_face import (
 from med3dinsight_ext.teachers.open_clip import OpenClipImages, OpenClipModel, OpenClipTexts
 from med3dinsight_ext.teachers.towers import ImageTower, TextTower
 
+# Chinese and Japanese put no space after a sentence.
+ENDS = re.compile(r"(?<=[.;!?:])\s+|(?<=[。！？；：，、])\s*")
+
 
 def sentences(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Split a text at sentence ends, then at words, into pieces for which ``fits(piece)`` holds.
+    """Split a text at sentence ends, words, then characters into pieces with ``fits(piece)``.
 
     Raises:
-        ValueError: a single word does not fit.
+        ValueError: a single character does not fit.
     """
     if fits(text):
         return [text]
-    parts = re.split(r"(?<=[.;!?:])\s+", text.strip())
+    parts = [part for part in ENDS.split(text.strip()) if part]
     if len(parts) == 1:
         words = text.split()
-        if len(words) < 2:
-            raise ValueError(f"text must be made of words that fit the encoder, got {text[:80]!r}")
-        parts = [" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])]
+        units, space = (words, " ") if len(words) > 1 else (list(words[0]), "")
+        if len(units) < 2:
+            raise ValueError(f"text must be made of characters that fit the encoder, got {text!r}")
+        half = len(units) // 2
+        parts = [space.join(units[:half]), space.join(units[half:])]
     return [piece for part in parts for piece in sentences(part, fits)]
 
 
@@ -125,7 +130,7 @@ class Teacher(nn.Module):
 
         Raises:
             TypeError: one string instead of a list.
-            ValueError: an empty text, or a single word longer than the encoder takes.
+            ValueError: an empty text, or a single character longer than the encoder takes.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string; put it in a list")

@@ -29,6 +29,7 @@ from med3dinsight_ext.embeddings.shards import rank_share, wait_for_ranks
 from med3dinsight_ext.embeddings.whitening import position_terms
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, keyed_path, sha256, write_atomic
+from med3dinsight_ext.io.remote import local_path
 from med3dinsight_ext.models.voxel_head import VoxelHead, fit_voxel_head
 from med3dinsight_ext.training.checkpoints import load_weights
 
@@ -131,7 +132,8 @@ class SoftLabels:
         if network is None and not head:
             raise ValueError("soft labels need a source: set soft_weights or soft_head=True")
         self.network, self.head = network, head
-        self.root, self.classes, self.spacing = Path(root), classes, list(spacing)
+        self.root = local_path(root, "store_dir")
+        self.classes, self.spacing = classes, list(spacing)
         self.hidden, self.seed = hidden, seed
         self._hashes = HashMemo(self.root / "files.jsonl")
 

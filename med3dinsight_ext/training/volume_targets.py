@@ -16,6 +16,7 @@ from med3dinsight_ext.data.settings import described
 from med3dinsight_ext.embeddings.shards import rank_share, wait_for_ranks
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
+from med3dinsight_ext.io.remote import local_path
 from med3dinsight_ext.models.teacher_classifier import TeacherFeatures
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class VolumeTargets:
         transforms: Sequence[Any],
         device: torch.device | str = "cpu",
     ) -> None:
-        self.root, self.features, self.load = Path(root), features, Compose(transforms)
+        self.root = local_path(root, "store_dir")
+        self.features, self.load = features, Compose(transforms)
         self.device = torch.device(device)
         self._made = [FORMAT, features.fingerprint().hex(), described(list(transforms))]
         self._hashes = HashMemo(self.root / "files.jsonl")

@@ -39,6 +39,13 @@ def test_captioned_slices_are_required_at_their_centres(tmp_path: Path) -> None:
     torch.testing.assert_close(found[1], torch.tensor([2.5 / 3, 0.1, 0.3]))
 
 
+def test_a_row_may_name_an_address(tmp_path: Path) -> None:
+    item = {"image": "s3://bucket/a.nii", "modality": "MR"}
+    file = captions(tmp_path, row(image="s3://bucket/a.nii"))
+    file.check_items([item])
+    assert file.caption(item, [2, 2], [0.3, 0.5]) == ["One.", None]
+
+
 def test_a_caption_comes_back_for_its_slice_only(tmp_path: Path) -> None:
     item = image(tmp_path / "a.nii")
     file = captions(tmp_path, row(), row(plane="coronal", index=3, size=4, caption="Two."))

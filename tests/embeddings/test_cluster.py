@@ -10,12 +10,13 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fakes
 import pytest
 from embeddings.test_store_laws import entries
-from ray_store import build
+from ray_store import build, deadly
 from running import command, environment, settings
 
 from med3dinsight_ext.embeddings import cluster
@@ -52,6 +53,86 @@ def test_without_ray_the_extra_is_named(
     store = build(tmp_path / "store")
     with pytest.raises(ValueError, match=r"package ray, got none; pip install .*ext\[ray\]"):
         fill(store, items, partial(build, tmp_path / "store"), 2)
+
+
+class Died(Exception):
+    """Ray's RayActorError."""
+
+
+class Actors:
+    """Ray, but each actor lives in this process, and dies of the volumes ``deadly``."""
+
+    def __init__(self, has: dict[str, float], deadly: str = "none") -> None:
+        self.has, self.deadly, self.made, self.retries = has, deadly, 0, 0
+        errors = {"RayActorError": Died, "OutOfMemoryError": MemoryError}
+        self.exceptions = SimpleNamespace(**errors)
+        self.util = SimpleNamespace(ActorPool=Pool)
+        self.init = self.kill = self.shutdown = lambda *args, **options: None
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.has
+
+    def remote(self, max_task_retries: int, **options: Any) -> Any:
+        self.retries = max_task_retries
+        return lambda kind: SimpleNamespace(remote=partial(self.actor, kind))
+
+    def actor(self, kind: Any, *args: Any) -> Any:
+        self.made += 1
+        filler = kind(*args)
+
+        def fill(part: list[dict]) -> str:
+            if any(self.deadly in item["image"] for item in part):
+                raise Died("The actor died unexpectedly")
+            return filler.fill(part)
+
+        return SimpleNamespace(fill=SimpleNamespace(remote=lambda part: partial(fill, part)))
+
+
+class Pool:
+    """Ray's ActorPool, one task at a time."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        self.actors, self.tasks = actors, []
+
+    def submit(self, call: Any, part: Any) -> None:
+        self.tasks.append(call(self.actors[0], part))
+
+    def get_next_unordered(self) -> str:
+        return self.tasks.pop(0)()
+
+
+@pytest.mark.parametrize(
+    ("has", "made"),
+    [({"CPU": 2.0}, 2), ({"CPU": 8.0, "GPU": 1.0}, 1), ({"CPU": 9.0}, 5), ({}, 1)],
+)
+def test_no_more_workers_are_made_than_the_cluster_has_places_for(
+    has: dict[str, float], made: int, items: list[dict], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    ray = Actors(has)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    store = build(tmp_path / "store")
+    assert len(fill(store, items, partial(build, tmp_path / "store"), 5)) == VOLUMES
+    assert ray.made == made
+    assert ("5 workers are more than" in caplog.text) == (made < 5)
+
+
+def test_a_part_that_kills_its_workers_is_left_for_the_end_and_named(
+    items: list[dict], whole: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cluster, "PART", 2)
+    ray = Actors({"CPU": 1.0}, "/5.nii.gz")
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    store = build(tmp_path / "store")
+    assert len(fill(store, items, partial(build, tmp_path / "store"), 1)) == VOLUMES
+    assert entries(tmp_path / "store") == whole and ray.retries == 2
+    died, left = caplog.messages[:2]
+    assert died == "a worker died 3 times: The actor died unexpectedly"
+    assert left.endswith(f"{items[4]['image']}, {items[5]['image']}")
 
 
 @pytest.fixture
@@ -93,6 +174,22 @@ def test_ray_fills_the_store_though_its_workers_are_killed(
     assert len(filled) == VOLUMES and killed
     found = entries(root)
     assert {k: v for k, v in found.items() if "/." not in k} == whole
+
+
+@pytest.mark.slow
+def test_a_deadly_volume_ends_no_filling_and_workers_have_places(
+    ray: Any, items: list[dict], whole: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cluster, "PART", 2)
+    make = partial(deadly, tmp_path / "store", os.getpid())
+    ray.init(include_dashboard=False, num_cpus=1, log_to_driver=False)
+    assert len(fill(make(), items, make, workers=3)) == VOLUMES
+    assert {k: v for k, v in entries(tmp_path / "store").items() if "/." not in k} == whole
+    own = [record.message for record in caplog.records if record.name == cluster.__name__]
+    many, died, left = own
+    assert "places for: 1" in many and died.startswith("a worker died 3 times: ")
+    assert left.endswith(f"{items[4]['image']}, {items[5]['image']}")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -7,6 +8,7 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialCrop, SpatialPad
 from test_grids import AFFINES, CHANGES, SHAPE, brightness, decode_hu, pooled_teacher, ramp
 
+from med3dinsight_ext.data.slicing import MODALITIES
 from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.embeddings.crop_targets import SampleCropsd
 from med3dinsight_ext.embeddings.grids import GridStore
@@ -81,5 +83,23 @@ def test_slices_are_drawn_padded_and_of_unit_length(tmp_path: Path) -> None:
     assert shown > 5 and not padded["image_target"][shown:].any()
     assert len(padded["plane"]) == len(padded["has_text"]) == len(padded["patient_index"]) == 40
     far = SpatialCrop(roi_start=(0, 0, 0), roi_end=(1, 1, 1))(volume)
-    with pytest.raises(ValueError, match="must show a stored slice, got none of .* inside"):
-        sampler(data | {"image": far})
+    for count, rows in ((5, 5), (None, 1)):
+        found = SampleCropsd("image", 2, count)(data | {"image": far})
+        assert found["image_target"].shape == (rows, 2) and found["plane"].shape == (rows,)
+        assert not found["valid"].any() and not found["image_target"].any()
+
+
+@pytest.mark.usefixtures("brightness")
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_the_modality_is_that_of_the_volume_where_the_list_has_none(
+    modality: str, tmp_path: Path
+) -> None:
+    item = ramp(tmp_path / "a.nii.gz", 0, AFFINES["isotropic"])
+    image = nib.load(item["image"])
+    array = image.get_fdata(dtype=np.float32) + (300 if modality == "MR" else -300)
+    nib.save(nib.Nifti1Image(array, image.affine), item["image"])
+    store = GridStore(tmp_path / "s", pooled_teacher(), ["0", "1"], per_plane=4)
+    (item,) = store.fill([item | {"modality": "auto"}])
+    data = {**item, "image": read_volume(item["image"])}
+    found = SampleCropsd("image", 2, 3)(data)["modality_index"]
+    assert found.tolist() == [MODALITIES.index(modality)] * 3

@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from fakes import SIZE, FakeImages, FakeTexts, volume
@@ -92,6 +94,36 @@ def test_a_tilted_volume_is_refused() -> None:
             copy.affine,
             copy.shape[1:],
         )
+
+
+def test_a_sheared_volume_is_refused_by_the_store_until_it_is_resampled(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    item = volume(tmp_path / "tilted.nii.gz")
+    image = nib.load(item["image"])
+    sheared = image.affine.copy()
+    sheared[1, 2] = 2.0 * math.tan(math.radians(15))  # z steps of 2 mm lean along y
+    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32), sheared), item["image"])
+    store = Store(tmp_path / "s", teacher, TemplateCaptions(), 4)
+    with pytest.raises(
+        ValueError, match=r"got 15 degrees of shear \(gantry tilt\) in .*tilted.nii"
+    ):
+        store.fill([item])
+    straight = Spacing((1.5, 1.0, 2.0))(read_volume(item["image"]))
+    with pytest.raises(ValueError, match="got 15 degrees of shear"):  # stored by an earlier version
+        about = torch.tensor([2]), torch.tensor([0.5]), torch.tensor(SIZE), torch.tensor(sheared)
+        map_positions(*about, straight.affine, straight.shape[1:])
+    nib.save(nib.Nifti1Image(straight[0].numpy(), straight.affine.numpy()), item["image"])
+    assert sampled([item], store, 4)["valid"].all()
+
+
+def test_an_oblique_volume_is_not_sheared(teacher: Teacher, tmp_path: Path) -> None:
+    item = volume(tmp_path / "oblique.nii.gz")
+    image = nib.load(item["image"])
+    turned = tilted(0.3, 1.0).numpy() @ image.affine
+    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32), turned), item["image"])
+    store = Store(tmp_path / "s", teacher, TemplateCaptions(), 4)
+    assert sampled([item], store, 4)["valid"].all()
 
 
 def tilted(angle: float, zoom: float) -> torch.Tensor:
@@ -195,12 +227,17 @@ def test_an_oriented_file_gives_the_same_targets(teacher: Teacher, tmp_path: Pat
         assert torch.allclose(other["position"], found[0]["position"])
 
 
-def test_a_crop_without_a_stored_slice_is_an_error(items: list[dict], store: Store) -> None:
+def test_a_crop_without_a_stored_slice_has_invalid_rows_and_a_volume_is_an_error(
+    items: list[dict], store: Store
+) -> None:
     item = store.fill(items)[0]
     image = MetaTensor(torch.zeros(1, 2, 2, 2), affine=torch.diag(torch.tensor([1.5, 1, 2, 1.0])))
     image.affine[:3, 3] = -500
+    found = SampleTargetsd("image", store.embedding_dims, 3)({**item, "image": image})
+    assert found["image_target"].shape == (3, 6) and not found["image_target"].any()
+    assert not found["valid"].any() and not found["has_text"].any()
     with pytest.raises(ValueError, match="raise per_plane or patch_size"):
-        SampleTargetsd("image", store.embedding_dims)({**item, "image": image})
+        SampleTargetsd("image", store.embedding_dims, None)({**item, "image": image})
 
 
 def test_the_control_hides_the_volume_from_the_student_alone(

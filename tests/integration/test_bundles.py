@@ -337,6 +337,40 @@ def test_the_paper_overlay_sets_the_papers_recipe() -> None:
     assert (loss["kind"], loss["mass"], loss["epsilon"]) == ("partial_transport", 0.95, 0.03)
 
 
+@pytest.mark.parametrize(
+    ("bundle", "overlay", "key"),
+    [
+        ("pretrain", "dense.yaml", "sound_items"),
+        ("pretrain", "crop.yaml", "sound_items"),
+        ("pretrain", "volume.yaml", "sound_items"),
+        ("seg-finetune", "unlabelled.yaml", "unlabelled_items"),
+        ("seg-finetune", "mean_teacher.yaml", "train::unlabelled_items"),
+    ],
+)
+def test_overlays_name_bad_volumes_or_leave_them_out(
+    bundle: str, overlay: str, key: str, volumes: Path, tmp_path: Path
+) -> None:
+    images = [*(str(path) for path in volumes.glob("*.nii.gz")), str(tmp_path / "bad.nii.gz")]
+    listed = tmp_path / "more.json"
+    listed.write_text(json.dumps([{"image": path, "modality": "MR"} for path in images]))
+    (tmp_path / "bad.nii.gz").write_text("no volume")
+    given = {"datalist" if bundle == "pretrain" else "unlabelled": str(listed)}
+    if bundle != "pretrain":
+        given |= {"train_items": [], "val_items": []}
+    config = merged(bundle, "train.json", overlay) | {"dataset_dir": str(volumes)} | given
+
+    def items(skip_bad: bool) -> list[dict]:
+        parser = ConfigParser(config | {"skip_bad": skip_bad})
+        parser.parse()
+        parser.get_parsed_content("imports")
+        return parser.get_parsed_content(key)
+
+    with pytest.raises(RuntimeError) as error:
+        items(False)
+    assert "1 bad of 7" in str(error.getrepr(chain=True))
+    assert [item["image"] for item in items(True)] == images[:-1]
+
+
 def weights(root: Path) -> dict[str, torch.Tensor]:
     return torch.load(root / "models" / "last.ckpt", weights_only=True)
 

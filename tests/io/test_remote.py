@@ -29,9 +29,13 @@ from med3dinsight_ext.data.datalists import datalist
 from med3dinsight_ext.data.labels import read_case
 from med3dinsight_ext.data.prepared import PreparedCopy
 from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.embeddings.grids import GridStore
 from med3dinsight_ext.embeddings.store import Store
 from med3dinsight_ext.io.files import HashMemo
 from med3dinsight_ext.io.remote import fetched, local_path
+from med3dinsight_ext.models.teacher_classifier import TeacherFeatures
+from med3dinsight_ext.training.soft_labels import SoftLabels
+from med3dinsight_ext.training.volume_targets import VolumeTargets
 
 NAMES = ["background", "organ"]
 
@@ -125,9 +129,13 @@ def test_a_broken_object_names_its_address(tmp_path: Path) -> None:
 
 
 def test_an_address_of_a_folder_that_is_written_to_is_one_line(tmp_path: Path) -> None:
+    features = TeacherFeatures(fakes.teacher(), (2, 2, 2), layers=["0"])
     for name, build in (
         ("prepared", lambda root: PreparedCopy(root, segmentation())),
         ("store_dir", lambda root: Store(root, fakes.teacher(), TemplateCaptions())),
+        ("store_dir", lambda root: GridStore(root, fakes.teacher(), ["0"])),
+        ("store_dir", lambda root: SoftLabels(root, 2, (2, 2, 2))),
+        ("store_dir", lambda root: VolumeTargets(root, features, [])),
     ):
         message = f"{name} must be .* got s3://bucket/x; copy .* lines of docs/guides/scale.md"
         with pytest.raises(ValueError, match=message):

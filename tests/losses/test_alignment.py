@@ -149,16 +149,30 @@ def test_nearly_equal_targets_and_slices_on_the_edge_of_the_window_are_negatives
     assert torch.allclose(loss.latest.image, expected)
 
 
-def test_two_captions_are_enough_and_one_slice_is_not() -> None:
+def test_two_slices_or_captions_are_enough_and_one_has_no_part(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     tokens, target = batch(1, 4)
     loss = AlignmentLoss("cosine")
     for count in (1, 2):
         target.has_text[:] = torch.arange(4) < count
         loss(output(tokens), target)
         assert (loss.latest.text > 0) == (count == 2)
-    target.valid[:] = torch.arange(4) < 1
+    assert not caplog.messages
+    for count in (1, 0):
+        target.valid[:] = torch.arange(4) < count
+        own = {name: values.clone().requires_grad_() for name, values in tokens.items()}
+        loss(output(own), target).backward()
+        assert loss.latest.image == loss.latest.text == 0
+        assert all(values.grad is not None and not values.grad.any() for values in own.values())
+    (warning,) = caplog.messages
+    assert warning.startswith("1 of a step's 4 slices are in its crops")
+
+
+def test_a_batch_of_one_slice_is_an_error() -> None:
+    tokens, target = batch(1, 1)
     with pytest.raises(ValueError, match="pairs must be at least two, got 1"):
-        loss(output(tokens), target)
+        AlignmentLoss("cosine")(output(tokens), target)
 
 
 @pytest.mark.parametrize("hidden", [0, 1, 3])

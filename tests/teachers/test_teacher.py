@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from fakes import FakeImages, FakeTexts
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
@@ -16,7 +16,7 @@ from med3dinsight_ext.teachers import teacher as teachers
 from med3dinsight_ext.teachers.adapted import write_adapted
 from med3dinsight_ext.teachers.hugging_face import HuggingFaceImages, HuggingFaceModel
 from med3dinsight_ext.teachers.open_clip import import_open_clip
-from med3dinsight_ext.teachers.teacher import Teacher
+from med3dinsight_ext.teachers.teacher import Teacher, sentences
 
 WORDS = ["[PAD]", "[BEGIN]", "[END]", "[UNK]", *"a mass of soft tissue in the left thigh .".split()]
 TEXT = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
@@ -140,6 +140,18 @@ def test_a_long_sentence_is_split_at_words(teacher: Teacher) -> None:
     )
 
 
+def test_a_text_without_spaces_is_split_at_its_marks_then_at_characters() -> None:
+    text = "肝脏右叶见低密度影，边界清楚。脾脏正常！"
+    assert sentences(text, lambda piece: len(piece) <= 10) == [
+        "肝脏右叶见低密度影，", "边界清楚。", "脾脏正常！"
+    ]  # fmt: skip
+    pieces = sentences(text, lambda piece: len(piece) <= 6)
+    assert pieces == ["肝脏右叶见", "低密度影，", "边界清楚。", "脾脏正常！"]
+    assert sentences(" abcdefg ", lambda piece: len(piece) <= 4) == ["abc", "defg"]
+    with pytest.raises(ValueError, match="characters that fit the encoder, got 'a'"):
+        sentences("ab", lambda piece: False)
+
+
 def test_texts_up_to_the_limit_are_whole(clip: str) -> None:
     text = teachers.hugging_face(clip).text
     assert text.fits("a mass of soft tissue in the left")  # eight words, begin and end
@@ -184,6 +196,40 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
         teachers.hugging_face(str(tmp_path / "none"))
 
 
+@pytest.fixture
+def classifier(tmp_path: Path) -> str:
+    """A ViT without a pooler, as classifiers are saved."""
+    config = transformers.ViTConfig(**VISION, num_labels=2)
+    return save(tmp_path, transformers.ViTForImageClassification(config))
+
+
+def test_a_vit_without_a_pooler_gives_its_class_token_not_a_random_projection(
+    classifier: str, bert: str
+) -> None:
+    teacher, pixels = teachers.pair(classifier, bert), torch.rand(2, 3, 32, 32)
+    model = transformers.ViTForImageClassification.from_pretrained(classifier).eval()
+    with torch.no_grad():
+        token = model.vit((pixels - 0.5) / 0.25).last_hidden_state[:, 0]
+    expected = nn.functional.normalize(token, dim=1)
+    assert torch.allclose(teacher.encode_image(pixels), expected, atol=1e-5)
+
+
+def test_other_missing_weights_are_named(classifier: str) -> None:
+    path = Path(classifier, "model.safetensors")
+    weights = load_file(path)
+    del weights["vit.layernorm.weight"]
+    save_file(weights, path, {"format": "pt"})
+    tower = HuggingFaceImages(HuggingFaceModel(classifier))
+    with pytest.raises(ValueError, match=r"without layernorm.weight \(1 in all\); fetch the whole"):
+        tower.embed(torch.rand(1, 3, 32, 32))
+
+
+def test_a_checkpoint_in_half_precision_computes_in_float32(tmp_path: Path, bert: str) -> None:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    teacher = teachers.pair(save(tmp_path, transformers.ResNetModel(config).half()), bert)
+    assert teacher.encode_image(torch.rand(1, 3, 32, 32)).shape == (1, 8)
+
+
 def test_a_hub_model_without_network_names_the_download_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -193,6 +239,19 @@ def test_a_hub_model_without_network_names_the_download_command(
     monkeypatch.setattr("transformers.utils.cached_file", offline)
     with pytest.raises(ValueError, match="hf download org/model --local-dir DIR"):
         teachers.hugging_face("org/model")
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "vision", "size"),
+    [({}, {"image_size": 384}, 384), ({"size": [96, 96]}, {"image_size": 32}, 96), ({}, {}, 224)],
+)
+def test_the_size_of_an_open_clip_model_is_its_configs(
+    preprocess: dict, vision: dict, size: int, tmp_path: Path
+) -> None:
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"weights")
+    about = {"model_cfg": {"vision_cfg": vision}, "preprocess_cfg": preprocess}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
+    assert teachers.open_clip(f"local-dir:{tmp_path}").image.size == size
 
 
 def test_an_open_clip_folder_gives_the_models_own_embeddings(tmp_path: Path) -> None:
