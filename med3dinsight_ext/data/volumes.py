@@ -64,6 +64,15 @@ def shear(affine: Tensor) -> float:
     return math.degrees(math.asin(min(cosine, 1.0)))
 
 
+def check_straight(volume: MetaTensor, path: str) -> None:
+    """Stop if a volume is sheared: its slices would tilt on any other grid."""
+    if (angle := shear(volume.affine)) > STRAIGHT:
+        raise ValueError(
+            f"volume must have axes at right angles, got {angle:.2g} degrees of shear (gantry "
+            f"tilt) in {path}; {UNSHEAR}"
+        )
+
+
 class ScaleByModalityd(MapTransform):
     """Scales intensities to [0, 1] by the item's ``modality``: a HU range for CT, else percentiles.
 

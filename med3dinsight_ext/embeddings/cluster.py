@@ -71,12 +71,13 @@ def fill(
         store: on a folder that all nodes share.
         items: from ``datalist``.
         build: makes the same store in an actor.
-        workers: actors; no more than the cluster has CPUs, or GPUs.
+        workers: actors; here no more than there are CPUs, or GPUs.
         address: of a cluster; None starts Ray on this machine.
         skip_bad: as in ``Store.fill``.
 
     Raises:
         ValueError: as ``Store.fill``; or Ray is not installed.
+        RuntimeError: no worker could build its store.
     """
     ray = package("ray", "the store", "ray")
     begun = not ray.is_initialized()
@@ -87,7 +88,8 @@ def fill(
     places = int(min(has.get("CPU", 0), has["GPU"]) if gpus else has.get("CPU", 0))
     if workers > max(1, places):
         logger.warning(f"{workers} workers are more than the cluster has places for: {places}")
-        workers = max(1, places)  # more would wait for one for ever
+        if address is None:  # here none is added, and more would wait for one for ever
+            workers = max(1, places)
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES)(Filler)
     fillers = [actor.remote(build, os.getcwd()) for _ in range(workers)]
     parts = [items[i : i + PART] for i in range(0, len(items), PART)]
@@ -99,6 +101,9 @@ def fill(
         for _ in Bar(parts, "Filling the store"):
             try:
                 message = pool.get_next_unordered()
+            except ray.exceptions.ActorDiedError as error:  # it could not begin
+                cause = str(error).strip().splitlines()[-1]
+                raise RuntimeError(f"a worker must build the store, got {cause}") from error
             except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
                 died = True
                 message = f"a worker died {RETRIES + 1} times: {first_line(error)}"

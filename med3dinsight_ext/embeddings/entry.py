@@ -13,7 +13,7 @@ from torch import Tensor
 from med3dinsight_ext.captions.captioner import Captioner, SlicedVolume
 from med3dinsight_ext.captions.cleaning import Reply
 from med3dinsight_ext.data import slicing
-from med3dinsight_ext.data.volumes import STRAIGHT, UNSHEAR, modality_of, read_volume, shear
+from med3dinsight_ext.data.volumes import check_straight, modality_of, read_volume
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.teachers.teacher import Teacher
@@ -83,11 +83,7 @@ class EntryMaker:
             ValueError: the volume is bad or sheared, or a caption does not fit it.
         """
         volume = read_volume(item["image"])
-        if (angle := shear(volume.affine)) > STRAIGHT:  # its slices would tilt on any other grid
-            raise ValueError(
-                f"volume must have axes at right angles, got {angle:.2g} degrees of shear (gantry "
-                f"tilt) in {item['image']}; {UNSHEAR}"
-            )
+        check_straight(volume, item["image"])
         modality = modality_of(item, volume)
         item = {**item, "modality": modality}
         shown, size = slicing.window(volume, modality), volume.shape[1:]

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.data import slicing
-from med3dinsight_ext.data.volumes import modality_of, read_volume
-from med3dinsight_ext.embeddings.shards import rank_share, wait_for_ranks
+from med3dinsight_ext.data.volumes import check_straight, modality_of, read_volume
+from med3dinsight_ext.embeddings.shards import merge_ranks, rank_share, wait_for_ranks, without
 from med3dinsight_ext.embeddings.whitening import Whitening, fit_whitening
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, key_of, keyed_path, sha256, write_atomic
@@ -105,6 +105,7 @@ def read_slices(
         picture: pixels along a side of a picture.
     """
     volume = read_volume(item["image"])
+    check_straight(volume, item["image"])
     modality = modality_of(item, volume)
     shown = slicing.window(volume, modality)
     plane, position = slicing.choose(shown, per_plane, seed, planes)
@@ -183,18 +184,20 @@ class GridStore:
         made = [*self._made, self._whitening_hash, *content]
         return keyed_path(self.root / "grids", made, ".safetensors")
 
-    def fill(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def fill(self, items: Sequence[dict[str, Any]], skip_bad: bool = False) -> list[dict[str, Any]]:
         """Make the grids that are missing; each rank of torchrun makes its share.
 
         Args:
             items: image and modality. Where ``root`` has no whitening for these settings yet, it is
                 fitted on an even sample of them, and kept for all that come later.
+            skip_bad: leave bad volumes out with a warning, instead of raising.
 
         Returns:
-            The items, each with ``grids``, the path of its file.
+            The good items, each with ``grids``, the path of its file.
 
         Raises:
-            ValueError: the grids of all volumes would be larger than ``limit_gb``.
+            ValueError: the grids of all volumes would be larger than ``limit_gb``; or volumes are
+                bad, after the grids of the others are made.
         """
         if not items:
             raise ValueError("items must name at least one volume, got none; check the datalist")
@@ -205,11 +208,16 @@ class GridStore:
         if missing:
             self._check_size(len(items))
             logger.info(f"{len(missing)} of {len(own)} volumes have no feature grids: making them")
+        bad: dict[str, str] = {}
         for item, path in Bar(missing, "feature grids", unit="volume", disable=not missing):
-            self._write(item, path)
+            try:
+                self._write(item, path)
+            except ValueError as error:
+                bad[item["image"]] = str(error)
         self.teacher.free()
-        wait_for_ranks()
-        return [{**item, "grids": str(path)} for item, path in zip(items, paths, strict=True)]
+        good = without(items, merge_ranks(bad), skip_bad)
+        found = zip(items, paths, strict=True)
+        return [{**item, "grids": str(path)} for item, path in found if item["image"] in good]
 
     def _check_size(self, volumes: int) -> None:
         size = self.teacher.image.size
@@ -260,14 +268,20 @@ class GridStore:
     def _fit(self, sample: Sequence[dict[str, Any]]) -> dict[str, Whitening]:
         generator = torch.Generator().manual_seed(self.seed)
         found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in self.layers}
+        bad: dict[str, str] = {}
         for item in Bar(sample, "whitening", unit="volume"):
-            slices = self._slices(item)
+            try:
+                slices = self._slices(item)
+            except ValueError as error:  # which `fill` decides about
+                bad[item["image"]] = str(error)
+                continue
             for layer, features, fraction in self._cells(slices):
                 inside = ((fraction >= 0) & (fraction <= 1)).all(-1)
                 row, cell = inside.nonzero(as_tuple=True)
                 pick = torch.randperm(len(row), generator=generator)[:FIT_CELLS]
                 row, cell = row[pick], cell[pick]
                 found[layer].append((features[row, cell], slices.plane[row], fraction[row, cell]))
+        without(sample, bad, skip_bad=True)
         fitted = {}
         for layer, rows in found.items():
             features, plane, fraction = (torch.cat(part) for part in zip(*rows, strict=True))

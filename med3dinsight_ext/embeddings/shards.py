@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
 import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
 
 
 def part_of(items: Sequence[dict[str, Any]], shard: str | None) -> list[dict[str, Any]]:
@@ -37,6 +40,29 @@ def rank_share(count: int) -> range:
     rank = dist.get_rank() if together else int(os.environ.get("RANK", 0))
     ranks = dist.get_world_size() if together else int(os.environ.get("WORLD_SIZE", 1))
     return range(rank, count, ranks)
+
+
+def without(items: Sequence[dict[str, Any]], bad: Mapping[str, str], skip_bad: bool) -> set[str]:
+    """Images of the good items; bad ones, of whatever rank, are an error or a warning.
+
+    Args:
+        items: all, from ``datalist``.
+        bad: image to what is wrong with it.
+        skip_bad: log them, instead of raising.
+
+    Raises:
+        ValueError: names all of them, if ``skip_bad`` is False or none is good.
+    """
+    good = {str(item["image"]) for item in items} - bad.keys()
+    if bad:
+        listed = "\n".join(f"  {reason}" for reason in bad.values())
+        if not skip_bad or not good:
+            raise ValueError(
+                f"volumes must be readable and not empty, got {len(bad)} bad of {len(items)}; "
+                f"repair them, or set skip_bad to leave them out:\n{listed}"
+            )
+        logger.warning(f"left out {len(bad)} bad volumes:\n{listed}")
+    return good
 
 
 def wait_for_ranks() -> None:

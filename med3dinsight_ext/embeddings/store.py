@@ -24,7 +24,7 @@ from med3dinsight_ext.captions.sources import shape_of
 from med3dinsight_ext.data.costs import measure
 from med3dinsight_ext.data.slicing import PLANES, plane_number
 from med3dinsight_ext.embeddings.entry import EntryMaker, SliceChoice
-from med3dinsight_ext.embeddings.shards import merge_ranks, part_of, rank_share
+from med3dinsight_ext.embeddings.shards import merge_ranks, part_of, rank_share, without
 from med3dinsight_ext.embeddings.usable_captions import caption_statuses, shown
 from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
 from med3dinsight_ext.io.reading import read_json
@@ -183,18 +183,11 @@ class Store:
             int(i): Path(p)
             for i, p in merge_ranks({str(i): str(p) for i, p in paths.items()}).items()
         }
-        if bad:
-            listed = "\n".join(f"  {reason}" for reason in bad.values())
-            if not skip_bad or all(items[i]["image"] in bad for i in paths):
-                raise ValueError(
-                    f"volumes must be readable and not empty, got {len(bad)} bad of {len(items)}; "
-                    f"repair them, or set skip_bad to leave them out:\n{listed}"
-                )
-            logger.warning(f"left out {len(bad)} bad volumes:\n{listed}")
+        good = without(items, bad, skip_bad)
         return [
             {**items[i], "targets": str(paths[i])}
             for i in sorted(paths)
-            if items[i]["image"] not in bad
+            if items[i]["image"] in good
         ]
 
     def _make(self, items: Sequence[dict[str, Any]], paths: dict[int, Path]) -> dict[str, str]:

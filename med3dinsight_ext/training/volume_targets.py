@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.data.settings import described
-from med3dinsight_ext.embeddings.shards import rank_share, wait_for_ranks
+from med3dinsight_ext.embeddings.shards import merge_ranks, rank_share, without
 from med3dinsight_ext.io.console import Bar
+from med3dinsight_ext.io.errors import causes
 from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
 from med3dinsight_ext.io.remote import local_path
 from med3dinsight_ext.models.teacher_classifier import TeacherFeatures
@@ -46,11 +47,15 @@ class VolumeTargets:
         self._made = [FORMAT, features.fingerprint().hex(), described(list(transforms))]
         self._hashes = HashMemo(self.root / "files.jsonl")
 
-    def fill(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The items, each with ``label``: its features (d,), of mean 0 and variance 1 over all.
+    def fill(self, items: Sequence[dict[str, Any]], skip_bad: bool = False) -> list[dict[str, Any]]:
+        """The good items, each with ``label``: features (d,) of mean 0 and variance 1 over all.
+
+        Args:
+            items: image and modality.
+            skip_bad: leave bad volumes out with a warning, instead of raising.
 
         Raises:
-            ValueError: fewer than two items; one volume has no variance.
+            ValueError: fewer than two items, as one volume has no variance; or volumes are bad.
         """
         if len(items) < 2:
             raise ValueError(
@@ -59,13 +64,25 @@ class VolumeTargets:
         paths = [self._path(item) for item in items]
         own = [(items[n], paths[n]) for n in rank_share(len(items))]
         missing = [(item, path) for item, path in own if not path.exists()]
+        bad: dict[str, str] = {}
         for item, path in Bar(missing, "encode", unit="volume", disable=not missing):
-            self._write(item, path)
+            try:
+                self._write(item, path)
+            except (ValueError, RuntimeError) as error:  # transforms raise the latter
+                cause = next((e for e in causes(error) if isinstance(e, ValueError)), None)
+                if cause is None:
+                    raise
+                bad[str(item["image"])] = str(cause)
         self.features.teacher.free()
-        wait_for_ranks()
-        rows = torch.stack([load_file(path)["features"] for path in paths])
+        good = without(items, merge_ranks(bad), skip_bad)
+        pairs = [
+            (item, load_file(path)["features"])
+            for item, path in zip(items, paths, strict=True)
+            if str(item["image"]) in good
+        ]
+        rows = torch.stack([row for _, row in pairs])
         rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
-        return [{**item, "label": row} for item, row in zip(items, rows, strict=True)]
+        return [{**item, "label": row} for (item, _), row in zip(pairs, rows, strict=True)]
 
     def _path(self, item: dict[str, Any]) -> Path:
         content = self._hashes.content(str(item["image"]))

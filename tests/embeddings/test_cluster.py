@@ -59,12 +59,19 @@ class Died(Exception):
     """Ray's RayActorError."""
 
 
+class NeverBegan(Died):
+    """Ray's ActorDiedError."""
+
+
 class Actors:
     """Ray, but each actor lives in this process, and dies of the volumes ``deadly``."""
+
+    error: Exception = Died("The actor died unexpectedly")
 
     def __init__(self, has: dict[str, float], deadly: str = "none") -> None:
         self.has, self.deadly, self.made, self.retries = has, deadly, 0, 0
         errors = {"RayActorError": Died, "OutOfMemoryError": MemoryError}
+        errors["ActorDiedError"] = NeverBegan
         self.exceptions = SimpleNamespace(**errors)
         self.util = SimpleNamespace(ActorPool=Pool)
         self.init = self.kill = self.shutdown = lambda *args, **options: None
@@ -85,7 +92,7 @@ class Actors:
 
         def fill(part: list[dict]) -> str:
             if any(self.deadly in item["image"] for item in part):
-                raise Died("The actor died unexpectedly")
+                raise self.error
             return filler.fill(part)
 
         return SimpleNamespace(fill=SimpleNamespace(remote=lambda part: partial(fill, part)))
@@ -118,6 +125,8 @@ def test_no_more_workers_are_made_than_the_cluster_has_places_for(
     assert len(fill(store, items, partial(build, tmp_path / "store"), 5)) == VOLUMES
     assert ray.made == made
     assert ("5 workers are more than" in caplog.text) == (made < 5)
+    assert len(fill(store, items, partial(build, tmp_path / "store"), 5, "a cluster")) == VOLUMES
+    assert ray.made == made + 5  # it may grow
 
 
 def test_a_part_that_kills_its_workers_is_left_for_the_end_and_named(
@@ -130,9 +139,19 @@ def test_a_part_that_kills_its_workers_is_left_for_the_end_and_named(
     store = build(tmp_path / "store")
     assert len(fill(store, items, partial(build, tmp_path / "store"), 1)) == VOLUMES
     assert entries(tmp_path / "store") == whole and ray.retries == 2
-    died, left = caplog.messages[:2]
+    died, left = [row.message for row in caplog.records if row.levelname == "WARNING"][:2]
     assert died == "a worker died 3 times: The actor died unexpectedly"
     assert left.endswith(f"{items[4]['image']}, {items[5]['image']}")
+
+
+def test_a_worker_that_cannot_build_the_store_ends_the_job(
+    items: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = Actors({"CPU": 1.0}, "/5.nii.gz")
+    ray.error = NeverBegan("The actor died because of an error\nValueError: no such model")
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(RuntimeError, match="must build the store, got ValueError: no such model"):
+        fill(build(tmp_path / "store"), items, partial(build, tmp_path / "store"), 1)
 
 
 @pytest.fixture

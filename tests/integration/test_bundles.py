@@ -340,9 +340,9 @@ def test_the_paper_overlay_sets_the_papers_recipe() -> None:
 @pytest.mark.parametrize(
     ("bundle", "overlay", "key"),
     [
-        ("pretrain", "dense.yaml", "sound_items"),
-        ("pretrain", "crop.yaml", "sound_items"),
-        ("pretrain", "volume.yaml", "sound_items"),
+        ("pretrain", "dense.yaml", "embedded_items"),
+        ("pretrain", "crop.yaml", "embedded_items"),
+        ("pretrain", "volume.yaml", "embedded_items"),
         ("seg-finetune", "unlabelled.yaml", "unlabelled_items"),
         ("seg-finetune", "mean_teacher.yaml", "train::unlabelled_items"),
     ],
@@ -355,6 +355,8 @@ def test_overlays_name_bad_volumes_or_leave_them_out(
     listed.write_text(json.dumps([{"image": path, "modality": "MR"} for path in images]))
     (tmp_path / "bad.nii.gz").write_text("no volume")
     given = {"datalist" if bundle == "pretrain" else "unlabelled": str(listed)}
+    given |= {"teacher": {"_target_": "test_dense.teacher"}, "store_dir": str(tmp_path)}
+    given |= {"per_plane": 2, "device": "$torch.device('cpu')"}
     if bundle != "pretrain":
         given |= {"train_items": [], "val_items": []}
     config = merged(bundle, "train.json", overlay) | {"dataset_dir": str(volumes)} | given

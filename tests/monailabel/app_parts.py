@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -170,11 +171,13 @@ class Cases:
     def datalist(self) -> list[dict[str, str]]:
         return self.items
 
-    def _to_id(self, file: str) -> tuple[str, str]:
-        return file.removesuffix(".nii.gz"), ".nii.gz"
+    @property
+    def _datastore(self) -> Any:
+        return SimpleNamespace(objects=self.patients)
 
     def get_image_info(self, name: str) -> dict[str, str | None]:
-        return {"PatientID": self.patients[name]}
+        path = self.items[list(self.patients).index(name)]["image"]
+        return {"PatientID": self.patients[name], "path": path}
 
 
 def split(task: Any, cases: Cases) -> tuple[list[str], list[str]]:
@@ -196,8 +199,24 @@ def the_cases_of_a_patient_are_validated_together(folder: Path) -> None:
 
 @check
 def a_validation_without_a_class_is_none(folder: Path) -> None:
+    task = training(folder)
+    assert split(task, Cases(folder, [None, None], [False, False])) == (["v0", "v1"], [])
     cases = Cases(folder, [None, None], [True, False])  # v1 has the lower place
-    assert split(training(folder), cases) == (["v0"], [])
+    assert split(task, cases) == (["v1"], ["v0"])
+
+
+@check
+def linked_images_are_patients_of_their_own(folder: Path) -> None:
+    from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore
+    from med3dinsight_ext.monailabel.app.rounds import patients_of
+
+    (folder / "studies").mkdir()
+    for n in range(2):
+        path = volume(folder / f"p{n}" / "ct.nii.gz", boxes(1))
+        (folder / "studies" / f"v{n}.nii.gz").symlink_to(path)
+    store = CheckedDatastore(str(folder / "studies"), NAMES)
+    assert sorted(patients_of(store).values()) == ["v0", "v1"]
+    assert Path(sorted(patients_of(store))[0]) == (folder / "p0" / "ct.nii.gz").resolve()
 
 
 def volume(path: Path, array: Any) -> Path:

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from med3dinsight_ext.monailabel.app.segments import class_value, renumber
+from med3dinsight_ext.monailabel.app.segments import class_value, described, renumber
 
 NAMES = ["background", "Liver", "spleen"]
 
@@ -33,6 +33,18 @@ def test_values_follow_the_names_in_the_order_of_the_list(tmp_path: Path) -> Non
     assert np.array_equal(found.affine, nib.load(path).affine)
 
 
+@pytest.mark.parametrize("given", [{"name": "spleen"}, [{"label": "spleen"}], "spleen", [1]])
+def test_without_names_the_values_are_those_of_the_classes(given: Any, tmp_path: Path) -> None:
+    assert not renumber(label(tmp_path, 0, 1), given, NAMES, tmp_path / "out.nii.gz")
+    assert described([{"name": "Liver"}], given) == [{"name": "Liver"}]
+
+
+def test_colours_go_with_the_names() -> None:
+    given = [{"name": "spleen", "color": [1, 2, 3]}, {"name": "LIVER", "segmentAttribute": {}}]
+    found = described([{"name": "Liver"}, {"name": "spleen"}], given)
+    assert found == [{"name": "Liver"}, {"name": "spleen", "color": [1, 2, 3]}]
+
+
 def test_a_label_with_the_values_of_its_classes_is_not_written(tmp_path: Path) -> None:
     path, out = label(tmp_path, 0, 1, 2), tmp_path / "out.nii.gz"
     assert not renumber(path, segments("LIVER", "Spleen", "mine"), NAMES, out)
@@ -45,8 +57,7 @@ def test_a_label_with_the_values_of_its_classes_is_not_written(tmp_path: Path) -
         ((0, 1), segments("kidney"), "segments must be classes of the model .*, got 'kidney'; ren"),
         ((0, 2), segments("liver"), "label_info must name every value .* got 1 names and the val"),
         ((0, 0.5), segments("liver"), "got 1 names and the value 0.5"),
-        ((0, 1), ["liver"], "label_info must be a list of mappings with a name, got ...liver"),
-        ((0, 1), {"name": "liver"}, "label_info must be a list of mappings with a name"),
+        ((0, 1), ["kidney"], "segments must be classes of the model .*, got 'kidney'; ren"),
     ],
 )
 def test_what_has_no_class_is_refused(

@@ -53,9 +53,12 @@ def test_something_is_left_to_train_on() -> None:
 def test_a_validation_without_a_class_is_none_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    train, validation = validation_split(cases(20, {0}), 0.2)
-    assert not validation and names(train) < names(cases(20))
-    assert "no label for validation has a class; the last epoch will be kept" in caplog.text
+    assert validation_split(cases(20, {0}), 0.2) == (cases(20, {0}), [])
+    assert "no case is for validation; the last epoch is kept" in caplog.text
+    for patient in {item["patient"] for item in cases(20)}:  # the only one with the class
+        items = [{**i, "values": {0, int(i["patient"] == patient)}} for i in cases(20)]
+        train, validation = validation_split(items, 0.2)
+        assert patient in {item["patient"] for item in validation} and train
 
 
 def test_a_share_that_is_none_is_named() -> None:

@@ -24,7 +24,7 @@ from med3dinsight_ext.data.labels import read_label
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.monailabel.app.answers import NAME, AnswerLog
 from med3dinsight_ext.monailabel.app.requests import check_extension, check_name
-from med3dinsight_ext.monailabel.app.segments import renumber
+from med3dinsight_ext.monailabel.app.segments import described, renumber
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -87,7 +87,8 @@ class LabelChecks:
                     if renumber(label_filename, given, self.names, draft):
                         label_filename = str(draft)
                 values = read_label({"image": image, "label": label_filename}, self.names)
-                info = label_info | {"label_info": self.segments(values, label_tag)}
+                segments = described(self.segments(values, label_tag), given)
+                info = label_info | {"label_info": segments}
             with refused(), self.changes:
                 self._init_from_datastore_file()  # type: ignore[attr-defined]
                 found: str = store.save_label(image_id, label_filename, label_tag, info)

@@ -100,7 +100,8 @@ class DicomStore(LabelChecks, DICOMWebDatastore):
         return is_read and label.info.get("SeriesInstanceUID") == own.series
 
     def _segmentation(self, study: str, uid: str) -> Segmentation:
-        meta = Dataset.from_json(self._client.retrieve_series_metadata(study, uid)[0])
+        instances = self._client.retrieve_series_metadata(study, uid)
+        meta = Dataset.from_json(instances[0])
         referred = meta.get("ReferencedSeriesSequence")
         image = str(referred[0].SeriesInstanceUID) if referred else ""
         names = {
@@ -108,7 +109,10 @@ class DicomStore(LabelChecks, DICOMWebDatastore):
             for part in meta.get("SegmentSequence", [])
         }
         values = {number: class_value(name, self.names) for number, name in names.items()}
-        if not values or None in values.values():
+        if len(instances) > 1:  # each numbers its own segments, and MONAI Label reads any of them
+            logger.warning("left out: segmentation %s must be one instance", uid)
+            values = {}
+        elif not values or None in values.values():
             shown = list(names.values())
             logger.warning("left out: segments of %s must be classes, got %s", uid, shown)
         date = f"{meta.get('ContentDate') or ''}{meta.get('ContentTime') or ''}"

@@ -132,7 +132,8 @@ class LabelApp(MONAILabelApp):
             check_values({key: value for key, value in request.items() if key != "image"})
         # The server's own code would read any path: of its working folder, of other patients.
         given = (tempfile.gettempdir(), self.sessions().store_path)  # uploads and sessions
-        stored = store.get_image_uri(image) if isinstance(image, str) else ""
+        named = isinstance(image, str) and os.sep not in image  # a path asks no DICOM server
+        stored = store.get_image_uri(image) if named else ""
         uploaded = isinstance(image, str) and os.path.exists(image) and is_inside(image, given)
         if not stored and not uploaded:
             raise HTTPException(404, f"image must be one of the datastore's, got {image!r}")

@@ -11,7 +11,7 @@ from typing import Any
 STORED = (".nii", ".nii.gz")  # files that a folder of images lists
 RESULTS = (*STORED, ".nrrd")
 LONGEST_NAME = 200
-TRACKING = (None, "", "None", "mlflow")  # MONAI reads any other text as the path of a config
+TRACKING = ("none", "mlflow")  # MONAI reads any other text as the path of a config
 
 
 def check_name(name: object, what: str) -> None:
@@ -75,7 +75,7 @@ def check_training(request: Mapping[str, Any]) -> None:
     check_values(request)
     given = request.get("tracking")
     tracking = given[0] if isinstance(given, list) and given else given
-    if tracking not in TRACKING:
+    if str(tracking or "none").lower() not in TRACKING:
         raise ValueError(
             f"tracking must be one of {TRACKING}, got {str(tracking)[:80]!r}; write other settings "
             "into the bundle's train.json"

@@ -150,6 +150,7 @@ class Training(BundleTrainTask):
     def _fetch_datalist(self, request: dict[str, Any], datastore: Datastore) -> Any:
         """Labelled cases that are good, with their patient and the values of the label."""
         names = class_names(Path(self.bundle_path))
+        patients = patients_of(datastore)
         items = []
         for item in super()._fetch_datalist(request, datastore):
             try:
@@ -157,8 +158,7 @@ class Training(BundleTrainTask):
             except ValueError as error:
                 logger.warning("left out: %s", error)
             else:
-                patient = patient_of(item["image"], datastore)
-                items.append({**item, "patient": patient, "values": values})
+                items.append({**item, "patient": patients[item["image"]], "values": values})
         if not items:
             raise ValueError("labels must be there for a training, got none; save one first")
         return items
@@ -177,8 +177,11 @@ def paths(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"image": item["image"], "label": item["label"]} for item in items]
 
 
-def patient_of(image: str, datastore: Datastore) -> str:
-    """PatientID of a DICOM series; the name of an image file."""
-    name, _ = datastore._to_id(os.path.basename(image))
-    found = datastore.get_image_info(name).get("PatientID")
-    return name if found in (None, "", "UNK") else str(found)
+def patients_of(datastore: Datastore) -> dict[str, str]:
+    """Of each image file, with links resolved: the PatientID of its series, or the image's ID."""
+    found = {}
+    for name in datastore._datastore.objects:
+        info = datastore.get_image_info(name)
+        patient = info.get("PatientID")
+        found[info["path"]] = name if patient in (None, "", "UNK") else str(patient)
+    return found

@@ -18,6 +18,30 @@ def class_value(segment: object, names: Sequence[str]) -> int | None:
     return values.get(str(segment).strip().lower())
 
 
+def named(segments: Any) -> list[dict[str, Any]] | None:
+    """Segments of a request, names or mappings with a name, as mappings; None if they have none."""
+    if not isinstance(segments, list):
+        return None
+    found = [{"name": part} if isinstance(part, str) else part for part in segments]
+    return found if all(isinstance(part, dict) and "name" in part for part in found) else None
+
+
+def described(segments: list[dict[str, Any]], given: Any) -> list[dict[str, Any]]:
+    """Segments with what a request says beside their names: colour, description.
+
+    Args:
+        segments: with the names of classes.
+        given: segments of the request, as for ``named``.
+    """
+    known = {str(part["name"]).strip().lower(): part for part in named(given) or ()}
+    found = []
+    for segment in segments:
+        more = known.get(segment["name"].lower(), {})
+        kept = {key: x for key, x in more.items() if key not in ("idx", "segmentAttribute")}
+        found.append(kept | segment)  # those two number the segment
+    return found
+
+
 def renumber(label: str | Path, segments: Any, names: Sequence[str], target: Path) -> bool:
     """Write a label with the values of the classes that its segments name.
 
@@ -26,7 +50,7 @@ def renumber(label: str | Path, segments: Any, names: Sequence[str], target: Pat
 
     Args:
         label: NIfTI file.
-        segments: of the request, a mapping with "name" each; the nth has the value n.
+        segments: of the request, as for ``named``; the nth has the value n.
         names: of the classes; the label value is the index.
         target: NIfTI file to write.
 
@@ -36,12 +60,9 @@ def renumber(label: str | Path, segments: Any, names: Sequence[str], target: Pat
     Raises:
         ValueError: a value of the label has no name, or one that is no class.
     """
-    if not isinstance(segments, list) or not all(
-        isinstance(segment, dict) and "name" in segment for segment in segments
-    ):
-        raise ValueError(
-            f"label_info must be a list of mappings with a name, got {str(segments)[:80]!r}"
-        )
+    given = named(segments)
+    if given is None:
+        return False
     with readable("label", label):
         stored: Any = nib.load(label)
         array = np.asarray(stored.dataobj)
@@ -49,12 +70,12 @@ def renumber(label: str | Path, segments: Any, names: Sequence[str], target: Pat
     for value in np.unique(array).tolist():
         if value == 0:
             continue
-        if value not in range(1, len(segments) + 1):
+        if value not in range(1, len(given) + 1):
             raise ValueError(
-                f"label_info must name every value of the label, got {len(segments)} names and the "
+                f"label_info must name every value of the label, got {len(given)} names and the "
                 f"value {value:g}; send the segments in the order of their values"
             )
-        name = segments[int(value) - 1]["name"]
+        name = given[int(value) - 1]["name"]
         found = class_value(name, names)
         if found is None:
             raise ValueError(
