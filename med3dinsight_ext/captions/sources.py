@@ -17,6 +17,7 @@ from torch import Tensor
 from med3dinsight_ext.captions.captioner import Captioner
 from med3dinsight_ext.data.slicing import PLANES, depth, plane_number
 from med3dinsight_ext.data.volumes import read_volume
+from med3dinsight_ext.io.errors import told
 from med3dinsight_ext.io.images import open_volume
 from med3dinsight_ext.io.reading import read_rows, readable
 from med3dinsight_ext.io.remote import is_remote
@@ -121,13 +122,13 @@ class FileCaptions(Captioner):
     def _image(self, where: str, fields: dict) -> str:
         image = fields.get("image")
         if not isinstance(image, str) or not image:
-            raise ValueError(f"image must be a path, got {image!r} in {where}; add it")
+            raise ValueError(f"image must be a path, got {told(image)} in {where}; add it")
         if is_remote(image):
             return image
         key = _key(os.path.join(self.root, image))
         if key not in self.rows and not os.path.exists(key.split("::")[0]):
             raise ValueError(
-                f"image must exist, got {image!r} in {where}, so {key}; "
+                f"image must exist, got {told(image)} in {where}, so {key}; "
                 f"correct it or root={str(self.root)!r}"
             )
         return key
@@ -214,7 +215,9 @@ def _row(where: str, fields: dict) -> Row:
     """Check and convert one row."""
     text = fields.get("caption") or fields.get("text")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"caption must be text, got {text!r} in {where}; write it or drop the row")
+        raise ValueError(
+            f"caption must be text, got {told(text)} in {where}; write it or drop the row"
+        )
     number: dict[str, Any] = {}
     for name, kind in (("index", int), ("size", int), ("position", float)):
         value = fields.get(name)
@@ -222,7 +225,7 @@ def _row(where: str, fields: dict) -> Row:
             number[name] = None if value is None or value == "" else kind(value)
         except (TypeError, ValueError, OverflowError):
             raise ValueError(
-                f"{name} must be a number, got {value!r} in {where}; correct it"
+                f"{name} must be a number, got {told(value)} in {where}; correct it"
             ) from None
     index, size, position = number["index"], number["size"], number["position"]
     if index is None and position is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.data.patients import name_series, patients_of
 from med3dinsight_ext.io.claims import npz_array
+from med3dinsight_ext.io.errors import told
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import parse_json, read_rows, readable
 from med3dinsight_ext.io.remote import check_servers, is_remote, local_path
@@ -175,8 +176,8 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
     item = dict(_as_dict(row))
     if not isinstance(item.get("image"), str) or not item["image"]:
         raise ValueError(
-            f"image must be a path in every item of {source}, got {item.get('image')!r} beside "
-            f"{', '.join(map(repr, list(item)[:5]))}; name it in a field or column 'image'"
+            f"image must be a path in every item of {source}, got {told(item.get('image'))} beside "
+            f"{', '.join(map(told, list(item)[:5]))}; name it in a field or column 'image'"
         )
     for key in item.keys() & {"image", "label"}:
         if is_remote(item[key]):
@@ -251,7 +252,7 @@ def class_items(items: list[dict], class_names: Sequence[str]) -> list[dict]:
         one = label[0] if isinstance(label, list) and len(label) == 1 else label
         number = numbers.get(one) if isinstance(one, (int, str)) else None
         found.append(item | {"label": number})
-        bad += [] if number is not None else [f"{label!r} of {item['image']}"]
+        bad += [] if number is not None else [f"{told(label)} of {item['image']}"]
     if bad:
         raise ValueError(
             f"label must be one of class_names {names} or its index, got {len(bad)} of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from med3dinsight_ext.data.slicing import MODALITIES
+from med3dinsight_ext.io.errors import told
 
 MODALITY_PREFIXES = {"CT": "CT", "PT": "PET", "PET": "PET", "AUTO": "auto"} | dict.fromkeys(
     ("MR", "T1", "T2", "FLAIR", "PD", "ADC", "DWI"), "MR"
@@ -21,6 +22,6 @@ def modality_name(name: object) -> str:
         if text.startswith(prefix):
             return modality
     raise ValueError(
-        f"modality must be {', '.join(MODALITIES)} or auto, got {name!r}; "
+        f"modality must be {', '.join(MODALITIES)} or auto, got {told(name)}; "
         "set modality to the closest one"
     )

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from med3dinsight_ext.io.errors import told
+
 PLANES = ("sagittal", "coronal", "axial")  # cut x, y, z
 MODALITIES = ("CT", "MR", "PET")
 WINDOWS = {  # of CT: centre and width in HU
@@ -32,7 +34,7 @@ def plane_number(name: str | int) -> int:
     number = names.get(str(name).strip().lower())
     if number is None:
         raise ValueError(
-            f"plane must be one of {', '.join(PLANES)} or 0, 1, 2, got {name!r}; correct the name"
+            f"plane must be one of {', '.join(PLANES)} or 0, 1, 2, got {told(name)}; correct it"
         )
     return number
 

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 from collections.abc import Iterable, Iterator
 
 WRONG_INPUT = (ValueError, OSError, ImportError)  # shown without a traceback
 TRACEBACK = "MED3D_TRACEBACK"  # environment variable that shows it
+
+
+def told(value: object) -> str:
+    """A value for a message: its ``repr``, which is cut where it is long.
+
+    Examples:
+        >>> len(told("a" * 100000))
+        80
+    """
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = 80
+    return shown.repr(value)
 
 
 def wrong_input(error: BaseException) -> BaseException | None:

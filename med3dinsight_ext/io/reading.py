@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-from med3dinsight_ext.io.errors import first_line
+from med3dinsight_ext.io.errors import first_line, told
 from med3dinsight_ext.io.packages import NotHere
 
 LONGEST_LINE = 10_000_000  # characters; no row of an image or a caption is as long
@@ -95,7 +95,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} must be JSON, got {error}; correct it") from error
             if row is not None and not isinstance(row, dict):
-                raise ValueError(f"{where} must be a JSON object, got {row!r}; correct it")
+                raise ValueError(f"{where} must be a JSON object, got {told(row)}; correct it")
             if row:
                 yield where, row
 

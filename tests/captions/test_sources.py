@@ -153,6 +153,14 @@ def test_a_faulty_row_is_named_by_file_and_line(tmp_path: Path, fields: dict, me
         captions(tmp_path, row(), "", row(**fields))
 
 
+@pytest.mark.parametrize("key", ["image", "plane", "index"])
+def test_file_and_line_are_read_before_a_long_value_ends(key: str, tmp_path: Path) -> None:
+    image(tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=key) as raised:
+        captions(tmp_path, row(), row(**{key: "x" * 10**5}))
+    assert "captions.jsonl line 2" in str(raised.value)[:300]
+
+
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     image(tmp_path / "a.nii")
     with pytest.raises(ValueError, match="captions.jsonl line 2 must be JSON"):
