@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
@@ -13,7 +12,7 @@ from med3dinsight_ext.data.layouts import check_trainable, read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
 from med3dinsight_ext.io.folder_lock import only_training
-from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
+from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, real_path
 from med3dinsight_ext.planning.plan import read_plan
 from med3dinsight_ext.planning.run_folder import (
     DATALIST,
@@ -169,9 +168,7 @@ def finetune(
     bundle = "seg-finetune" if dataset.segments() else "cls-finetune"
     with only_training(folder / "models"):
         settings = prepare(folder, dataset, plan, ["label"], quiet) | more
-        if "pretrained" in (planned := read_plan(folder / PLAN)) and weights is None:
-            weights = Path(planned["pretrained"]) if planned["pretrained"] else None
-        check_start(folder, weights)
+        check_start(folder, weights or read_plan(folder / PLAN).get("pretrained"))
         launch(bundle, ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
         shown = quote(str(folder))
@@ -274,9 +271,8 @@ def infer(
     text = json.dumps([{"image": image} for image in images], indent=1)
     write_atomic(listed, lambda draft: draft.write_text(text))
     settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
-    settings["dataset_dir"] = str(
-        listed
-    )  # a file: no image is below it, so there are no subfolders
+    # A file, which no image is below: so there are no subfolders.
+    settings["dataset_dir"] = str(listed)
     settings |= as_trained(home, bundle, overlays, "inference.json") | dict(overrides)
     launch(bundle, ["inference.json", *overlays], settings, quiet, verbose)
     return settings
@@ -324,8 +320,8 @@ def evaluate(
     folder = Path(out) if out else results(model, home, f"evaluation-{_name(data)}")
     if (folder / DATALIST).exists():
         raise ValueError(f"out must be a new folder, got {folder}; name another with --out")
-    images = {os.path.realpath(item["image"]) for item in dataset.items}
-    trained_on = {os.path.realpath(image) for image in images_of(home)}
+    images = {real_path(item["image"]) for item in dataset.items}
+    trained_on = {real_path(image) for image in images_of(home)}
     known = bool(images & trained_on)
     if known and images != trained_on and not dataset.split:
         raise ValueError(

@@ -507,10 +507,11 @@ def reproduce(table: str, data: str, work: str, slots: int = 8, **settings: Any)
 
     if table not in tables.TABLES:
         raise SystemExit(f"No table {table!r}; there are {', '.join(tables.TABLES)}.")
-    recorded = [row for row in tables.read() if tables.TABLES[table].uses(row)]
+    rows = tables.read()
+    recorded = [row for row in rows if tables.TABLES[table].uses(row)]
     jobs = with_needs(plan(settings.get("scale", 1.0)), [row["name"] for row in recorded])
     names = {job.name for job in jobs}
-    hours = sum(row.get("wall_s", 0.0) for row in tables.read() if row["name"] in names) / 3600
+    hours = sum(row.get("wall_s", 0.0) for row in rows if row["name"] in names) / 3600
     print(f"{len(jobs)} runs; those on record took {hours:.1f} hours in all", flush=True)
     main(data, work, slots, float("inf"), only=f"^({'|'.join(names)})$", **settings)
     paths = [Path(work) / "results" / f"{row['name']}.json" for row in recorded]

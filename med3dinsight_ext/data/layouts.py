@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -281,34 +281,27 @@ def _key(path: Path, root: Path) -> Key:
     return folders, stem.removesuffix(ending)
 
 
+class _Way(NamedTuple):
+    """How images and labels may be named alike."""
+
+    bare: bool  # whatever their folders
+    channels: bool  # but for nnU-Net's number of a channel in an image's name
+
+    def label(self, key: Key) -> Key:
+        """What of a label is compared."""
+        return () if self.bare else key[0], key[1]
+
+    def image(self, key: Key) -> Key:
+        """What of an image is compared."""
+        return self.label(_case(key) if self.channels else key)
+
+
+WAYS = [_Way(bare, channels) for bare in (False, True) for channels in (False, True)]
+
+
 def _case(key: Key) -> Key:
     """Without nnU-Net's number of a channel."""
     return key[0], CHANNEL.sub("", key[1])
-
-
-def _bare(key: Key) -> Key:
-    """The name alone."""
-    return (), key[1]
-
-
-class _Way(NamedTuple):
-    """How images and labels may be named alike: what is compared of either."""
-
-    image: Callable[[Key], Key]
-    label: Callable[[Key], Key]
-    channels: bool  # whether the images' numbers are those of channels
-
-
-def _same(key: Key) -> Key:
-    return key
-
-
-WAYS = (
-    _Way(_same, _same, False),
-    _Way(_case, _same, True),
-    _Way(_bare, _bare, False),
-    _Way(lambda key: _bare(_case(key)), _bare, True),
-)
 
 
 def _matches(way: _Way, keys: Mapping[str, Key], known: Mapping[Key, str]) -> int:

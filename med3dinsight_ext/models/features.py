@@ -117,7 +117,7 @@ def seen_features(
 
     def collect(name: str, _: nn.Module, __: Any, output: Any) -> None:
         calls[name] += 1
-        found = as_grid(output, size, {features.grid: None for features in seen})
+        found = as_grid(output, size, [features.grid for features in seen])
         if found is not None and len(found) == 1 and math.prod(found.shape[2:]) > 1:
             seen.append(Features(name, found.shape[1], tuple(found.shape[2:]), calls[name]))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from med3dinsight_ext.io.errors import advice
 from med3dinsight_ext.io.files import sha256, write_atomic
 from med3dinsight_ext.io.hub import hub_id, local_folder
 from med3dinsight_ext.io.reading import read_json
+from med3dinsight_ext.io.volume_files import real_path
 from med3dinsight_ext.planning.nnunet import AXES, read_nnunet
 from med3dinsight_ext.planning.plan import TASK, make_plan, read_plan, shown, write_plan
 from med3dinsight_ext.training.record import FILE
@@ -109,9 +109,9 @@ def write_items(dataset: Dataset, folder: Path, keys: Sequence[str], run: Path) 
     """
     fields = ("image", "modality", "patient", *keys)
     items = [{key: item[key] for key in fields} for item in dataset.items]
-    known = {os.path.realpath(row["image"]): row.get("patient") for row in _listed(run)}
-    for item in items:
-        item["patient"] = known.get(os.path.realpath(item["image"])) or item["patient"]
+    known = {real_path(row["image"]): row.get("patient") for row in _listed(run)}
+    for item in items if known else ():
+        item["patient"] = known.get(real_path(item["image"])) or item["patient"]
     text = json.dumps(items, indent=1, ensure_ascii=False) + "\n"
     write_atomic(folder / DATALIST, lambda draft: draft.write_text(text, "utf-8"))
     settings = {"dataset_dir": str(dataset.root), "datalist": str(folder / DATALIST)}
@@ -159,7 +159,7 @@ def weights_of(pretrained: str) -> tuple[Path, str | None]:
     return weights, str(home) if planned else None
 
 
-def check_start(folder: Path, weights: Path | None) -> None:
+def check_start(folder: Path, weights: str | Path | None) -> None:
     """Stop if the training in a folder did not start from these weights.
 
     Args:
@@ -170,7 +170,7 @@ def check_start(folder: Path, weights: Path | None) -> None:
     if not record.is_file():
         return
     began = read_json(record, "record").get("pretrained") or {}
-    if began.get("sha256") != (weights and sha256(weights)):
+    if began.get("sha256") != (sha256(Path(weights)) if weights else None):
         origin = began.get("file") or "scratch"
         raise ValueError(
             f"out must be new or a training from {weights or 'scratch'}, got {folder}, which began "
