@@ -5,9 +5,9 @@
 
 A mutant runs in a process forked after the imports, against the tests that reach its line, the
 fastest first; mutmut and cosmic-ray start a process a mutant, which imports for ten seconds. Writes
-results/mutation.json. mutation.yaml names the tests of each module and the mutants that no test can
-kill, each with its reason. In the log a killed mutant counts while its function is unchanged, a
-survivor only while the tests are unchanged too.
+results/mutation.json, where a module that is not in the log keeps its row. mutation.yaml names the
+tests of each module and the mutants that no test can kill, each with its reason. In the log a killed
+mutant counts while its function is unchanged, a survivor only while the tests are unchanged too.
 """
 
 from __future__ import annotations
@@ -298,6 +298,14 @@ def summary(run: Run, equivalents: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def earlier(path: Path) -> dict[str, Any]:
+    """Rows on record, each with the commit of its module; of modules that are not in the log."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    return {name: {"commit": found["commit"]} | row for name, row in found["modules"].items()}
+
+
 def main() -> None:
     """Try the mutants of the modules and write the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -318,8 +326,14 @@ def main() -> None:
                 run.whole(Path(folder))
     tried = {json.loads(line)["module"] for line in options.log.read_text().splitlines()}
     runs = [Run(name, options.log, until) for name in MODULES if name in tried]
-    tables = {run.name: summary(run, MODULES[run.name].get("equivalent", {})) for run in runs}
-    common.write("mutation", {"modules": tables})
+    tables = earlier(common.RESULTS / "mutation.json")
+    commit = common.machine()["commit"]
+    for run in runs:
+        tables[run.name] = {
+            "commit": commit,
+            **summary(run, MODULES[run.name].get("equivalent", {})),
+        }
+    common.write("mutation", {"modules": {name: tables[name] for name in MODULES if name in tables}})
 
 
 if __name__ == "__main__":

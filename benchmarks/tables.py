@@ -722,7 +722,7 @@ def mutation(result: Result) -> str:
         verdicts = [survivor["verdict"] for survivor in row["survivors"]]
         equal = sum(verdict.startswith("equivalent") for verdict in verdicts)
         counts = (row["mutants"], row["tried"], row["killed"], equal, len(verdicts) - equal)
-        rows.append([f"`{name}`", *map(str, counts), share])
+        rows.append([f"`{name}`", *map(str, counts), share, row["commit"]])
     mutants, tried, killed = (
         sum(m[key] for m in modules) for key in ("mutants", "tried", "killed")
     )
