@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from click_scores import interval, mean_dice  # noqa: E402
 from common import write  # noqa: E402
-from med3dinsight_ext.data.datalists import partition  # noqa: E402
+from med3dinsight_ext.data.splits import partition  # noqa: E402
 from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.io.configs import with_shared  # noqa: E402
 from med3dinsight_ext.models.teacher_classifier import TeacherFeatures  # noqa: E402

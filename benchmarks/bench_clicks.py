@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from click_scores import CLICKS, ROUNDS, Answer, correct, statistics  # noqa: E402
 from common import machine, spread, timed, write  # noqa: E402
-from med3dinsight_ext.data.datalists import partition  # noqa: E402
+from med3dinsight_ext.data.splits import partition  # noqa: E402
 from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.training.checkpoints import load_weights  # noqa: E402
 from med3dinsight_ext.training.click_inferer import ClickInferer, History  # noqa: E402

@@ -31,7 +31,8 @@ from bench_clicks import source  # noqa: E402
 from bench_label import ask, granted, start  # noqa: E402
 from click_scores import CLICKS, interval, mean_dice, next_clicks  # noqa: E402
 from common import write  # noqa: E402
-from med3dinsight_ext.data.datalists import datalist, partition  # noqa: E402
+from med3dinsight_ext.data.datalists import datalist  # noqa: E402
+from med3dinsight_ext.data.splits import partition  # noqa: E402
 from med3dinsight_ext.monailabel.label_bundle import label_bundle  # noqa: E402
 from med3dinsight_ext.monailabel.server import class_names  # noqa: E402
 

@@ -26,8 +26,9 @@ from common import write  # noqa: E402
 from evidence import results  # noqa: E402
 from evidence.differences import Outcome, difference, level, outcome  # noqa: E402
 from formatting import load  # noqa: E402
-from med3dinsight_ext.data.datalists import datalist, take  # noqa: E402
+from med3dinsight_ext.data.datalists import datalist  # noqa: E402
 from med3dinsight_ext.data.slicing import PLANES  # noqa: E402
+from med3dinsight_ext.data.splits import take  # noqa: E402
 from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.io.configs import with_shared  # noqa: E402
 from med3dinsight_ext.metrics.classification import class_scores  # noqa: E402

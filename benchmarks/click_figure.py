@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from bench_clicks import METHODS, name_of, segmenter, source  # noqa: E402
 from click_scores import next_clicks  # noqa: E402
-from med3dinsight_ext.data.datalists import partition  # noqa: E402
+from med3dinsight_ext.data.splits import partition  # noqa: E402
 from med3dinsight_ext.reports.figures import STYLE, class_colors  # noqa: E402
 from med3dinsight_ext.training.checkpoints import load_weights  # noqa: E402
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(HERE))
 from bench_clicks import name_of, score, source, train  # noqa: E402
 from click_scores import ROUNDS, interval  # noqa: E402
 from common import write  # noqa: E402
-from med3dinsight_ext.data.datalists import datalist, partition  # noqa: E402
+from med3dinsight_ext.data.datalists import datalist  # noqa: E402
+from med3dinsight_ext.data.splits import partition  # noqa: E402
 from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
 from timed_training import timed_overlay  # noqa: E402
 

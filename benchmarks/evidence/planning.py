@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from med3dinsight_ext.data import datalists
+from med3dinsight_ext.data import datalists, splits
 from med3dinsight_ext.io.bundles import bundles_dir
 from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.files import write_atomic
@@ -186,9 +186,9 @@ def items_of(about: dict[str, Any], root: Path, score: str) -> tuple[list[Any], 
         items = datalists.datalist(folder / about["datalist"], folder, split, subset)
         keep = about.get("keep", {}).items()
         parts.append([item for item in items if all(item.get(key) == v for key, v in keep)])
-    train, evaluation = datalists.hold_out(parts[0], HELD_OUT) if score == "held_out" else parts
+    train, evaluation = splits.hold_out(parts[0], HELD_OUT) if score == "held_out" else parts
     first = about.get("first")
-    return datalists.take(train, first), datalists.take(evaluation, first)
+    return splits.take(train, first), splits.take(evaluation, first)
 
 
 def case_lists(plan: dict[str, Any], run: Run, root: Path, out: Path) -> dict[str, str | None]:

@@ -28,7 +28,7 @@ from common import write  # noqa: E402
 from evidence import results  # noqa: E402
 from evidence.planning import items_of  # noqa: E402
 from med3dinsight_ext.captions.sources import TemplateCaptions  # noqa: E402
-from med3dinsight_ext.data.datalists import take  # noqa: E402
+from med3dinsight_ext.data.splits import take  # noqa: E402
 from med3dinsight_ext.embeddings.store import Store  # noqa: E402
 from med3dinsight_ext.io.bundles import bundles_dir  # noqa: E402
 from med3dinsight_ext.io.configs import with_shared  # noqa: E402

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch.nn.functional as F
 
-from med3dinsight_ext.data.datalists import datalist, item_ids, split_lists, subset_names
+from med3dinsight_ext.data.datalists import datalist, subset_names
 from med3dinsight_ext.data.identity import head_height, text_strokes
 from med3dinsight_ext.data.labels import check_label
 from med3dinsight_ext.data.layouts import decathlon_names, read_dataset
 from med3dinsight_ext.data.slicing import window
+from med3dinsight_ext.data.splits import item_ids, split_lists
 from med3dinsight_ext.data.volumes import guess_modality, read_volume
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.images import open_volume, ras_array

@@ -1,30 +1,27 @@
-"""Datalists: files and folders of images as lists of items, split by patient."""
+"""Datalists: files and folders of images as lists of items, and their classes."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from med3dinsight_ext.data.modalities import modality_name
-from med3dinsight_ext.data.patients import name_series, patients_of
+from med3dinsight_ext.data.patients import name_series
+from med3dinsight_ext.data.splits import split_items
 from med3dinsight_ext.io.claims import npz_array
 from med3dinsight_ext.io.errors import told
 from med3dinsight_ext.io.files import volume_stem
-from med3dinsight_ext.io.reading import parse_json, read_rows, readable
+from med3dinsight_ext.io.reading import read_json, read_rows, readable
 from med3dinsight_ext.io.remote import check_servers, is_remote, local_path
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes, real_path
 
-logger = logging.getLogger(__name__)
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
-VAL_FRACTION, FEW = 0.2, 10  # held out by default, of at least so many cases
 
 
 def datalist(
@@ -98,17 +95,6 @@ def subset_names(source: str | Path) -> list[str]:
     return [name for name in _sections(Path(source)) if name != "all"]
 
 
-def split_lists(split: str | Path) -> dict[str, list[str]]:
-    """The lists of ids of a split file by their names."""
-    return {name: x for name, x in dict(_read_json(Path(split))).items() if isinstance(x, list)}
-
-
-def item_ids(item: dict, root: Path) -> set[str]:
-    """What a split file may call an item: its patient, file name or a folder on its path."""
-    path = Path(os.path.relpath(item["image"], os.path.abspath(root)))
-    return {str(item.get("patient")), volume_stem(path), *path.parts[:-1]}
-
-
 def _sections(source: Path) -> dict[str, list]:
     """Rows of a source as written, in named sections; the first one is the default."""
     if source.is_dir():
@@ -119,7 +105,7 @@ def _sections(source: Path) -> dict[str, list]:
     if source.suffix in (".jsonl", ".csv", ".parquet"):
         return {"all": [row for _, row in read_rows(source)]}
     if source.suffix == ".json":
-        content = _read_json(source)
+        content = read_json(source, "source", "correct it")
         if isinstance(content, list):
             return {"all": content}
         if "training" not in content:
@@ -146,14 +132,6 @@ def _sections(source: Path) -> dict[str, list]:
     raise ValueError(
         f"source must be a folder, .json, .jsonl, .csv, .parquet or .npz, got {source}"
     )
-
-
-def _read_json(path: Path) -> dict | list:
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, MemoryError) as error:
-        cause = error or type(error).__name__
-        raise ValueError(f"{path} must be JSON, got {cause}; correct it") from error
 
 
 def _is_image(path: Path) -> bool:
@@ -186,41 +164,6 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
             item[key] = os.path.abspath(os.path.join(root, item[key]))
     item["modality"] = modality_name(item.get("modality")) if modality == "auto" else modality
     return item
-
-
-def split_items(
-    items: list[dict], root: Path, split: Path, subset: str | None, whole: bool = True
-) -> list[dict]:
-    """The items of one list of a split file.
-
-    Args:
-        items: to choose from.
-        root: folder of relative paths.
-        split: file.
-        subset: name of the list.
-        whole: whether an id without an item is an error.
-    """
-    lists = split_lists(split)
-    if subset not in lists:
-        raise ValueError(f"subset must be one of {list(lists)} in {split}, got {subset!r}")
-    count = Counter(id_ for ids in lists.values() for id_ in ids)
-    if twice := [id_ for id_, times in count.items() if times > 1]:
-        raise ValueError(f"split must name each id once, got {twice} again in {split}")
-    chosen, found = [], set()
-    for item in items:
-        ids = count.keys() & item_ids(item, root)
-        found |= ids
-        if len(homes := {name for name, members in lists.items() if ids & set(members)}) > 1:
-            path = os.path.relpath(item["image"], os.path.abspath(root))
-            raise ValueError(f"split must keep an image in one list, got {path} in {sorted(homes)}")
-        if subset in homes:
-            chosen.append({"patient": min(ids), **item})
-    if whole and (lost := sorted(count.keys() - found)):
-        raise ValueError(
-            f"split must name ids of the source, got {lost} of {split} that match no patient, "
-            "file name or folder; correct the split"
-        )
-    return chosen
 
 
 def class_items(items: list[dict], class_names: Sequence[str]) -> list[dict]:
@@ -276,104 +219,6 @@ def with_all_classes(items: list[dict], class_names: Sequence[str]) -> list[dict
             "add cases or leave these classes out"
         )
     return items
-
-
-def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
-    """Split items into training and validation; a patient's images stay together.
-
-    Args:
-        items: those with the same ``patient``, or the same content where it is known, are one
-            patient's; without it each is its own. See ``patients_of``.
-        share: of the patients to hold out, in [0, 1); rounded, at least one unless it is 0.
-        seed: the same seed gives the same parts.
-
-    Examples:
-        >>> train, val = hold_out([{"image": f"{i}.nii"} for i in range(5)], share=0.2)
-        >>> len(train), len(val)
-        (4, 1)
-
-    Where labels are numbers, each class keeps its share.
-    """
-    if not 0 <= share < 1:
-        raise ValueError(f"val_fraction must be in [0, 1), got {share}; 0 holds nothing out")
-    patients = patients_of(items)
-    names = sorted(set(patients))
-    if len(names) < 2 and len(items) > 1 and share:
-        logger.warning(
-            f"nothing is held out: all {len(items)} items are of one patient, {names[0]}; write "
-            "the patient of each into a list"
-        )
-    if len(names) < 2 or share == 0:
-        return list(items), []
-    count = min(max(1, round(share * len(names))), len(names) - 1)
-    held = _drawn(dict(zip(patients, items, strict=True)), names, count, seed)
-    train = [item for item, name in zip(items, patients, strict=True) if name not in held]
-    return train, [item for item, name in zip(items, patients, strict=True) if name in held]
-
-
-def _drawn(patients: dict[str, dict], names: list[str], count: int, seed: int) -> set[str]:
-    """Patients to hold out; classes keep their shares, and one with a single patient stays."""
-    rows = [{"patient": name, "label": patients[name].get("label")} for name in names]
-    classes = Counter[Any](row["label"] for row in rows if isinstance(row["label"], int))
-    rows = [row for row in rows if classes.get(row["label"]) != 1]
-    count = min(count, len(rows) - 1)
-    if count < 1:
-        logger.warning("nothing is held out: each class has one patient")
-        return set()
-    return {row["patient"] for row in take(rows, count, seed)}
-
-
-def take(items: list[dict], count: int | None, seed: int = 0) -> list[dict]:
-    """The first items in a seeded order: a smaller ``count`` gives a subset of a larger one.
-
-    Classes keep their shares, and each has one item before any has two.
-
-    Args:
-        items: to choose from; kept in their order. Labels that are numbers are classes.
-        count: how many, at least 1; None for all.
-        seed: of the order.
-    """
-    if count is None or count >= len(items):
-        return items
-    if count < 1:
-        raise ValueError(f"max_cases must be at least 1, got {count}; null takes all")
-    random = [int(i) for i in np.random.RandomState(seed).permutation(len(items))]
-    classes: dict[Any, list[int]] = {}
-    for i in random:
-        label = items[i].get("label")
-        classes.setdefault(label if isinstance(label, int) else None, []).append(i)
-    turn = {i: n / len(same) for same in classes.values() for n, i in enumerate(same)}
-    chosen = sorted(random, key=turn.__getitem__)[:count]
-    return [items[i] for i in sorted(chosen)]
-
-
-def partition(
-    items: list[dict], val_fraction: float | None, max_cases: int | None, seed: int = 0
-) -> tuple[list[dict], list[dict]]:
-    """Labelled cases for training and for validation, at most ``max_cases`` in all.
-
-    What is held out of all items is never trained on, whatever ``max_cases`` is.
-
-    Args:
-        items: with labels.
-        val_fraction: share for validation, in [0, 1). With None it is ``VAL_FRACTION``, or 0 if
-            fewer than ``FEW`` cases are used.
-        max_cases: cases to use, at least 1; None for all.
-        seed: of the draws.
-
-    >>> items = [{"image": f"{i}.nii"} for i in range(40)]
-    >>> [[len(part) for part in partition(items, None, n)] for n in (None, 20, 5)]
-    [[32, 8], [16, 4], [5, 0]]
-    """
-    share = VAL_FRACTION if val_fraction is None else val_fraction
-    train, val = hold_out(
-        items, share if val_fraction is not None or len(items) >= FEW else 0, seed
-    )
-    if max_cases is None or max_cases >= len(items):
-        return train, val
-    few = val_fraction is None and max_cases < FEW
-    held = 0 if few else min(round(share * max_cases) or 1, max_cases - 1, len(val))
-    return take(train, max_cases - held, seed), take(val, held, seed) if held else []
 
 
 def class_weights(items: list[dict], classes: int) -> Tensor:

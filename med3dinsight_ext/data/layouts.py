@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from med3dinsight_ext.data.datalists import LABEL_ENDINGS, datalist, split_items
+from med3dinsight_ext.data.datalists import LABEL_ENDINGS, datalist
 from med3dinsight_ext.data.labels import label_values
 from med3dinsight_ext.data.modalities import MODALITY_PREFIXES, modality_name
+from med3dinsight_ext.data.pairing import (
+    NAMING_RULES,
+    Key,
+    channel_number,
+    naming_key,
+    numbers_channels,
+    without_channel,
+)
 from med3dinsight_ext.data.patients import patient_name
+from med3dinsight_ext.data.splits import split_items
 from med3dinsight_ext.data.volumes import check_each
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.images import open_volume
@@ -23,10 +31,8 @@ from med3dinsight_ext.io.reading import read_json, readable
 from med3dinsight_ext.io.remote import is_remote
 from med3dinsight_ext.io.volume_files import DICOM_ENDINGS, VOLUME_ENDINGS, find_volumes
 
-CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net's number of a channel
 FEW_IMAGES = 10  # in a folder, on average, that is taken to be one patient
 MODALITY_FOLDERS = {*MODALITY_PREFIXES, "MRI"}
-Key = tuple[tuple[str, ...], str]
 
 
 class Dataset(NamedTuple):
@@ -169,7 +175,7 @@ def folder_items(
     items = datalist(images)
     if labels and Path(os.path.abspath(images)) in (root := Path(os.path.abspath(labels))).parents:
         items = [item for item in items if root not in Path(item["image"]).parents]
-    keys = {item["image"]: _key(Path(item["image"]), images) for item in items}
+    keys = {item["image"]: naming_key(Path(item["image"]), images) for item in items}
     found = _labels(source, labels)
     if labels and not found:
         raise ValueError(f"labels must hold label maps, got no volumes in {labels}")
@@ -178,8 +184,8 @@ def folder_items(
         notes.append(f"{len(more)} labels are left out: two or more are of one image")
         if twice is not None:
             twice += more
-    way = max(WAYS, key=lambda way: _matches(way, keys, known))
-    if known and not _matches(way, keys, known):
+    rule = max(NAMING_RULES, key=lambda rule: rule.matches(keys.values(), known))
+    if known and not rule.matches(keys.values(), known):
         shown = [
             ", ".join(sorted({stem for _, stem in group})[:3]) for group in (known, keys.values())
         ]
@@ -188,17 +194,17 @@ def folder_items(
             f"named like one of {len(items)} images ({shown[1]} …); name them alike"
         )
     if known:
-        labels_by = {way.label(key): path for key, path in known.items()}
-        cases = {image: way.image(key) for image, key in keys.items()}
+        labels_by = {rule.label(key): path for key, path in known.items()}
+        cases = {image: rule.image(key) for image, key in keys.items()}
         if lost := len(known) - len(labels_by.keys() & set(cases.values())):
             notes.append(f"{lost} of {len(known)} labels have no image")
         for item in items:
             if (key := cases[item["image"]]) in labels_by:
                 item["label"] = labels_by[key]
-    if way.channels if known else _numbers_channels(keys.values(), kinds):
+    if rule.channels if known else numbers_channels(keys.values(), kinds):
         for item in items if kinds else ():
-            item["modality"] = kinds.get(_channel(item["image"]), "auto")
-        keys = {image: _case(key) for image, key in keys.items()}
+            item["modality"] = kinds.get(channel_number(item["image"]), "auto")
+        keys = {image: without_channel(key) for image, key in keys.items()}
     elif kinds:
         items = [item | {"modality": kinds.get(0, "auto")} for item in items]
     _name_patients(items, keys, notes)
@@ -252,12 +258,6 @@ def _modalities(path: Path) -> dict[int, str]:
     return found
 
 
-def _channel(image: str) -> int:
-    """Number of an image's channel in nnU-Net's names; 0 without one."""
-    found = CHANNEL.search(volume_stem(image))
-    return int(found[0][1:]) if found else 0
-
-
 def _labels(source: Path, labels: Path | None) -> dict[Key, list[str]]:
     """Label files by what they belong to."""
     if labels and not labels.is_dir():
@@ -268,64 +268,8 @@ def _labels(source: Path, labels: Path | None) -> dict[Key, list[str]]:
         folders = path.relative_to(source).parts[:-1] if path.is_relative_to(source) else ()
         in_folder = labels or any(folder.startswith("labels") for folder in folders)
         if in_folder or volume_stem(path).endswith(LABEL_ENDINGS):
-            found.setdefault(_key(path, root), []).append(str(path.absolute()))
+            found.setdefault(naming_key(path, root), []).append(str(path.absolute()))
     return found
-
-
-def _key(path: Path, root: Path) -> Key:
-    """Folders and name without what differs between an image and its label."""
-    parts = Path(os.path.relpath(path, root)).parts[:-1]
-    folders = tuple(part for part in parts if not part.startswith(("images", "labels")))
-    stem = volume_stem(path)
-    ending = next((end for end in LABEL_ENDINGS if stem.endswith(end)), "")
-    return folders, stem.removesuffix(ending)
-
-
-class _Way(NamedTuple):
-    """How images and labels may be named alike."""
-
-    bare: bool  # whatever their folders
-    channels: bool  # but for nnU-Net's number of a channel in an image's name
-
-    def label(self, key: Key) -> Key:
-        """What of a label is compared."""
-        return () if self.bare else key[0], key[1]
-
-    def image(self, key: Key) -> Key:
-        """What of an image is compared."""
-        return self.label(_case(key) if self.channels else key)
-
-
-WAYS = [_Way(bare, channels) for bare in (False, True) for channels in (False, True)]
-
-
-def _case(key: Key) -> Key:
-    """Without nnU-Net's number of a channel."""
-    return key[0], CHANNEL.sub("", key[1])
-
-
-def _matches(way: _Way, keys: Mapping[str, Key], known: Mapping[Key, str]) -> int:
-    """How many labels an image is named like; none if two labels become alike."""
-    labels = {way.label(key) for key in known}
-    found = labels & {way.image(key) for key in keys.values()}
-    return len(found) if len(labels) == len(known) else 0
-
-
-def _numbers_channels(keys: Collection[Key], kinds: Mapping[int, str]) -> bool:
-    """Whether the numbers of four digits in the names of unlabelled images are those of channels.
-
-    They are if there are several cases with the same numbers, from 0000 on; or if all are numbers
-    of several ``kinds``.
-    """
-    if len(kinds) > 1:
-        found = (CHANNEL.search(stem) for _, stem in keys)
-        return all(number and int(number[0][1:]) in kinds for number in found)
-    numbers: dict[Key, list[str]] = {}
-    for key in keys:
-        numbers.setdefault(_case(key), []).append(key[1].removeprefix(_case(key)[1]))
-    alike = {tuple(sorted(found)) for found in numbers.values()}
-    counted = tuple(f"_{n:04d}" for n in range(len(next(iter(numbers.values())))))
-    return len(numbers) > 1 and alike == {counted}
 
 
 def check_trainable(dataset: Dataset) -> None:

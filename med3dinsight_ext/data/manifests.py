@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from med3dinsight_ext.data.datalists import FEW, datalist
+from med3dinsight_ext.data.datalists import datalist
 from med3dinsight_ext.data.layouts import folder_items
 from med3dinsight_ext.data.patients import joined, patient_name, place
+from med3dinsight_ext.data.splits import FEW
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, write_atomic
 from med3dinsight_ext.io.reading import pyarrow_of

@@ -57,10 +57,10 @@ def read_json(path: str | Path, name: str, fix: str = "repair it") -> Any:
     """Content of a JSON file in UTF-8.
 
     Raises:
-        ValueError: it is missing, not UTF-8, not JSON, or nested too deeply.
+        ValueError: it is missing, not UTF-8, not JSON, nested too deeply, or a key occurs twice.
     """
     with readable(name, path, fix):
-        return json.loads(Path(path).read_text("utf-8"))
+        return parse_json(Path(path).read_text("utf-8"))
 
 
 def whole_lines(path: Path) -> Iterator[Any]:

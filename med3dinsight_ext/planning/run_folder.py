@@ -9,8 +9,8 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from med3dinsight_ext.data.datalists import item_ids, split_lists
 from med3dinsight_ext.data.layouts import Dataset
+from med3dinsight_ext.data.splits import item_ids, split_lists
 from med3dinsight_ext.io.bundles import bundles_dir
 from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.errors import advice

@@ -31,7 +31,7 @@ from evidence.differences import (
     outcome,
     p_value,
 )
-from med3dinsight_ext.data.datalists import take
+from med3dinsight_ext.data.splits import take
 from med3dinsight_ext.metrics.classification import auroc_of
 
 EVIDENCE = ROOT / "benchmarks" / "evidence"

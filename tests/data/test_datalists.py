@@ -6,22 +6,15 @@ import logging
 import struct
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from dataset_writers import GOOD, decathlon, nifti
 from monai.data import MetaTensor
 from real_data import real_data
 
 from med3dinsight_ext.data import datalists
-from med3dinsight_ext.data.datalists import (
-    class_items,
-    datalist,
-    hold_out,
-    partition,
-    take,
-    with_all_classes,
-)
+from med3dinsight_ext.data.datalists import class_items, datalist, with_all_classes
 from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.data.volumes import (
     ScaleByModalityd,
@@ -29,14 +22,6 @@ from med3dinsight_ext.data.volumes import (
     guess_modality,
     read_volume,
 )
-
-GOOD = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
-
-
-def nifti(path: Path, array: np.ndarray = GOOD, affine: np.ndarray | None = None) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
-    return str(path)
 
 
 def patched(path: Path, offset: int, value: float) -> str:
@@ -177,21 +162,6 @@ def test_air_tells_ct_from_mr() -> None:
     assert guess_modality(torch.tensor([-3.0, 900.0])) == "MR"
 
 
-def decathlon(folder: Path, ids: str = "abc", **more: object) -> Path:
-    for id_ in ids:
-        nifti(folder / "imagesTr" / f"{id_}.nii.gz")
-        nifti(folder / "labelsTr" / f"{id_}.nii.gz")
-    rows = [{k: f"./{k}sTr/{id_}.nii.gz" for k in ("image", "label")} for id_ in ids]
-    content = {"modality": {"0": "MRI"}, "training": rows, "test": []} | more
-    (folder / "dataset.json").write_text(json.dumps(content))
-    return folder / "dataset.json"
-
-
-def split(folder: Path, **lists: object) -> Path:
-    (folder / "split.json").write_text(json.dumps(lists))
-    return folder / "split.json"
-
-
 def test_a_decathlon_file_gives_images_labels_and_modality(tmp_path: Path) -> None:
     items = datalist(decathlon(tmp_path))
     assert items[1] == {
@@ -270,7 +240,7 @@ def test_paths_can_start_from_another_root(tmp_path: Path) -> None:
         ("a.csv", "image\na.nii\n./a.nii\n", "images must be listed once, got 1 of 1"),
         ("a.jsonl", '{"image": "a.nii"}\n{"image"\n', "a.jsonl line 2 must be JSON"),
         ("a.jsonl", '["a.nii"]\n', "a.jsonl line 1 must be a JSON object"),
-        ("a.json", "[", "a.json must be JSON"),
+        ("a.json", "[", "source must be readable, got .*a.json"),
         ("a.json", "{}", "source must have a list 'training'"),
         ("a.csv", "image\n", "source must list images, got none"),
         ("a.txt", "a.nii", "source must be a folder, .json, .jsonl, .csv, .parquet or .npz"),
@@ -293,110 +263,12 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         datalist(tmp_path)
 
 
-def test_a_split_matches_file_names(tmp_path: Path) -> None:
-    source, file = decathlon(tmp_path), split(tmp_path, seed=7, development=["a", "c"], test=["b"])
-    assert [i["image"][-8] for i in datalist(source, split=file, subset="development")] == [
-        "a",
-        "c",
-    ]
-
-
-def test_a_split_matches_folders(tmp_path: Path) -> None:
-    paths = [nifti(tmp_path / f"{p}/{kind}.nii") for p in ("p1", "p2") for kind in ("CT", "PET")]
-    file = split(tmp_path, development=["p1"], test=["p2"])
-    assert [i["image"] for i in datalist(tmp_path, split=file, subset="test")] == paths[2:]
-
-
-def test_the_id_of_a_split_is_the_patient_of_its_images(tmp_path: Path) -> None:
-    for name in ("p1/CT", "p1/PT", "p2/CT"):
-        nifti(tmp_path / f"{name}.nii.gz")
-    file = split(tmp_path, development=["p1", "p2"])
-    items = datalist(tmp_path, split=file, subset="development")
-    assert [item["patient"] for item in items] == ["p1", "p1", "p2"]
-    assert [len(part) for part in hold_out(items, 0.5)] in ([2, 1], [1, 2])
-
-
-def test_a_split_matches_patients(tmp_path: Path) -> None:
-    rows = [{"image": nifti(tmp_path / f"{i}.nii"), "patient": f"p{i // 2}"} for i in range(4)]
-    (tmp_path / "list.json").write_text(json.dumps(rows))
-    file = split(tmp_path, development=["p0"], test=["p1"])
-    items = datalist(tmp_path / "list.json", split=file, subset="test")
-    assert [item["patient"] for item in items] == ["p1", "p1"]
-
-
-def test_folders_above_the_root_do_not_match(tmp_path: Path) -> None:
-    nifti(tmp_path / "test" / "a.nii")
-    with pytest.raises(ValueError, match=r"split must name ids of the source, got \['test'\]"):
-        datalist(tmp_path / "test", split=split(tmp_path, test=["test"]), subset="test")
-
-
-@pytest.mark.parametrize(
-    ("lists", "subset", "message"),
-    [
-        ({"development": ["a", "x", "y"]}, "development", r"got \['x', 'y'\] of .*split.json"),
-        ({"development": ["a"]}, "train", r"subset must be one of \['development'\].*'train'"),
-        ({"development": ["a"]}, None, r"subset must be one of \['development'\].*None"),
-        ({"development": ["a"], "test": ["a"]}, "test", r"name each id once, got \['a'\]"),
-        ({"development": ["a", "b", "c"], "test": ["imagesTr"]}, "test", "keep an image in one"),
-    ],
-)
-def test_a_faulty_split_is_refused(
-    tmp_path: Path, lists: dict, subset: str | None, message: str
-) -> None:
-    source = decathlon(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        datalist(source, split=split(tmp_path, **lists), subset=subset)
-
-
-def test_real_splits_keep_patients_apart() -> None:
-    folder = real_data("sarcoma")
-    subsets = [
-        datalist(folder / "index.json", split=folder / "split.json", subset=name)
-        for name in ("development", "test")
-    ]
-    patients = [{item["patient"] for item in items} for items in subsets]
-    assert [len(p) for p in patients] == [29, 12] and not patients[0] & patients[1]
-    assert len(datalist(folder)) == sum(map(len, subsets)) == 123
-
-
 def test_real_volumes_pass_the_check_and_show_their_modality() -> None:
     items = datalist(real_data("sarcoma") / "index.json")[::4]
     assert len(check_parts([items])[0]) == len(items) == 31
     for item in items[:12]:
         guess = guess_modality(read_volume(item["image"]))
         assert (guess == "CT") == (item["modality"] == "CT")
-
-
-def test_a_patients_images_are_held_out_together() -> None:
-    items = [{"image": f"{p}/{m}", "patient": p} for p in "abcde" for m in ("CT", "MR")]
-    train, held = hold_out(items, 0.4, seed=1)
-    assert {i["patient"] for i in train}.isdisjoint(i["patient"] for i in held)
-    assert (len(train), len(held)) == (6, 4)
-    assert hold_out(items, 0.4, seed=1) == (train, held) != hold_out(items, 0.4, seed=2)
-    assert hold_out(items, 0) == (items, [])
-    with pytest.raises(ValueError, match=r"val_fraction must be in \[0, 1\), got 1"):
-        hold_out(items, 1)
-
-
-def test_classes_keep_their_shares_when_cases_are_held_out(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    items = [{"image": f"{i}.nii", "label": int(i < 3)} for i in range(20)]
-    for seed in range(20):
-        train, held = hold_out(items, 0.2, seed)
-        assert sorted(i["label"] for i in held) == [0, 0, 0, 1]
-        assert {i["label"] for i in train} == {0, 1}
-    rare = [*items, {"image": "rare.nii", "label": 2}]
-    assert all(rare[-1] in hold_out(rare, 0.4, seed)[0] for seed in range(20))
-    one_each = [{"image": f"{i}.nii", "label": i} for i in range(3)]
-    assert hold_out(one_each, 0.5) == (one_each, [])
-    assert "nothing is held out: each class has one patient" in caplog.text
-
-
-def test_one_patient_is_not_split_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    items = [{"image": f"{i}.nii", "patient": "ANON"} for i in range(12)]
-    assert hold_out(items, 0.2) == (items, [])
-    assert "all 12 items are of one patient, ANON; write the patient of each" in caplog.text
 
 
 def test_numbers_that_are_names_are_no_indices() -> None:
@@ -511,56 +383,6 @@ def test_a_class_without_a_case_is_an_error_in_training_alone() -> None:
 def test_class_names_must_differ(names: list[str]) -> None:
     with pytest.raises(ValueError, match="class_names must be two or more different ones, got"):
         class_items([], names)
-
-
-def test_few_cases_hold_every_class_in_its_share() -> None:
-    items = [{"image": f"{i}.nii.gz", "label": int(i % 5 == 0)} for i in range(200)]
-    for seed in range(20):
-        counts = [sum(i["label"] for i in take(items, n, seed)) for n in (2, 10, 50)]
-        assert counts == [1, 2, 10]
-
-
-def test_fewer_cases_are_a_subset_of_more() -> None:
-    items = [{"image": str(i)} for i in range(20)]
-    few, more = take(items, 3), take(items, 9)
-    assert len(few) == 3 and all(item in more for item in few)
-    assert more == [item for item in items if item in more]  # in their order
-    assert take(items, None) == items == take(items, 99)
-    assert take(items, 3, seed=1) != few
-    with pytest.raises(ValueError, match="max_cases must be at least 1, got 0"):
-        take(items, 0)
-    assert hold_out(items, 0.2)[0] != items
-
-
-@pytest.mark.parametrize(
-    ("cases", "val_fraction", "max_cases", "train", "val"),
-    [
-        (9, None, None, 9, 0),
-        (10, None, None, 8, 2),
-        (40, None, 9, 9, 0),
-        (40, None, 10, 8, 2),
-        (40, None, 99, 32, 8),
-        (40, 0.2, 5, 4, 1),
-        (4, 0.25, None, 3, 1),
-        (40, 0.0, 20, 20, 0),
-        (40, 0.5, 2, 1, 1),
-        (40, 0.5, 1, 1, 0),
-    ],
-)
-def test_max_cases_counts_training_and_validation(
-    cases: int, val_fraction: float | None, max_cases: int | None, train: int, val: int
-) -> None:
-    items = [{"image": str(i)} for i in range(cases)]
-    parts = partition(items, val_fraction, max_cases)
-    assert [len(part) for part in parts] == [train, val]
-
-
-def test_what_is_held_out_of_all_cases_never_trains() -> None:
-    items = [{"image": str(i)} for i in range(40)]
-    held = partition(items, None, None)[1]
-    for count in (3, 12, 30):
-        train, val = partition(items, None, count)
-        assert not any(item in held for item in train) and all(item in held for item in val)
 
 
 def test_the_examples_of_the_docstrings_hold() -> None:

@@ -15,9 +15,10 @@ from volume_writers import write_dicom
 
 from med3dinsight_ext.cli import main
 from med3dinsight_ext.data import manifests
-from med3dinsight_ext.data.datalists import datalist, hold_out
+from med3dinsight_ext.data.datalists import datalist
 from med3dinsight_ext.data.layouts import read_dataset
 from med3dinsight_ext.data.patients import joined
+from med3dinsight_ext.data.splits import hold_out
 from med3dinsight_ext.io.files import HashMemo
 
 
