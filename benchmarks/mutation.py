@@ -6,8 +6,9 @@
 A mutant runs in a process forked after the imports, against the tests that reach its line, the
 fastest first; mutmut and cosmic-ray start a process a mutant, which imports for ten seconds. Writes
 results/mutation.json, where a module that is not in the log keeps its row. mutation.yaml names the
-tests of each module and the mutants that no test can kill, each with its reason. In the log a killed
-mutant counts while its function is unchanged, a survivor only while the tests are unchanged too.
+tests of each module and the mutants that no test can kill, each with its reason. In the log a
+killed mutant counts while its function is unchanged, a survivor only while the tests are unchanged
+too.
 """
 
 from __future__ import annotations
@@ -333,7 +334,9 @@ def main() -> None:
             "commit": commit,
             **summary(run, MODULES[run.name].get("equivalent", {})),
         }
-    common.write("mutation", {"modules": {name: tables[name] for name in MODULES if name in tables}})
+    common.write(
+        "mutation", {"modules": {name: tables[name] for name in MODULES if name in tables}}
+    )
 
 
 if __name__ == "__main__":

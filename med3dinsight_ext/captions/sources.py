@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -155,6 +156,8 @@ class FileCaptions(Captioner):
                     f"index must be in 0..{size - 1}, got {index} in {row.where}; "
                     f"count {PLANES[row.plane]} slices from 0 in RAS"
                 )
+            if not math.isnan(row.position):
+                _check_position(row.where, index, size, row.position)
             if (row.plane, index) in found:
                 raise ValueError(
                     f"captions must be one a slice, got a second for {PLANES[row.plane]} {index} "
@@ -223,9 +226,12 @@ def _row(where: str, fields: dict) -> Row:
         value = fields.get(name)
         try:
             number[name] = None if value is None or value == "" else kind(value)
+            if isinstance(value, bool) or kind is int and isinstance(value, float) and value % 1:
+                raise ValueError(value)
         except (TypeError, ValueError, OverflowError):
             raise ValueError(
-                f"{name} must be a number, got {told(value)} in {where}; correct it"
+                f"{name} must be {'an integer' if kind is int else 'a number'}, got {told(value)} "
+                f"in {where}; correct it"
             ) from None
     index, size, position = number["index"], number["size"], number["position"]
     if index is None and position is None:
@@ -236,11 +242,8 @@ def _row(where: str, fields: dict) -> Row:
         raise ValueError(
             f"index must be in 0..size - 1, got {index} of {size} in {where}; count from 0 in RAS"
         )
-    if None not in (index, size, position) and abs(position - (index + 0.5) / size) > 0.5 / size:
-        raise ValueError(
-            f"position must be (index + 0.5) / size, got {position} for index {index} of {size} "
-            f"in {where}; drop one of them"
-        )
+    if None not in (index, size, position):
+        _check_position(where, index, size, position)
     try:
         plane = plane_number(fields.get("plane", ""))
     except ValueError as error:
@@ -248,6 +251,14 @@ def _row(where: str, fields: dict) -> Row:
     position = float("nan") if position is None else position
     text = text.strip().encode("utf-8", "replace").decode()  # half a surrogate cannot be written
     return Row(where, plane, index, size, position, text)
+
+
+def _check_position(where: str, index: int, size: int, position: float) -> None:
+    if abs(position - (index + 0.5) / size) > 0.5 / size:
+        raise ValueError(
+            f"position must be (index + 0.5) / size, got {position} for index {index} of {size} "
+            f"in {where}; drop one of them"
+        )
 
 
 def _key(image: str) -> str:

@@ -11,7 +11,7 @@ from med3dinsight_ext.io.dicom import patient_id
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 
 log = logging.getLogger(__name__)
-CONTENT = ("targets", "prepared", "grids")  # entries that are named by a volume's content
+CONTENT = ("content", "targets", "prepared", "grids")  # a volume's hash, or entries named by it
 
 
 def joined(names: Sequence[str], contents: Sequence[str | None]) -> list[str]:

@@ -112,6 +112,9 @@ class EntryMaker:
         Args:
             volume: from ``cut``.
             replies: caption, or the reason why there is none, by row.
+
+        Raises:
+            ValueError: the teacher gave NaN or infinity.
         """
         texts = {row: text for row, (text, *_) in sorted(replies.items()) if text is not None}
         tensors = {
@@ -126,6 +129,13 @@ class EntryMaker:
         similarity: dict[int, float] = {}
         if texts:
             tensors["text"] = self._embed_texts(list(texts.values())).half()
+        for kind in tensors.keys() & {"image", "text"}:
+            if not tensors[kind].isfinite().all():
+                raise ValueError(
+                    f"{kind} embeddings must be finite, got NaN or infinity for "
+                    f"{volume.item['image']}; try the teacher in float32, or on a CPU"
+                )
+        if texts:
             if self.teacher.joint:
                 product = tensors["image"][list(texts)].float() * tensors["text"].float()
                 similarity = dict(zip(texts, product.sum(1).tolist(), strict=True))

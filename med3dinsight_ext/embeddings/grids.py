@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.data import slicing
 from med3dinsight_ext.data.volumes import check_straight, modality_of, read_volume
-from med3dinsight_ext.embeddings.shards import merge_ranks, rank_share, wait_for_ranks, without
+from med3dinsight_ext.embeddings.shards import (
+    merge_ranks,
+    paths_of,
+    rank_share,
+    wait_for_ranks,
+    without,
+)
 from med3dinsight_ext.embeddings.whitening import Whitening, fit_whitening
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, key_of, keyed_path, sha256, write_atomic
@@ -202,13 +207,13 @@ class GridStore:
         if not items:
             raise ValueError("items must name at least one volume, got none; check the datalist")
         self._load_whitening(items[:: -(-len(items) // FIT_VOLUMES)])
-        paths = [self.path(item) for item in items]
-        own = [(items[n], paths[n]) for n in rank_share(len(items))]
+        bad: dict[str, str] = {}
+        paths = paths_of(items, range(len(items)), self.path, bad)
+        own = [(items[n], paths[n]) for n in rank_share(len(items)) if n in paths]
         missing = [(item, path) for item, path in own if not path.exists()]
         if missing:
             self._check_size(len(items))
             logger.info(f"{len(missing)} of {len(own)} volumes have no feature grids: making them")
-        bad: dict[str, str] = {}
         for item, path in Bar(missing, "feature grids", unit="volume", disable=not missing):
             try:
                 self._write(item, path)
@@ -216,7 +221,7 @@ class GridStore:
                 bad[item["image"]] = str(error)
         self.teacher.free()
         good = without(items, merge_ranks(bad), skip_bad)
-        found = zip(items, paths, strict=True)
+        found = ((items[n], path) for n, path in paths.items())
         return [{**item, "grids": str(path)} for item, path in found if item["image"] in good]
 
     def _check_size(self, volumes: int) -> None:
@@ -247,8 +252,7 @@ class GridStore:
 
     def _load_whitening(self, sample: Sequence[dict[str, Any]]) -> None:
         path = self.root / "grids" / f"whitening-{key_of(self._made)}.safetensors"
-        alone = not dist.is_initialized()
-        if not path.exists() and (alone or rank_share(1)):  # of a group, the first rank
+        if not path.exists() and rank_share(1):  # of a group, the first rank
             fitted = self._fit(sample)
             tensors = {
                 f"{number}.{field}": value.contiguous()

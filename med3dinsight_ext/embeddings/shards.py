@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -34,12 +35,34 @@ def part_of(items: Sequence[dict[str, Any]], shard: str | None) -> list[dict[str
 def rank_share(count: int) -> range:
     """This rank's indices below ``count``: a fixed share, whatever other ranks have done.
 
-    Without a process group, torchrun's environment variables count; then no rank ever waits.
+    Raises:
+        ValueError: the environment names several processes, which form no group: each would go on
+            with its share alone.
     """
-    together = dist.is_available() and dist.is_initialized()
-    rank = dist.get_rank() if together else int(os.environ.get("RANK", 0))
-    ranks = dist.get_world_size() if together else int(os.environ.get("WORLD_SIZE", 1))
-    return range(rank, count, ranks)
+    if dist.is_available() and dist.is_initialized():
+        return range(dist.get_rank(), count, dist.get_world_size())
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"processes must form a group, got WORLD_SIZE={ranks} and none; add "
+            "multi_gpu_train.json to config_file, or unset WORLD_SIZE for a single process"
+        )
+    return range(count)
+
+
+def paths_of(
+    items: Sequence[dict[str, Any]],
+    indices: Iterable[int],
+    path: Callable[[dict[str, Any]], Path],
+    bad: dict[str, str],
+) -> dict[int, Path]:
+    """Entry's path of each item of ``indices``; ``bad`` gets image and reason of those without."""
+    found: dict[int, Path] = {}
+    for i in indices:
+        try:
+            found[i] = path(items[i])
+        except (OSError, ValueError) as error:
+            bad[str(items[i]["image"])] = str(error)
+    return found
 
 
 def without(items: Sequence[dict[str, Any]], bad: Mapping[str, str], skip_bad: bool) -> set[str]:
@@ -55,7 +78,10 @@ def without(items: Sequence[dict[str, Any]], bad: Mapping[str, str], skip_bad: b
     """
     good = {str(item["image"]) for item in items} - bad.keys()
     if bad:
-        listed = "\n".join(f"  {reason}" for reason in bad.values())
+        listed = "\n".join(
+            f"  {reason if image in reason else f'{image}: {reason}'}"
+            for image, reason in bad.items()
+        )
         if not skip_bad or not good:
             raise ValueError(
                 f"volumes must be readable and not empty, got {len(bad)} bad of {len(items)}; "

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 
 from med3dinsight_ext.captions.captioner import Captioner, SlicedVolume
@@ -24,7 +25,7 @@ from med3dinsight_ext.captions.sources import shape_of
 from med3dinsight_ext.data.costs import measure
 from med3dinsight_ext.data.slicing import PLANES, plane_number
 from med3dinsight_ext.embeddings.entry import EntryMaker, SliceChoice
-from med3dinsight_ext.embeddings.shards import merge_ranks, part_of, rank_share, without
+from med3dinsight_ext.embeddings.shards import merge_ranks, part_of, paths_of, rank_share, without
 from med3dinsight_ext.embeddings.usable_captions import caption_statuses, shown
 from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
 from med3dinsight_ext.io.reading import read_json
@@ -133,7 +134,8 @@ class Store:
         """Length of each target space: {"image": d, "text": d'}, or {"joint": d} if it is one."""
         name = hashlib.sha256(self._teacher_print.encode()).hexdigest()[:16]
         path = self.root / f"teacher-{name}.json"
-        if known := _known_dims(path, self._teacher_print):
+        known = _known_dims(path, self._teacher_print)
+        if known and ("joint" in known) == self.teacher.joint:
             return known
         size = self.teacher.image.size
         image = self.teacher.encode_image(torch.zeros(1, 1, size, size)).shape[1]
@@ -152,8 +154,8 @@ class Store:
     ) -> list[dict[str, Any]]:
         """Make the entries that do not exist, and find bad volumes.
 
-        Each rank of torchrun makes its share. No work is repeated after an interruption: an entry
-        is complete or absent, and each answer of a multimodal model is logged as it arrives.
+        Each rank of a process group makes its share. No work is repeated after an interruption: an
+        entry is complete or absent, and each answer of a multimodal model is logged as it arrives.
 
         Args:
             items: from ``datalist``: image, modality.
@@ -161,8 +163,8 @@ class Store:
             shard: "3/16" takes the third of sixteen parts, for independent jobs on one store.
 
         Returns:
-            The items, each with ``targets``, the path of its entry. Of the shard alone; and without
-            a process group, of the rank alone.
+            The items, each with ``targets``, the path of its entry, and ``content``, a hash of the
+            image. Of the shard alone.
 
         Raises:
             ValueError: volumes are bad; names all of them, after the good ones are stored. Or the
@@ -172,20 +174,18 @@ class Store:
         self.captioner.check_items(items)
         items = part_of(items, shard)
         bad: dict[str, str] = {}
-        paths: dict[int, Path] = {}
-        for i in rank_share(len(items)):
-            try:
-                paths[i] = self.path(items[i])
-            except (OSError, ValueError) as error:
-                bad[items[i]["image"]] = str(error)
+        paths = paths_of(items, rank_share(len(items)), self.path, bad)
         bad = merge_ranks(bad | self._make(items, paths))
+        contents = merge_ranks(
+            {str(i): "".join(self._hashes.content(items[i]["image"])) for i in paths}
+        )
         paths = {
             int(i): Path(p)
             for i, p in merge_ranks({str(i): str(p) for i, p in paths.items()}).items()
         }
         good = without(items, bad, skip_bad)
         return [
-            {**items[i], "targets": str(paths[i])}
+            {**items[i], "targets": str(paths[i]), "content": contents[str(i)]}
             for i in sorted(paths)
             if items[i]["image"] in good
         ]
@@ -226,6 +226,8 @@ class Store:
     ) -> None:
         """``fill``, then print the numbers of volumes and captions, and how to view them."""
         filled = self.fill(items, skip_bad, shard)
+        if idist.get_rank() > 0:
+            return
         print(f"{len(filled):,} volumes are in {self.root}; {shown(caption_statuses(filled))}")
         print(f"view their captions: python -m med3dinsight_ext captions {self.root}")
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from med3dinsight_ext.losses.cosine import cosine_loss
 from med3dinsight_ext.losses.info_nce import info_nce_loss
+from med3dinsight_ext.losses.pairs import BLOCK
 from med3dinsight_ext.losses.partial_transport import partial_transport_loss
 from med3dinsight_ext.losses.reconstruction import squared_error
 from med3dinsight_ext.losses.regression import Residual, regression_loss
@@ -163,7 +164,8 @@ class AlignmentLoss(nn.Module):
         if name in self.residuals:
             teacher = self.residuals[name](teacher, plane, position)
         unit = F.normalize(teacher.double(), dim=1)  # TF32 would tell equal captions apart
-        allowed = unit @ unit.mT < 1 - 1e-5
+        blocks = unit.split(max(1, BLOCK // max(1, len(unit))))
+        allowed = torch.cat([block @ unit.mT < 1 - 1e-5 for block in blocks])
         if self.negatives == "same_plane":
             near = (position[:, None] - position).abs() <= self.depth_window
             allowed = allowed & near & (plane[:, None] == plane)

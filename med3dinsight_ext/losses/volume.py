@@ -27,7 +27,7 @@ class VolumeLoss(nn.Module):
 
         Args:
             pred: (b, d).
-            target: (b, d), of mean 0 and variance 1 over the training volumes.
+            target: (b, d), of mean 0 and variance 1 over all volumes of the list.
         """
         loss = F.smooth_l1_loss(pred.float(), target.float())
         self.latest = VolumeParts(loss.detach())

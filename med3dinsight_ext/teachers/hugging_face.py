@@ -89,7 +89,10 @@ class HuggingFaceTexts(TextTower):
         """Tokens of the longest text: the smaller of the model's and the tokenizer's limits."""
         config = self.model.config
         config = getattr(config, "text_config", config)
-        return min(config.max_position_embeddings, self.tokenizer.model_max_length)
+        positions = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(positions, "padding_idx", None)  # RoBERTa counts positions from behind it
+        places = config.max_position_embeddings - (0 if padding is None else padding + 1)
+        return min(places, self.tokenizer.model_max_length)
 
     def fits(self, text: str) -> bool:
         return len(self.tokenizer(text, verbose=False)["input_ids"]) <= self.limit

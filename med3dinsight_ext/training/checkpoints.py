@@ -11,6 +11,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine
 from ignite.handlers import Checkpoint, DiskSaver
+from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
 from med3dinsight_ext.io.reading import readable
@@ -61,7 +62,8 @@ def resume(path: str | Path, objects: Mapping[str, Any], trainer: Engine) -> Non
     Args:
         path: written by ``checkpoint`` with the same ``objects``.
         objects: name to object, the trainer among them.
-        trainer: keeps its own ``max_epochs``.
+        trainer: keeps its own ``max_epochs``. A schedule of rates keeps its own length, too, so
+            that a run that is made longer ends at its lowest rate.
 
     Raises:
         ValueError: the file is of another run's shape, or is no checkpoint.
@@ -77,12 +79,23 @@ def resume(path: str | Path, objects: Mapping[str, Any], trainer: Engine) -> Non
     except Exception as error:
         raise ValueError(f"checkpoint must be readable, got {path}: {error}; {advice}") from error
     epochs = trainer.state.max_epochs
+    lengths = {
+        schedule: {name: vars(schedule)[name] for name in ("warmup_steps", "t_total")}
+        for schedule in objects.values()
+        if isinstance(schedule, WarmupCosineSchedule)
+    }
     try:
         wanted = {k: v for k, v in objects.items() if k not in (POSITION, SCALER) or k in saved}
         Checkpoint.load_objects(wanted, saved)
     except Exception as error:  # each object has its own
         raise ValueError(f"checkpoint must fit this run, got {path}: {error}; {advice}") from error
     trainer.state.max_epochs = epochs
+    for schedule, length in lengths.items():
+        vars(schedule).update(length)
+        for group, rate, factor in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * factor(schedule.last_epoch)
     logger.info(f"resumed from {path} after epoch {trainer.state.epoch}")
 
 

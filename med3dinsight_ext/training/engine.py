@@ -25,7 +25,7 @@ from med3dinsight_ext.training import incremental
 from med3dinsight_ext.training.checkpoints import POSITION, SCALER, checkpoint, resume
 from med3dinsight_ext.training.history import scalar_metrics
 from med3dinsight_ext.training.position import EveryMinutes, Position
-from med3dinsight_ext.training.record import recorded
+from med3dinsight_ext.training.record import check_unchanged, recorded
 from med3dinsight_ext.training.weights import not_finite
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,9 @@ def _run(
             "drop_last drops them; lower batch_size or start fewer processes"
         )
     state = {**state, POSITION: (position := Position(trainer)), SCALER: Scaler(trainer)}
-    resume(path, state, trainer)
+    if path.exists():
+        check_unchanged(ckpt_dir)
+        resume(path, state, trainer)
     if trainer.state.epoch >= trainer.state.max_epochs:  # ignite would start again at epoch 0
         logger.info(
             f"{path} is trained for {trainer.state.epoch} epochs; raise max_epochs for more"

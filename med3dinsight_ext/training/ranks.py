@@ -41,17 +41,18 @@ def rank_sampler(dataset: Sized, kind: str = "validation") -> DistributedSampler
     return DistributedSampler(data, even_divisible=False, shuffle=False)
 
 
-def initialize(device: torch.device) -> None:
-    """Join the process group, by NCCL on GPUs and gloo on CPUs.
-
-    Ranks wait for each other after their shares of long work, as when a store is filled: two hours
-    instead of NCCL's ten minutes.
+def initialize(device: torch.device, backend: str | None = None, hours: float = 2) -> None:
+    """Join the process group.
 
     Args:
         device: of this rank.
+        backend: by default NCCL on GPUs and gloo on CPUs.
+        hours: that ranks wait for each other after their shares of long work, as when a store is
+            filled; NCCL's default is ten minutes.
     """
     cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    backend = backend or ("nccl" if cuda else "gloo")
+    dist.init_process_group(backend, timeout=timedelta(hours=hours))
     if cuda:
         torch.cuda.set_device(device)
     idist.sync()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import Tensor
 
+from med3dinsight_ext.io.errors import told
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.training.provenance import (
     cases,
@@ -29,7 +31,15 @@ from med3dinsight_ext.training.provenance import (
 )
 from med3dinsight_ext.training.weights import read_weights
 
+log = logging.getLogger(__name__)
 FILE = "run.json"
+# What a resumed training cannot change: who is held out, what outputs mean, and the rates, which
+# are the checkpoint's.
+FIXED = (
+    *("seed", "val_fraction", "max_cases", "modality", "spacing", "ct_range"),
+    *("label_names", "class_names", "mode", "teacher", "captions", "min_similarity"),
+    *("learning_rate", "weight_decay"),
+)
 ROUND = ("epochs", "best_epoch", "seconds", "data")  # of an earlier round of incremental training
 
 
@@ -75,6 +85,47 @@ def read_record(weights: str | Path) -> dict[str, Any] | None:
     return record
 
 
+def check_unchanged(folder: str | Path) -> None:
+    """Stop if the training in a folder is resumed with other settings of ``FIXED``.
+
+    Args:
+        folder: of the weights, with the record of the epochs so far.
+
+    Raises:
+        ValueError: names the settings, with both values.
+    """
+    path, parser = Path(folder) / FILE, running_parser()
+    before = _read(path).get("config") or {}
+    now = {} if parser is None else json.loads(json.dumps(parser.get(), default=str))
+    both = [key for key in FIXED if key in before and key in now]
+    changed = [f"{key} {told(now[key])} after {told(before[key])}" for key in both
+               if now[key] != before[key]]  # fmt: skip
+    if changed:
+        raise ValueError(
+            f"settings must be those that {path} records, got {', '.join(changed)}; give them as "
+            "before, or train in another folder"
+        )
+
+
+def check_text_teacher(teacher: Any, weights: str | Path) -> Any:
+    """The teacher, if a training recorded no other text encoder.
+
+    Args:
+        teacher: that encodes prompts, or None.
+        weights: of the training, with its record beside them.
+
+    Raises:
+        ValueError: the student was trained towards the texts of another encoder.
+    """
+    known = _read(Path(weights).with_name(FILE)).get("teacher")
+    if teacher is not None and known and not known.endswith(f"|{teacher.text.name}"):
+        raise ValueError(
+            f"teacher must encode texts as that of the training, got {teacher.text.name} for "
+            f"{weights} with {known}; add the overlay of its teacher to config_file"
+        )
+    return teacher
+
+
 class RunRecord:
     """Keeps run.json up to date: after every epoch, with the hashes of the weights.
 
@@ -114,6 +165,7 @@ class RunRecord:
         if earlier.get("weights_sha256") != hashes:
             earlier.update(best_epoch=None, best_metric=None)
         before = record_of(start) if start is not None else {}
+        self._earlier_data = dict(earlier.get("data") or {})
         self._before = float(earlier.get("seconds") or 0)
         parser = running_parser()
         evaluated = dict(parser.ref_resolver.resolved_content) if parser else {}
@@ -128,6 +180,7 @@ class RunRecord:
             "rounds": earlier.get("rounds", []) if start is None else _rounds(before),
             "started": earlier.get("started") or f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
             "seconds": self._before,
+            "teacher": getattr(evaluated.get("teacher"), "fingerprint", None),
             "pretrained": earlier.get("pretrained") or before.get("pretrained") or found,
             "learning_rate": getattr(optimizer, "defaults", {}).get("lr"),
             "batch_size": getattr(loaders["training"], "batch_size", None),
@@ -162,8 +215,18 @@ class RunRecord:
     def finish(self) -> None:
         """Write the record once the cases are hashed."""
         if idist.get_rank() == 0:
-            self._hashed.result()
+            self._check_cases(self._hashed.result())
             self.update(self.content["epochs"])
+
+    def _check_cases(self, data: Mapping[str, Any]) -> None:
+        """Warn if a resumed training went on with other cases or labels."""
+        for name in data.keys() & self._earlier_data.keys() & {"training", "validation"}:
+            before, now = self._earlier_data[name], data[name]
+            if before["sha256"] not in (None, now["sha256"]):
+                log.warning(
+                    f"{name} cases are others than before the training was resumed: "
+                    f"{now['cases']} after {before['cases']}, or of other content"
+                )
 
     def write(self) -> None:
         if self._hashed.done():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.data.settings import described
-from med3dinsight_ext.embeddings.shards import merge_ranks, rank_share, without
+from med3dinsight_ext.embeddings.shards import merge_ranks, paths_of, rank_share, without
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.errors import causes
 from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
@@ -48,7 +48,9 @@ class VolumeTargets:
         self._hashes = HashMemo(self.root / "files.jsonl")
 
     def fill(self, items: Sequence[dict[str, Any]], skip_bad: bool = False) -> list[dict[str, Any]]:
-        """The good items, each with ``label``: features (d,) of mean 0 and variance 1 over all.
+        """The good items, each with ``content``, a hash of its image, and features as ``label``.
+
+        Features are (d,), of mean 0 and variance 1 over all items.
 
         Args:
             items: image and modality.
@@ -61,10 +63,10 @@ class VolumeTargets:
             raise ValueError(
                 f"volumes must be two or more for volume-level teaching, got {len(items)}; add some"
             )
-        paths = [self._path(item) for item in items]
-        own = [(items[n], paths[n]) for n in rank_share(len(items))]
-        missing = [(item, path) for item, path in own if not path.exists()]
         bad: dict[str, str] = {}
+        paths = paths_of(items, range(len(items)), self._path, bad)
+        own = [(items[n], paths[n]) for n in rank_share(len(items)) if n in paths]
+        missing = [(item, path) for item, path in own if not path.exists()]
         for item, path in Bar(missing, "encode", unit="volume", disable=not missing):
             try:
                 self._write(item, path)
@@ -75,14 +77,14 @@ class VolumeTargets:
                 bad[str(item["image"])] = str(cause)
         self.features.teacher.free()
         good = without(items, merge_ranks(bad), skip_bad)
-        pairs = [
-            (item, load_file(path)["features"])
-            for item, path in zip(items, paths, strict=True)
-            if str(item["image"]) in good
-        ]
-        rows = torch.stack([row for _, row in pairs])
+        kept = [n for n in paths if str(items[n]["image"]) in good]
+        rows = torch.stack([load_file(paths[n])["features"] for n in kept])
         rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
-        return [{**item, "label": row} for (item, _), row in zip(pairs, rows, strict=True)]
+        contents = ("".join(self._hashes.content(str(items[n]["image"]))) for n in kept)
+        return [
+            {**items[n], "label": row, "content": content}
+            for n, row, content in zip(kept, rows, contents, strict=True)
+        ]
 
     def _path(self, item: dict[str, Any]) -> Path:
         content = self._hashes.content(str(item["image"]))

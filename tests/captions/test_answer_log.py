@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import random
 import time
 from multiprocessing import forkserver, get_context
@@ -155,10 +154,12 @@ def test_a_log_keeps_the_answers_around_a_cut_line(tmp_path: Path) -> None:
     assert json.loads(log.path.read_text().splitlines()[0]) == {"model": "m"}
 
 
-def work(root: Path, items: list[dict], shard: str | None, delay: float, env: dict) -> None:
+def work(root: Path, items: list[dict], shard: str | None, delay: float, rank: int | None) -> None:
     """What one process of several does."""
     torch.set_num_threads(1)
-    os.environ.update(env)
+    if rank is not None:
+        where = f"file://{root.with_name('group')}"
+        torch.distributed.init_process_group("gloo", where, rank=rank, world_size=2)
     made = Store(root, teacher(), FakeMllm(delay=delay), per_plane=3)
     (root / "ready").touch()
     made.fill(items, shard=shard)
@@ -173,11 +174,11 @@ def processes() -> Any:
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("how", ["shards", "torchrun"])
+@pytest.mark.parametrize("how", ["shards", "ranks"])
 def test_two_processes_make_the_same_store_as_one(
     how: str, items: list[dict], tmp_path: Path, undisturbed: dict, processes: Any
 ) -> None:
-    ranks = [{"RANK": str(i), "WORLD_SIZE": "2"} if how == "torchrun" else {} for i in range(2)]
+    ranks = [0, 1] if how == "ranks" else [None, None]
     shards = ["1/2", "2/2"] if how == "shards" else [None, None]
     both = [processes(tmp_path, items, shards[i], 0.02, ranks[i]) for i in range(2)]
     for process in both:
@@ -198,7 +199,7 @@ def test_ten_kills_at_random_moments_change_nothing(
     moments = random.Random(0)
     answered = []
     for _ in range(10):
-        process = processes(tmp_path, items, None, 0.06, {})
+        process = processes(tmp_path, items, None, 0.06, None)
         enough = lines() + moments.randint(0, 3)
         process.start()
         while process.is_alive() and not ((tmp_path / "ready").exists() and lines() >= enough):

@@ -135,7 +135,10 @@ def test_captions_of_no_listed_image_are_an_error(tmp_path: Path) -> None:
         ({"plane": None}, "plane must be one of"),
         ({"index": 5}, r"index must be in 0..size - 1, got 5 of 5"),
         ({"index": -1}, r"index must be in 0..size - 1, got -1 of 5"),
-        ({"index": "one"}, "index must be a number, got 'one'"),
+        ({"index": "one"}, "index must be an integer, got 'one'"),
+        ({"index": 1.9}, "index must be an integer, got 1.9"),
+        ({"index": True}, "index must be an integer, got True"),
+        ({"position": "mid"}, "position must be a number, got 'mid'"),
         ({"index": None}, "index or position must be given, got neither"),
         ({"position": 0.9}, r"position must be \(index \+ 0.5\) / size, got 0.9 for index 1 of 5"),
         ({"index": None, "position": 1.2}, r"position must lie in \[0, 1\], got 1.2"),
@@ -172,6 +175,13 @@ def test_a_slice_that_the_image_does_not_have_is_named(tmp_path: Path) -> None:
     for shape in (None, (3, 4, 5)):
         with pytest.raises(ValueError, match=r"index must be in 0..4, got 5 in .*jsonl line 1"):
             file.required(item, shape)
+
+
+def test_a_position_of_another_slice_than_the_index_is_named(tmp_path: Path) -> None:
+    item = image(tmp_path / "a.nii")
+    fields = {k: v for k, v in row(index=1, position=0.9).items() if k != "size"}
+    with pytest.raises(ValueError, match="got 0.9 for index 1 of .*captions.jsonl line 1"):
+        captions(tmp_path, fields).required(item)
 
 
 def test_a_caption_of_another_image_size_is_named(tmp_path: Path) -> None:

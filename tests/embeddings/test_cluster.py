@@ -17,7 +17,7 @@ import fakes
 import pytest
 from embeddings.test_store_laws import entries
 from ray_store import build, deadly
-from running import command, environment, settings
+from running import command, environment, run, settings
 
 from med3dinsight_ext.embeddings import cluster
 from med3dinsight_ext.embeddings.cluster import Filler, fill
@@ -209,6 +209,19 @@ def test_a_deadly_volume_ends_no_filling_and_workers_have_places(
     many, died, left = own
     assert "places for: 1" in many and died.startswith("a worker died 3 times: ")
     assert left.endswith(f"{items[4]['image']}, {items[5]['image']}")
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_the_overlay_takes_a_shard_and_can_run_dry(
+    dry: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = settings("pretrain", tmp_path, fakes.write_volumes(tmp_path / "volumes", 4))
+    asked: list[int] = []
+    monkeypatch.setattr(cluster, "embed", lambda store, items, *_: asked.append(len(items)))
+    files = ["train.json", "embed.json", "ray.yaml"]
+    run("pretrain", files, **given, shard="1/3", dry_run=dry)
+    out = capsys.readouterr().out
+    assert asked == ([] if dry else [2]) and ("2 volumes, 2 of them not in" in out) == dry
 
 
 @pytest.mark.slow

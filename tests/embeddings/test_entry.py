@@ -37,6 +37,21 @@ def about(path: Path) -> dict[str, Any]:
     return json.loads(path.with_suffix(".json").read_text("utf-8"))
 
 
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_embeddings_that_are_not_finite_are_not_stored(
+    tower: str, item: dict[str, Any], teacher: Teacher, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def embed(given: Any) -> Tensor:
+        return torch.full((len(given), 6 if tower == "image" else 8), torch.nan)
+
+    monkeypatch.setattr(getattr(teacher, tower), "embed", embed)
+    store = Store(tmp_path / "s", teacher, TemplateCaptions(), 4)
+    with pytest.raises(ValueError, match=f"{tower} embeddings must be finite, got .*0.nii.gz"):
+        store.fill([item])
+    assert not list(store.root.rglob("*.safetensors"))
+
+
 def test_a_sound_entry_is_read_whole(path: Path) -> None:
     found, stored = read_entry(path), load_file(path)
     assert found["text_row"].tolist() == list(range(12)) and set(found["plane"].tolist()) == {

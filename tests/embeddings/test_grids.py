@@ -192,6 +192,15 @@ def test_only_what_is_missing_is_made(items: list[dict], tmp_path: Path) -> None
     assert sum(calls) == 1 + slices  # the size check and one volume
 
 
+def test_a_missing_volume_is_left_out(items: list[dict], tmp_path: Path) -> None:
+    store = GridStore(tmp_path / "s", pooled_teacher(), ["0"], per_plane=3)
+    Path(items[0]["image"]).unlink()
+    with pytest.raises(ValueError, match=rf"1 bad of {len(items)}.*\n.*{items[0]['image']}"):
+        store.fill(items)
+    found = store.fill(items, skip_bad=True)
+    assert [item["image"] for item in found] == [item["image"] for item in items[1:]]
+
+
 def test_new_volumes_leave_the_others_grids(items: list[dict], tmp_path: Path) -> None:
     store = GridStore(tmp_path / "s", pooled_teacher(), ["0"], per_plane=3)
     first = store.fill(items[:2])

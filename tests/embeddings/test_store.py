@@ -11,6 +11,7 @@ from fakes import SIZE, FakeMllm, volume
 from safetensors.torch import load_file
 
 from med3dinsight_ext.captions.sources import FileCaptions, TemplateCaptions
+from med3dinsight_ext.data.patients import patients_of
 from med3dinsight_ext.embeddings import entry as entries
 from med3dinsight_ext.embeddings.store import Store
 from med3dinsight_ext.io.files import HashMemo
@@ -75,6 +76,26 @@ def test_a_teachers_file_is_read_again(store: Store) -> None:
     kept = json.loads(path.read_text()) | {"embedding_dims": {"image": 2**20 - 1, "text": 1}}
     path.write_text(json.dumps(kept))
     assert store.embedding_dims == {"image": 2**20 - 1, "text": 1}
+
+
+def test_a_joint_teachers_dims_are_not_those_of_a_pair(store: Store) -> None:
+    pair = store.embedding_dims
+    store.teacher.joint = True
+    assert set(store.embedding_dims) == {"joint"}
+    store.teacher.joint = False
+    assert store.embedding_dims == pair
+
+
+def test_copies_are_of_one_patient_whatever_their_captions(
+    items: list[dict], teacher: Teacher, tmp_path: Path
+) -> None:
+    Path(items[1]["image"]).write_bytes(Path(items[0]["image"]).read_bytes())
+    row = {"image": items[0]["image"], "plane": "axial", "index": 3, "caption": "A mass."}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row))
+    filled = Store(tmp_path / "s", teacher, FileCaptions(tmp_path / "c.jsonl"), 4).fill(items)
+    assert filled[0]["targets"] != filled[1]["targets"]
+    names = patients_of(filled)
+    assert names[0] == names[1] != names[2]
 
 
 def test_a_filled_store_lets_go_of_its_networks(

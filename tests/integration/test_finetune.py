@@ -15,6 +15,7 @@ from monai.bundle import ConfigParser
 from running import BACKBONES, ROOT, inference_settings, run, settings, suits
 
 from med3dinsight_ext.data import datalists as data
+from med3dinsight_ext.data import splits
 from med3dinsight_ext.data.volumes import check_parts
 from med3dinsight_ext.training.transfer_report import TransferReport
 
@@ -360,7 +361,7 @@ def test_volumes_beyond_max_cases_are_not_read(tmp_path: Path, volumes: Path) ->
     given = settings("cls-finetune", tmp_path, volumes, val_fraction=0, max_cases=2)
     given |= {"backbone": {"_target_": "fakes.PlainNet"}, "class_names": ["even", "odd"]}
     items = data.class_items(data.datalist(given["datalist"], volumes), given["class_names"])
-    chosen = data.take(items, 2)
+    chosen = splits.take(items, 2)
     rows = [{**item, "image": str(tmp_path / f"{i}.nii.gz")} for i, item in enumerate(items)]
     for item, row in zip(items, rows, strict=True):
         good = Path(item["image"]).read_bytes()

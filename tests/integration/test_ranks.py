@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ def train(
     root: Path,
     volumes: Path,
     meanwhile: Callable[[subprocess.Popen], None] = lambda job: None,
+    overlay: str = "multi_gpu_train.json",
     **changes: Any,
 ) -> tuple[int, str]:
     """Exit status and errors of a training on two ranks.
@@ -39,11 +41,12 @@ def train(
         root: bundle_root.
         volumes: from ``fakes.write_volumes``.
         meanwhile: called with the running torchrun.
+        overlay: of train.json.
         changes: overrides.
     """
     given = settings(bundle, root, volumes, **{**NETWORKS[bundle], **changes})
     del given["device"]
-    words = command(bundle, ["train.json", "multi_gpu_train.json"], given)
+    words = command(bundle, ["train.json", overlay], given)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with (root.parent / f"{root.name}.log").open("w+") as log:
         job = subprocess.Popen([*torchrun, *words], env=environment(), stdout=log, stderr=log)
@@ -70,6 +73,21 @@ def test_two_ranks_train_the_bundle(bundle: str, tmp_path: Path, volumes: Path) 
     assert code == 0, [x for x in log.splitlines() if "rror" in x][:12]
     assert epochs(tmp_path / "run") == [1, 2]
     assert (tmp_path / "run" / "models" / "model.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_fill_the_store_and_name_bad_volumes_of_both(
+    tmp_path: Path, volumes: Path
+) -> None:
+    copy = shutil.copytree(volumes, tmp_path / "volumes")
+    images = sorted(copy.glob("*.nii.gz"))
+    for bad in (images[0], images[1]):
+        bad.write_bytes(b"no volume")
+    code, log = train("pretrain", tmp_path / "run", copy, overlay="embed.json")
+    assert code != 0
+    assert all(f"{bad.name}" in log for bad in images[:2]), log[-3000:]
+    entries = list((tmp_path / "run" / "store").glob("??/*.safetensors"))
+    assert len(entries) == len(images) - 2
 
 
 def rank_of(job: subprocess.Popen, rank: int) -> int:

@@ -158,6 +158,14 @@ def test_texts_up_to_the_limit_are_whole(clip: str) -> None:
     assert not text.fits("a mass of soft tissue in the left thigh")
 
 
+def test_a_text_as_long_as_roberta_reads_is_encoded(tmp_path: Path, dino: str) -> None:
+    model = transformers.RobertaModel(transformers.RobertaConfig(**TEXT))  # 9 of 10 positions
+    teacher = teachers.pair(dino, save(tmp_path, model))
+    words = "a mass of soft tissue in the".split()
+    assert teacher.text.fits(" ".join(words)) and not teacher.text.fits(" ".join([*words, "left"]))
+    assert teacher.encode_text([" ".join(words)]).isfinite().all()
+
+
 def test_a_parents_train_leaves_it_in_evaluation_mode() -> None:
     teacher = Teacher(FakeImages(), FakeTexts())
     nn.Sequential(teacher).train()

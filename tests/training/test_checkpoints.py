@@ -4,6 +4,7 @@ from typing import IO
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
 from med3dinsight_ext.training.checkpoints import (
@@ -115,6 +116,30 @@ def test_a_resumed_trainer_keeps_its_own_number_of_epochs(tmp_path: Path) -> Non
     assert second.state.epoch == 0
     resume(tmp_path / "last.ckpt", {"trainer": second}, second)
     assert (second.state.epoch, second.state.max_epochs) == (2, 5)
+
+
+def test_a_run_that_is_made_longer_ends_at_the_lowest_rate(tmp_path: Path) -> None:
+    def run(epochs: int) -> list[float]:
+        """The rates of the epochs."""
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        schedule = WarmupCosineSchedule(optimizer, 1, epochs, warmup_multiplier=0.1)
+        trainer = Engine(lambda *_: optimizer.step())
+        trainer.state.max_epochs = epochs
+        state = {"trainer": trainer, "optimizer": optimizer, "schedule": schedule}
+        resume(tmp_path / "last.ckpt", state, trainer)
+        rates = []
+        trainer.add_event_handler(
+            Events.EPOCH_STARTED, lambda: rates.append(optimizer.param_groups[0]["lr"])
+        )
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: schedule.step())
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint(state, tmp_path, "last.ckpt"))
+        trainer.run([0])
+        return rates
+
+    assert run(4)[-1] < 0.3
+    longer = run(8)
+    (tmp_path / "last.ckpt").unlink()
+    assert longer == pytest.approx(run(8)[4:])
 
 
 def test_weights_that_are_missing_or_of_another_network_are_named(tmp_path: Path) -> None:

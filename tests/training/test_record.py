@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 import torch
 from running import command, environment, merged, run, settings
 
+from med3dinsight_ext.io.errors import root_cause
+from med3dinsight_ext.teachers.teacher import Teacher
 from med3dinsight_ext.training.history import read_history
 from med3dinsight_ext.training.provenance import running_parser
-from med3dinsight_ext.training.record import read_record, state_hash
+from med3dinsight_ext.training.record import check_text_teacher, read_record, state_hash
 
 UNET = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
         "channels": [4, 8], "strides": [2]}  # fmt: skip
@@ -145,6 +148,49 @@ def test_a_resumed_training_keeps_the_best_epoch(volumes: Path, tmp_path: Path) 
     assert (first["epochs"], found["epochs"]) == (2, 3) and first["best_epoch"]
     assert found["best_epoch"] == first["best_epoch"]
     assert found["best_metric"] == first["best_metric"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate 0.5 after 0.002"),
+        ({"seed": 4, "val_fraction": 0.5}, "seed 4 after 0, val_fraction 0.5 after"),
+    ],
+)
+def test_other_settings_do_not_resume(
+    change: dict[str, Any], message: str, volumes: Path, tmp_path: Path
+) -> None:
+    train("seg-finetune", tmp_path, volumes)
+    for epochs in (1, 2):  # the training is complete, and goes on
+        with pytest.raises(Exception) as caught:
+            train("seg-finetune", tmp_path, volumes, max_epochs=epochs, **change)
+        assert re.search(
+            f"settings must be those that .*run.json.*{message}", str(root_cause(caught.value))
+        )
+
+
+def test_other_cases_are_said_when_a_training_is_resumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    volumes = fakes.write_volumes(tmp_path / "volumes", 4)
+    train("seg-finetune", tmp_path / "run", volumes, val_fraction=0)
+    train("seg-finetune", tmp_path / "run", volumes, val_fraction=0, max_epochs=2)
+    assert "cases are others" not in caplog.text
+    label = volumes / "labels" / "v0.nii.gz"
+    label.write_bytes((volumes / "labels" / "v1.nii.gz").read_bytes())
+    train("seg-finetune", tmp_path / "run", volumes, val_fraction=0, max_epochs=3)
+    assert "training cases are others than before the training was resumed" in caplog.text
+
+
+def test_prompts_are_encoded_as_in_the_training(tmp_path: Path) -> None:
+    teacher = Teacher(fakes.FakeImages(), fakes.FakeTexts())
+    weights = tmp_path / "student.pt"
+    assert check_text_teacher(teacher, weights) is teacher
+    (tmp_path / "run.json").write_text(json.dumps({"teacher": teacher.fingerprint}))
+    assert check_text_teacher(teacher, weights) is teacher and not check_text_teacher(None, weights)
+    (tmp_path / "run.json").write_text(json.dumps({"teacher": "image:1|other"}))
+    with pytest.raises(ValueError, match="teacher must encode texts as that of .*image:1.other"):
+        check_text_teacher(teacher, weights)
 
 
 @pytest.mark.parametrize("bundle", ["pretrain", "seg-finetune", "cls-finetune"])

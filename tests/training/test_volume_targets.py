@@ -10,6 +10,7 @@ from monai.transforms import ScaleIntensityd
 from test_dense import teacher
 
 from med3dinsight_ext.data.datalists import datalist
+from med3dinsight_ext.data.patients import patients_of
 from med3dinsight_ext.data.volumes import ReadVolumed
 from med3dinsight_ext.models.teacher_classifier import TeacherFeatures
 from med3dinsight_ext.training.volume_targets import VolumeTargets
@@ -63,3 +64,16 @@ def test_whatever_changes_a_target_makes_a_new_file(
 def test_one_volume_has_no_variance(tmp_path: Path, items: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="volumes must be two or more .* got 1; add some"):
         targets(tmp_path).fill(items[:1])
+
+
+def test_copies_are_of_one_patient_and_a_missing_volume_is_left_out(
+    tmp_path: Path, items: list[dict[str, Any]]
+) -> None:
+    Path(items[0]["image"]).unlink()
+    Path(items[2]["image"]).write_bytes(Path(items[1]["image"]).read_bytes())
+    with pytest.raises(ValueError, match="1 bad of 4"):
+        targets(tmp_path / "store").fill(items)
+    found = targets(tmp_path / "store").fill(items, skip_bad=True)
+    assert [item["image"] for item in found] == [item["image"] for item in items[1:]]
+    names = patients_of(found)
+    assert names[0] == names[1] != names[2]
