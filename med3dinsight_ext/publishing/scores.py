@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,8 +51,13 @@ def read_scores(path: str | Path | None, kind: str, classes: Sequence[str] = ())
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
+    head, *body = [[_cell(text) for text in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
+
+
+def _cell(text: str) -> str:
+    """A text in one cell of a Markdown table, whatever a class is called."""
+    return re.sub(r"([|*<`\\])", r"\\\1", " ".join(text.split()))
 
 
 def _interval(mean: Any, low: Any, high: Any, digits: int = 3) -> str:

@@ -379,6 +379,14 @@ def test_scores_of_evaluate_become_numbers_and_a_table(
     assert flat.items() <= found.flat.items() and row in found.table
 
 
+def test_a_class_name_stays_in_its_cell(tmp_path: Path) -> None:
+    name = "tumor|core\n<b>*"
+    scores = {**SEGMENTATION, "classes": {name: SEGMENTATION["classes"]["Ball"]}}
+    (tmp_path / "metrics.json").write_text(json.dumps(scores))
+    found = read_scores(tmp_path / "metrics.json", "segmentation", [name])
+    assert r"| tumor\|core \<b>\* | " in found.table
+
+
 def test_of_two_classes_the_auroc_stands_once(tmp_path: Path) -> None:
     rows = {name: CLASSIFICATION["per_class"][name] for name in ("even", "odd")}
     (tmp_path / "metrics.json").write_text(json.dumps({**CLASSIFICATION, "per_class": rows}))
