@@ -363,11 +363,15 @@ def test_tokens_and_classes_are_not_overwritten_either(
         (lambda: workflows.predict("run"), "files must be given, got none; like python -m"),
         (lambda: workflows.predict("run", "x.nii.gz"), "files must exist, got x.nii.gz"),
         (lambda: workflows.predict("run", "one", "images"), "different names, got v0 twice"),
+        (
+            lambda: workflows.pretrain("$images"),
+            r"data must not begin with .*, got '\$images'; give",
+        ),
         (lambda: workflows.evaluate("run", "images"), "data must have labels, got none in images"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(call: Any, rule: str, scans: Path) -> None:
-    for name, count in (("images", 2), ("one", 1)):
+    for name, count in (("images", 2), ("one", 1), ("$images", 2)):
         Path(name).mkdir()
         for i in range(count):
             shutil.copy(scans / f"v{i}.nii.gz", name)

@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 from med3dinsight_ext.data.layouts import Dataset
 from med3dinsight_ext.data.splits import item_ids, split_lists
 from med3dinsight_ext.io.bundles import bundles_dir
-from med3dinsight_ext.io.configs import with_shared
+from med3dinsight_ext.io.configs import check_plain, with_shared
 from med3dinsight_ext.io.errors import advice
 from med3dinsight_ext.io.files import sha256, write_atomic
 from med3dinsight_ext.io.hub import hub_id, local_folder
@@ -107,6 +107,7 @@ def write_items(dataset: Dataset, folder: Path, keys: Sequence[str], run: Path) 
         run: folder of a training, whose list says the patients of the images that it had: what is
             held out hangs on them.
     """
+    check_plain("data", [str(dataset.root)], "give its absolute path")
     fields = ("image", "modality", "patient", *keys)
     items = [{key: item[key] for key in fields} for item in dataset.items]
     known = {real_path(row["image"]): row.get("patient") for row in _listed(run)}

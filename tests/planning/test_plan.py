@@ -108,6 +108,12 @@ def test_less_memory_gives_fewer_patches_before_a_smaller_patch(
     assert settings["batch_size"] == 2 and 8_000 < np.prod(settings["patch_size"]) < 17_500
 
 
+def test_a_name_that_breaks_its_line_begins_no_key_of_a_plan(tmp_path: Path) -> None:
+    made = planning.Plan({"a": ["x\nb: 1"]}, {"a": "why\nb: $1\u2028c: 2"}, ["seen\nd: 3"])
+    write_plan(made, tmp_path / "plan.yaml", "title\ne: 4")
+    assert read_plan(tmp_path / "plan.yaml") == made.settings
+
+
 def save(path: Path, array: np.ndarray) -> str:
     nib.save(nib.Nifti1Image(array, np.eye(4)), path)
     return str(path)
