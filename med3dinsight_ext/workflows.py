@@ -21,6 +21,7 @@ from med3dinsight_ext.planning.run_folder import (
     PROGRAM,
     WEIGHTS,
     as_trained,
+    check_split_key,
     check_start,
     images_of,
     overlay,
@@ -104,6 +105,7 @@ def pretrain(
     Returns:
         ``out``: models/model.pt in it is the network.
     """
+    check_split_key(overrides)
     dataset = read_dataset(data, labels)
     dataset.check_split()
     if len(dataset.training().items) < 2:
@@ -147,6 +149,7 @@ def finetune(
     Returns:
         ``out``: models/model.pt in it is the network.
     """
+    check_split_key(overrides)
     dataset = read_dataset(data, labels)
     dataset.check_labels()
     labelled = dataset.labelled()

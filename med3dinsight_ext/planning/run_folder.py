@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,20 @@ def weights_of(pretrained: str) -> tuple[Path, str | None]:
     home = path if path.is_dir() else weights.absolute().parents[1]
     planned = (home / PLAN).is_file() or (home / PUBLISHED).is_file()
     return weights, str(home) if planned else None
+
+
+def check_split_key(overrides: Mapping[str, Any]) -> None:
+    """Stop if a split is given as a key, which plan and ``evaluate`` would not follow.
+
+    Raises:
+        ValueError: ``split`` or ``subset`` is among the overrides of a training.
+    """
+    for key in overrides.keys() & {"split", "subset"}:
+        raise ValueError(
+            f"{key} must be that of split.json in the folder of the data, got {overrides[key]}; put "
+            "the split there as split.json, with lists development and test, so that plan and "
+            "evaluate follow it too"
+        )
 
 
 def check_start(folder: Path, weights: str | Path | None) -> None:
