@@ -31,6 +31,7 @@ from med3dinsight_ext.io.reading import read_json, readable
 from med3dinsight_ext.io.remote import is_remote
 from med3dinsight_ext.io.volume_files import DICOM_ENDINGS, VOLUME_ENDINGS, find_volumes
 
+IMAGE_FOLDERS = ("imagesTr", "images")
 FEW_IMAGES = 10  # in a folder, on average, that is taken to be one patient
 MODALITY_FOLDERS = {*MODALITY_PREFIXES, "MRI"}
 
@@ -121,9 +122,18 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     else:
         kinds = _modalities(described) if described.is_file() else {}
         items = folder_items(source, Path(labels) if labels else None, notes, kinds, twice)
-    split, captions = root / "split.json", root / "captions.jsonl"
-    found = [path if path.is_file() else None for path in (split, captions)]
-    return Dataset(root, items, names, found[0], found[1], notes, twice)
+    split, captions = _beside(root, "split.json"), _beside(root, "captions.jsonl")
+    return Dataset(root, items, names, split, captions, notes, twice)
+
+
+def _beside(root: Path, name: str) -> Path | None:
+    """A file in the folder of a dataset; in that of its images it would be overlooked."""
+    if (root / name).is_file():
+        return root / name
+    for folder in IMAGE_FOLDERS:
+        if (path := root / folder / name).is_file():
+            raise ValueError(f"{name} must lie in {root}, got {path}; move it there")
+    return None
 
 
 def decathlon_names(source: Path) -> list[str] | None:

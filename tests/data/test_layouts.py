@@ -146,6 +146,19 @@ def test_the_cases_for_tests_of_a_split_are_not_for_training(tmp_path: Path) -> 
     assert [Path(item["image"]).name for item in found.training().items] == ["a.nii.gz"]
 
 
+@pytest.mark.parametrize("name", ["split.json", "captions.jsonl"])
+@pytest.mark.parametrize("folder", ["imagesTr", "images"])
+def test_a_file_of_the_dataset_in_its_folder_of_images_is_not_overlooked(
+    name: str, folder: str, tmp_path: Path
+) -> None:
+    put(tmp_path, f"{folder}/a.nii.gz")
+    (tmp_path / folder / name).touch()
+    with pytest.raises(ValueError, match=f"{name} must lie in .*, got .*{folder}/{name}; move"):
+        read_dataset(tmp_path)
+    (tmp_path / name).touch()
+    assert tmp_path / name in read_dataset(tmp_path)
+
+
 def test_images_of_a_patients_folder_belong_together_but_classes_are_no_patients(
     tmp_path: Path,
 ) -> None:
