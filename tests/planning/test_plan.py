@@ -126,6 +126,9 @@ def test_ct_is_told_by_air_and_its_range_by_the_labelled_voxels(tmp_path: Path) 
     item = {"image": save(tmp_path / "a.nii", array), "label": save(tmp_path / "l.nii", label)}
     found = survey([item | {"modality": "auto"}])
     assert (found.modality, found.ct_range) == ("CT", (0.0, 150.0))
+    save(tmp_path / "l.nii", 0 * label)
+    found = survey([item | {"modality": "auto"}])
+    assert (found.modality, found.ct_range) == ("CT", None)
 
 
 @pytest.mark.parametrize(
