@@ -88,7 +88,8 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
 
     A folder with imagesTr and labelsTr (Decathlon, nnU-Net), with images and labels in two folders,
     with labels named ``*_seg``, ``*_label``, ``*_mask`` or ``*_gtv`` beside the images, or with
-    images alone; or a list, see ``datalist``.
+    images alone; or a list, see ``datalist``. Images for tests are left out, as imagesTs and the
+    section "test" of an .npz.
 
     Args:
         source: folder or list of images.
@@ -115,6 +116,12 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     twice: list[str] = []
     if listed:
         items = datalist(listed, root)
+        kept = [item for item in items if "::test_images::" not in item["image"]]
+        if 0 < len(kept) < len(items):  # of an .npz
+            notes.append(
+                f"{len(items) - len(kept)} images of {listed.name} are left out: its section test"
+            )
+            items = kept
         for item in items:
             image = item["image"]
             path = image if is_remote(image) else os.path.relpath(image, root)

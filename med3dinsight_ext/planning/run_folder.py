@@ -168,8 +168,8 @@ def check_split_key(overrides: Mapping[str, Any]) -> None:
     """
     for key in overrides.keys() & {"split", "subset"}:
         raise ValueError(
-            f"{key} must be that of split.json in the folder of the data, got {overrides[key]}; put "
-            "the split there as split.json, with lists development and test, so that plan and "
+            f"{key} must be that of split.json in the folder of the data, got {overrides[key]}; "
+            "put the split there as split.json, with lists development and test, so that plan and "
             "evaluate follow it too"
         )
 

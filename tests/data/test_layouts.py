@@ -146,6 +146,16 @@ def test_the_cases_for_tests_of_a_split_are_not_for_training(tmp_path: Path) -> 
     assert [Path(item["image"]).name for item in found.training().items] == ["a.nii.gz"]
 
 
+def test_the_test_section_of_an_archive_is_left_out(tmp_path: Path) -> None:
+    arrays = {f"{name}_images": np.ones((2, 4, 5, 6)) for name in ("train", "val", "test")}
+    arrays |= {f"{name}_labels": np.array([[0], [1]]) for name in ("train", "val", "test")}
+    np.savez(tmp_path / "set.npz", **arrays)
+    found = read_dataset(tmp_path / "set.npz")
+    sections = [item["image"].split("::")[1] for item in found.items]
+    assert sections == ["train_images"] * 2 + ["val_images"] * 2
+    assert found.notes == ["2 images of set.npz are left out: its section test"]
+
+
 @pytest.mark.parametrize("name", ["split.json", "captions.jsonl"])
 @pytest.mark.parametrize("folder", ["imagesTr", "images"])
 def test_a_file_of_the_dataset_in_its_folder_of_images_is_not_overlooked(
