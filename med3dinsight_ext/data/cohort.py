@@ -105,8 +105,8 @@ def read_cohort(
 
     Args:
         source: as for ``datalist``; in a folder labels are found as by ``read_dataset``.
-        split: as for ``datalist``, by default split.json in the folder of the data; without it the sections of
-            the source are the lists.
+        split: as for ``datalist``, by default split.json in the folder of the data; without it the
+            sections of the source are the lists.
         names: of the classes; by default those of a Decathlon ``dataset.json``.
     """
     source = Path(source)
