@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -144,11 +143,21 @@ def _beside(root: Path, name: str) -> Path | None:
 
 
 def decathlon_names(source: Path) -> list[str] | None:
-    """Class names of a ``dataset.json``, in either direction: number to name, name to number."""
-    content = json.loads(source.read_text("utf-8")) if source.suffix == ".json" else None
+    """Class names of a ``dataset.json``, in either direction: number to name, name to number.
+
+    Raises:
+        ValueError: it is no JSON, or names regions of several values, as nnU-Net may.
+    """
+    fix = "correct it or move it away"
+    content = read_json(source, "dataset.json", fix) if source.suffix == ".json" else None
     known = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(known, dict):
         return None
+    if regions := [name for name, number in known.items() if isinstance(number, list)]:
+        raise ValueError(
+            f"labels must have one number each, got the region {regions[0]!r:.100} in {source}; "
+            "name the values that the label maps hold, or leave labels out"
+        )
     pairs = known.items() if "0" in known else [(number, name) for name, number in known.items()]
     found = {str(number): str(name) for number, name in pairs}
     names = [found.get(str(i)) for i in range(len(found))]

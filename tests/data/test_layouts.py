@@ -156,6 +156,29 @@ def test_the_test_section_of_an_archive_is_left_out(tmp_path: Path) -> None:
     assert found.notes == ["2 images of set.npz are left out: its section test"]
 
 
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        (b'{"labels": {"0": "background",}}', "dataset.json must be readable, got .*dataset.json"),
+        (
+            '{"labels": {"0": "L\u00e4sion"}}'.encode("latin-1"),
+            "must be readable, got .*dataset.json",
+        ),
+        (
+            b'{"labels": {"background": 0, "whole": [1, 2], "core": [2]}}',
+            "labels must have one number each, got the region 'whole' in .*dataset.json; name",
+        ),
+    ],
+)
+def test_a_dataset_json_that_cannot_be_used_is_named(
+    text: bytes, rule: str, tmp_path: Path
+) -> None:
+    put(tmp_path, "a.nii.gz")
+    (tmp_path / "dataset.json").write_bytes(text)
+    with pytest.raises(ValueError, match=rule):
+        read_dataset(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["split.json", "captions.jsonl"])
 @pytest.mark.parametrize("folder", ["imagesTr", "images"])
 def test_a_file_of_the_dataset_in_its_folder_of_images_is_not_overlooked(
