@@ -115,7 +115,13 @@ def make_plan(
     put("modality", found.modality, "told by the datalist or the intensities")
     if found.ct_range and found.modality == "CT":
         put("ct_range", list(found.ct_range), "HU of the labelled voxels, 0.5 to 99.5 %")
-    _put_grid(put, plan, found, device, whole=bool(labelled) and not dataset.segments())
+    whole = bool(labelled) and not dataset.segments()
+    _put_grid(put, plan, found, device, whole)
+    if whole:
+        spacing, patch = (np.array(plan.settings[key]) for key in ("spacing", "patch_size"))
+        larger = found.shapes * found.spacings > (patch + 1) * spacing
+        if cut := int(larger.any(1).sum()):
+            plan.seen.append(f"{cut} volumes are larger than the patch, which shows their centre")
     cores = torch.get_num_threads()
     put("num_workers", 0 if device.type == "cpu" else min(8, cores), f"{cores} threads")
     for key, value in (kept or {}).items():

@@ -85,6 +85,9 @@ def test_a_list_of_classes_gets_class_names_and_a_patch_of_the_whole_volume(
     numbered = [item | {"label": n % 11} for n, item in enumerate(dataset.items * 11)]
     found = make_plan(dataset._replace(items=numbered), device=CPU).settings
     assert found["class_names"] == [str(n) for n in range(11)]
+    assert "larger" not in " ".join(make_plan(dataset, device=CPU).seen)
+    fine = make_plan(dataset, {"spacing": [1.0, 1.0, 1.0], "patch_size": [16, 16, 16]}, "f", CPU)
+    assert fine.seen[-1] == "3 volumes are larger than the patch, which shows their centre"
     extent = np.array(settings["patch_size"]) * settings["spacing"]
     assert (extent >= np.array([28, 32, 26]) * 2 * 0.9).all()
 
