@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from med3dinsight_ext.io.bundles import kind_of
+from med3dinsight_ext.io.configs import EVALUATED
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.planning.run_folder import PROGRAM, results, trained
 from med3dinsight_ext.workflows import infer
-
-EVALUATED = ("$", "@", "%")  # how a text begins that a config would evaluate
 
 
 def embed(model: str, volume: str, quiet: bool = True, **overrides: Any) -> dict[str, Tensor]:

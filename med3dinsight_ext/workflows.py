@@ -8,6 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from med3dinsight_ext.data.datalists import datalist
 from med3dinsight_ext.data.layouts import check_trainable, read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
@@ -21,6 +22,7 @@ from med3dinsight_ext.planning.run_folder import (
     PROGRAM,
     WEIGHTS,
     as_trained,
+    check_split_key,
     check_start,
     images_of,
     overlay,
@@ -104,6 +106,7 @@ def pretrain(
     Returns:
         ``out``: models/model.pt in it is the network.
     """
+    check_split_key(overrides)
     dataset = read_dataset(data, labels)
     dataset.check_split()
     if len(dataset.training().items) < 2:
@@ -147,6 +150,7 @@ def finetune(
     Returns:
         ``out``: models/model.pt in it is the network.
     """
+    check_split_key(overrides)
     dataset = read_dataset(data, labels)
     dataset.check_labels()
     labelled = dataset.labelled()
@@ -364,4 +368,4 @@ def _images(path: Path) -> Sequence[dict[str, Any]]:
         return [{"image": str(path.absolute())}]
     if not path.exists():
         raise ValueError(f"files must exist, got {path}; correct the path")
-    return read_dataset(path).items
+    return datalist(path) if path.is_file() else read_dataset(path).items

@@ -40,6 +40,17 @@ def test_label_names_must_be_a_list(tmp_path: Path) -> None:
         doctor(str(tmp_path), label_names="liver")
 
 
+def test_the_split_beside_a_list_is_checked_as_a_training_uses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "requires", lambda _: [])
+    source = write_volumes(tmp_path / "data", 2) / "segmentation.json"
+    (source.parent / "split.json").write_text('{"development": ["v0", "v1"], "test": ["v9"]}')
+    with pytest.raises(SystemExit):
+        doctor(str(source), page=str(tmp_path / "page.html"))
+    assert "v9" in capsys.readouterr().out
+
+
 def test_labels_and_split_of_a_folder_are_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -357,17 +357,23 @@ def test_tokens_and_classes_are_not_overwritten_either(
     ("call", "rule"),
     [
         (lambda: workflows.finetune("images"), "data must have labels, got none for 2 images in"),
+        (lambda: workflows.pretrain("images", split="s.json"), "split.json in .* got s.json; put"),
+        (lambda: workflows.finetune("scans", subset="a"), "subset must be that of split.json"),
         (lambda: workflows.pretrain("one"), "at least 2 volumes to pre-train on, got 1 in one"),
         (lambda: workflows.predict("lost", "a.nii.gz"), "model must be a folder with models/model"),
         (lambda: workflows.predict("bare", "a.nii.gz"), "model must hold plan.yaml, got bare"),
         (lambda: workflows.predict("run"), "files must be given, got none; like python -m"),
         (lambda: workflows.predict("run", "x.nii.gz"), "files must exist, got x.nii.gz"),
         (lambda: workflows.predict("run", "one", "images"), "different names, got v0 twice"),
+        (
+            lambda: workflows.pretrain("$images"),
+            r"data must not begin with .*, got '\$images'; give",
+        ),
         (lambda: workflows.evaluate("run", "images"), "data must have labels, got none in images"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(call: Any, rule: str, scans: Path) -> None:
-    for name, count in (("images", 2), ("one", 1)):
+    for name, count in (("images", 2), ("one", 1), ("$images", 2)):
         Path(name).mkdir()
         for i in range(count):
             shutil.copy(scans / f"v{i}.nii.gz", name)

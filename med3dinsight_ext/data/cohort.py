@@ -105,16 +105,16 @@ def read_cohort(
 
     Args:
         source: as for ``datalist``; in a folder labels are found as by ``read_dataset``.
-        split: as for ``datalist``, by default split.json in a folder; without it the sections of
-            the source are the lists.
+        split: as for ``datalist``, by default split.json in the folder of the data; without it the
+            sections of the source are the lists.
         names: of the classes; by default those of a Decathlon ``dataset.json``.
     """
     source = Path(source)
     root = source if source.is_dir() else source.parent
     records, faults, seen = [], {}, set[str]()
     labelled: dict[str, dict[str, Any]] = {}
+    split = split or next(root.glob("split.json"), None)
     if source.is_dir():
-        split = split or next(source.glob("split.json"), None)
         try:
             dataset = read_dataset(source)
         except ValueError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from med3dinsight_ext.io.reading import read_json, read_rows, readable
 from med3dinsight_ext.io.remote import check_servers, is_remote, local_path
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes, real_path
 
+MISSING = ("na", "n/a", "nan")  # texts of tables that stand for no label
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 
 
@@ -157,6 +161,10 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
             f"image must be a path in every item of {source}, got {told(item.get('image'))} beside "
             f"{', '.join(map(told, list(item)[:5]))}; name it in a field or column 'image'"
         )
+    if isinstance(label := item.get("label"), str):
+        item["label"] = "" if (text := label.strip()).lower() in MISSING else text
+    elif label != label:  # NaN
+        item["label"] = None
     for key in item.keys() & {"image", "label"}:
         if is_remote(item[key]):
             continue
@@ -166,7 +174,9 @@ def _item(row: dict | str, source: Path, root: Path, modality: str) -> dict:
     return item
 
 
-def class_items(items: list[dict], class_names: Sequence[str]) -> list[dict]:
+def class_items(
+    items: list[dict], class_names: Sequence[object], root: str | Path = os.sep
+) -> list[dict]:
     """The items with ``label`` as the index of their class.
 
     Args:
@@ -175,25 +185,30 @@ def class_items(items: list[dict], class_names: Sequence[str]) -> list[dict]:
             is the name. Without a label, the one class that a folder above the image is named
             after.
         class_names: in the order of the network's outputs.
+        root: of the dataset; folders below it are looked at.
 
     Examples:
         >>> class_items([{"image": "a.nii", "label": "tumor"}], ["healthy", "tumor"])
         [{'image': 'a.nii', 'label': 1}]
     """
-    names, found, bad = list(class_names), [], []
+    names, found, bad = list(map(str, class_names)), [], []
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"class_names must be two or more different ones, got {names}; rename")
-    numbers: dict[int | str, int] = {name: i for i, name in enumerate(names)}
-    if all(str(name).isdecimal() for name in names):
-        numbers |= {int(name): i for i, name in enumerate(names)}
+    numbers: dict[Any, int] = {name: i for i, name in enumerate(names)}
+    kinds: tuple[type, ...] = (int, str)
+    if all(map(NUMBER.fullmatch, names)):
+        kinds = (int, float, str)
+        numbers |= {float(name): i for i, name in enumerate(names)}
     else:
         numbers = {key: i for i in range(len(names)) for key in (i, str(i))} | numbers
     for item in items:
         label = item.get("label")
         if label is None or label == "":
-            label = sorted(set(names) & set(Path(item["image"]).parts[:-1])) or "no label"
-        one = label[0] if isinstance(label, list) and len(label) == 1 else label
-        number = numbers.get(one) if isinstance(one, (int, str)) else None
+            image = item["image"]
+            folders = Path(image if is_remote(image) else os.path.relpath(image, root)).parts[:-1]
+            label = sorted(set(names) & set(folders)) or "no label"
+        one: Any = label[0] if isinstance(label, list) and len(label) == 1 else label
+        number = numbers.get(one) if isinstance(one, kinds) else None
         found.append(item | {"label": number})
         bad += [] if number is not None else [f"{told(label)} of {item['image']}"]
     if bad:

@@ -139,7 +139,7 @@ def check_labels(
 
     Raises:
         ValueError: with every bad case and what is wrong with it, or if a class has no voxel in
-            training.
+            training, or none has one in validation.
     """
     if len(names) < 2:
         raise ValueError(f"label_names must name the background and a class, got {list(names)}")
@@ -152,12 +152,21 @@ def check_labels(
         values = {key: found["values"] for key, found in copy.check(items, skip_bad).items()}
     kept = [[item for item in part if id(item) in values] for part in parts]
     if kept[0]:
-        seen = set[int]().union(*(values[id(item)] for item in kept[0]))
+        seen, held = (
+            set[int]().union(*(values[id(item)] for part in some for item in part))
+            for some in (kept[:1], kept[1:])
+        )
         if missing := [name for i, name in enumerate(names) if i and i not in seen]:
             what = "only background" if seen == {0} else f"none for {', '.join(missing)}"
             raise ValueError(
                 f"labels must show each class of label_names in training, got {what} in "
                 f"{len(kept[0])} cases; correct label_names, raise max_cases, or give another seed "
                 "or val_fraction 0 where they are held out"
+            )
+        if held == {0}:  # Dice is then undefined or 0, and no epoch is the best
+            raise ValueError(
+                "labels must show a class of label_names in validation, got only background in "
+                f"{sum(map(len, kept[1:]))} cases; give another seed, a larger val_fraction, or "
+                "val_fraction 0"
             )
     return kept

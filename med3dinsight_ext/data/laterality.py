@@ -143,6 +143,7 @@ def mirror(
     Raises:
         ValueError: an axis or a class does not exist, or a class is in two pairs.
     """
+    names = list(map(str, names))  # a number on the command line is a name too
     chosen = name_pairs(names) if pairs == "auto" else _checked_pairs(pairs, first, len(names))
     swapped = ", ".join(f"{names[a]} ↔ {names[b]}" for a, b in chosen) or "none"
     if axes != "auto":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from med3dinsight_ext.io.reading import read_json, readable
 from med3dinsight_ext.io.remote import is_remote
 from med3dinsight_ext.io.volume_files import DICOM_ENDINGS, VOLUME_ENDINGS, find_volumes
 
+IMAGE_FOLDERS = ("imagesTr", "images")
 FEW_IMAGES = 10  # in a folder, on average, that is taken to be one patient
 MODALITY_FOLDERS = {*MODALITY_PREFIXES, "MRI"}
 
@@ -87,7 +87,8 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
 
     A folder with imagesTr and labelsTr (Decathlon, nnU-Net), with images and labels in two folders,
     with labels named ``*_seg``, ``*_label``, ``*_mask`` or ``*_gtv`` beside the images, or with
-    images alone; or a list, see ``datalist``.
+    images alone; or a list, see ``datalist``. Images for tests are left out, as imagesTs and the
+    section "test" of an .npz.
 
     Args:
         source: folder or list of images.
@@ -114,6 +115,12 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     twice: list[str] = []
     if listed:
         items = datalist(listed, root)
+        kept = [item for item in items if "::test_images::" not in item["image"]]
+        if 0 < len(kept) < len(items):  # of an .npz
+            notes.append(
+                f"{len(items) - len(kept)} images of {listed.name} are left out: its section test"
+            )
+            items = kept
         for item in items:
             image = item["image"]
             path = image if is_remote(image) else os.path.relpath(image, root)
@@ -121,17 +128,36 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     else:
         kinds = _modalities(described) if described.is_file() else {}
         items = folder_items(source, Path(labels) if labels else None, notes, kinds, twice)
-    split, captions = root / "split.json", root / "captions.jsonl"
-    found = [path if path.is_file() else None for path in (split, captions)]
-    return Dataset(root, items, names, found[0], found[1], notes, twice)
+    split, captions = _beside(root, "split.json"), _beside(root, "captions.jsonl")
+    return Dataset(root, items, names, split, captions, notes, twice)
+
+
+def _beside(root: Path, name: str) -> Path | None:
+    """A file in the folder of a dataset; in that of its images it would be overlooked."""
+    if (root / name).is_file():
+        return root / name
+    for folder in IMAGE_FOLDERS:
+        if (path := root / folder / name).is_file():
+            raise ValueError(f"{name} must lie in {root}, got {path}; move it there")
+    return None
 
 
 def decathlon_names(source: Path) -> list[str] | None:
-    """Class names of a ``dataset.json``, in either direction: number to name, name to number."""
-    content = json.loads(source.read_text("utf-8")) if source.suffix == ".json" else None
+    """Class names of a ``dataset.json``, in either direction: number to name, name to number.
+
+    Raises:
+        ValueError: it is no JSON, or names regions of several values, as nnU-Net may.
+    """
+    fix = "correct it or move it away"
+    content = read_json(source, "dataset.json", fix) if source.suffix == ".json" else None
     known = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(known, dict):
         return None
+    if regions := [name for name, number in known.items() if isinstance(number, list)]:
+        raise ValueError(
+            f"labels must have one number each, got the region {regions[0]!r:.100} in {source}; "
+            "name the values that the label maps hold, or leave labels out"
+        )
     pairs = known.items() if "0" in known else [(number, name) for name, number in known.items()]
     found = {str(number): str(name) for number, name in pairs}
     names = [found.get(str(i)) for i in range(len(found))]

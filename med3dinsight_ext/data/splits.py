@@ -147,9 +147,12 @@ def partition(
     Args:
         items: with labels.
         val_fraction: share for validation, in [0, 1). With None it is ``VAL_FRACTION``, or 0 if
-            fewer than ``FEW`` cases are used.
+            fewer than ``FEW`` cases are used or one class would be held out alone.
         max_cases: cases to use, at least 1; None for all.
         seed: of the draws.
+
+    Raises:
+        ValueError: ``val_fraction`` holds out one class alone, of which no AUROC is defined.
 
     >>> items = [{"image": f"{i}.nii"} for i in range(40)]
     >>> [[len(part) for part in partition(items, None, n)] for n in (None, 20, 5)]
@@ -159,8 +162,18 @@ def partition(
     train, val = hold_out(
         items, share if val_fraction is not None or len(items) >= FEW else 0, seed
     )
-    if max_cases is None or max_cases >= len(items):
+    if max_cases is not None and max_cases < len(items):
+        few = val_fraction is None and max_cases < FEW
+        held = 0 if few else min(round(share * max_cases) or 1, max_cases - 1, len(val))
+        train, val = take(train, max_cases - held, seed), take(val, held, seed) if held else []
+    classes = {item["label"] for item in val if isinstance(item.get("label"), int)}
+    if len(classes) != 1:
         return train, val
-    few = val_fraction is None and max_cases < FEW
-    held = 0 if few else min(round(share * max_cases) or 1, max_cases - 1, len(val))
-    return take(train, max_cases - held, seed), take(val, held, seed) if held else []
+    if val_fraction is not None:
+        raise ValueError(
+            f"val_fraction must hold out cases of two classes, got {val_fraction}, which holds out "
+            f"{len(val)} of class {min(classes)} alone; give a larger val_fraction, another seed, "
+            "or val_fraction 0"
+        )
+    logger.warning(f"nothing is held out: validation would see class {min(classes)} alone")
+    return take(items, max_cases, seed), []

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 SHARED = {"train.json": "sampler", "finetune.json": "trainer"}  # a key of ``train`` in each file
+EVALUATED = ("$", "@", "%")  # how a text begins that a config would evaluate
+
+
+def check_plain(name: str, texts: Iterable[str], fix: str) -> None:
+    """Stop if a config would evaluate one of the texts, which may be code.
+
+    Args:
+        name: of the texts, for the message.
+        texts: from data, not from who runs it.
+        fix: end of the message.
+    """
+    for text in texts:
+        if text.startswith(EVALUATED):
+            signs = ", ".join(EVALUATED)
+            raise ValueError(f"{name} must not begin with {signs}, got {text!r:.200}; {fix}")
 
 
 def missing_shared(config: Mapping[str, Any]) -> list[str]:

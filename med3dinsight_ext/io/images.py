@@ -18,6 +18,7 @@ from med3dinsight_ext.io.nrrd_files import open_nrrd
 from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.io.remote import fetched, is_remote
 
+UNITS = {1: "metres", 3: "micrometres"}  # NIfTI's codes of other units than mm
 OTHER = {".nrrd": open_nrrd, ".mha": open_metaimage, ".mhd": open_metaimage}
 
 
@@ -30,7 +31,8 @@ def open_volume(path: str | Path) -> Any:
 
     Raises:
         ClaimError: as ``check_claim`` and ``check_extensions``.
-        ValueError: another format than nibabel's is broken or not supported.
+        ValueError: another format than nibabel's is broken or not supported, or the unit of a
+            NIfTI is not mm.
     """
     if is_remote(path):
         with readable("volume", str(path)):
@@ -75,6 +77,13 @@ class _Voxels:
 def _open_nifti(path: str) -> Any:
     check_extensions(path)
     image: Any = nib.load(path)
+    if isinstance(image, nib.Nifti1Pair):
+        unit = UNITS.get(int(image.header["xyzt_units"]) & 7)
+        if unit:
+            raise ValueError(
+                f"volume must be in mm, got {unit} as the unit of space in {path}; scale its "
+                "affine to mm, or correct the header's xyzt_units"
+            )
     file = image.file_map["image"].filename or path
     name, size = str(file).lower(), os.path.getsize(file)
     room: float = size - getattr(image.dataobj, "offset", 0)

@@ -12,6 +12,7 @@ import yaml
 
 from med3dinsight_ext.data.laterality import mirror
 from med3dinsight_ext.data.layouts import Dataset, class_numbers
+from med3dinsight_ext.io.configs import check_plain
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.planning.dry_step import build, step_cost, usable_memory
@@ -114,7 +115,13 @@ def make_plan(
     put("modality", found.modality, "told by the datalist or the intensities")
     if found.ct_range and found.modality == "CT":
         put("ct_range", list(found.ct_range), "HU of the labelled voxels, 0.5 to 99.5 %")
-    _put_grid(put, plan, found, device, whole=bool(labelled) and not dataset.segments())
+    whole = bool(labelled) and not dataset.segments()
+    _put_grid(put, plan, found, device, whole)
+    if whole:
+        spacing, patch = (np.array(plan.settings[key]) for key in ("spacing", "patch_size"))
+        larger = found.shapes * found.spacings > (patch + 1) * spacing
+        if cut := int(larger.any(1).sum()):
+            plan.seen.append(f"{cut} volumes are larger than the patch, which shows their centre")
     cores = torch.get_num_threads()
     put("num_workers", 0 if device.type == "cpu" else min(8, cores), f"{cores} threads")
     for key, value in (kept or {}).items():
@@ -145,11 +152,16 @@ def _times(values: Sequence[float] | np.ndarray) -> str:
 
 
 def _put_classes(put: Any, dataset: Dataset) -> None:
-    """Class names and mirroring."""
+    """Class names and mirroring.
+
+    Raises:
+        ValueError: a class name would run as code in a config.
+    """
     labelled = dataset.labelled()
     if not dataset.segments():
         labels = {str(item["label"]) for item in labelled}
         classes = sorted(labels, key=int if all(map(str.isdecimal, labels)) else None)
+        check_plain("labels", classes, f"rename this class in the list below {dataset.root}")
         put("class_names", classes, "all labels of the list")
         return
     names = dataset.names
@@ -158,6 +170,7 @@ def _put_classes(put: Any, dataset: Dataset) -> None:
         count = len(class_numbers(labelled))
         names = ["background", *(f"class_{i}" for i in range(1, count))]
         reason = "label values; edit the names: left and right pair up"
+    check_plain("labels", names, f"rename this class in the dataset.json of {dataset.root}")
     put("label_names", names, reason)
     flips = mirror(names, labelled)
     put("mirror_axes", list(flips.axes), flips.reason)
@@ -260,6 +273,11 @@ def _flow(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
+def _one_line(text: str) -> str:
+    """A comment; a name of the data that breaks its line would begin a key."""
+    return " ".join(text.splitlines())
+
+
 def write_plan(plan: Plan, path: Path, title: str) -> None:
     """Write a plan as a commented overlay, for editing.
 
@@ -268,9 +286,10 @@ def write_plan(plan: Plan, path: Path, title: str) -> None:
         path: YAML file.
         title: first line.
     """
-    head = [f"# {title}", *(f"#   {line}" for line in plan.seen)]
+    head = [f"# {_one_line(title)}", *(f"#   {_one_line(line)}" for line in plan.seen)]
     rows = [
-        f"{key}: {_flow(value)}" + (f"  # {plan.reasons[key]}" if plan.reasons[key] else "")
+        f"{key}: {_flow(value)}"
+        + (f"  # {_one_line(plan.reasons[key])}" if plan.reasons[key] else "")
         for key, value in plan.settings.items()
     ]
     text = "\n".join([*head, *rows, ""])

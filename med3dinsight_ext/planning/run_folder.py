@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 from med3dinsight_ext.data.layouts import Dataset
 from med3dinsight_ext.data.splits import item_ids, split_lists
 from med3dinsight_ext.io.bundles import bundles_dir
-from med3dinsight_ext.io.configs import with_shared
+from med3dinsight_ext.io.configs import check_plain, with_shared
 from med3dinsight_ext.io.errors import advice
 from med3dinsight_ext.io.files import sha256, write_atomic
 from med3dinsight_ext.io.hub import hub_id, local_folder
@@ -107,6 +107,7 @@ def write_items(dataset: Dataset, folder: Path, keys: Sequence[str], run: Path) 
         run: folder of a training, whose list says the patients of the images that it had: what is
             held out hangs on them.
     """
+    check_plain("data", [str(dataset.root)], "give its absolute path")
     fields = ("image", "modality", "patient", *keys)
     items = [{key: item[key] for key in fields} for item in dataset.items]
     known = {real_path(row["image"]): row.get("patient") for row in _listed(run)}
@@ -157,6 +158,20 @@ def weights_of(pretrained: str) -> tuple[Path, str | None]:
     home = path if path.is_dir() else weights.absolute().parents[1]
     planned = (home / PLAN).is_file() or (home / PUBLISHED).is_file()
     return weights, str(home) if planned else None
+
+
+def check_split_key(overrides: Mapping[str, Any]) -> None:
+    """Stop if a split is given as a key, which plan and ``evaluate`` would not follow.
+
+    Raises:
+        ValueError: ``split`` or ``subset`` is among the overrides of a training.
+    """
+    for key in overrides.keys() & {"split", "subset"}:
+        raise ValueError(
+            f"{key} must be that of split.json in the folder of the data, got {overrides[key]}; "
+            "put the split there as split.json, with lists development and test, so that plan and "
+            "evaluate follow it too"
+        )
 
 
 def check_start(folder: Path, weights: str | Path | None) -> None:

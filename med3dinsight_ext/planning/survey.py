@@ -26,7 +26,7 @@ class Survey(NamedTuple):
     shapes: (n, 3) voxels.
     modality: of all items; "auto" if they differ.
     ct_range: HU range of the labelled voxels (0.5th to 99.5th percentile, to the outer 50); None
-        without labels or CT.
+        without CT or labelled voxels in the sample.
     sampled: volumes whose voxels were read.
     """
 
@@ -59,7 +59,7 @@ def survey(items: Sequence[dict[str, Any]]) -> Survey:
     modality = next(iter(kinds)) if len(kinds) == 1 else "auto"
     inside = [values for guess, values in seen if values is not None and guess == "CT"]
     ct_range = None
-    if inside and modality == "CT":
+    if modality == "CT" and any(len(values) for values in inside):
         low, high = np.percentile(np.concatenate(inside), [0.5, 99.5])
         ct_range = (float(np.floor(low / 50) * 50), float(np.ceil(high / 50) * 50))
     return Survey(found[:, 0], found[:, 1], modality, ct_range, len(sample))

@@ -64,7 +64,8 @@ class ClassificationReport:
         cam_cases: int = 6,
         weights: str | Path | None = None,
     ) -> None:
-        self.output_dir, self.class_names, self.title = Path(output_dir), list(class_names), title
+        self.output_dir, self.title = Path(output_dir), title
+        self.class_names = list(map(str, class_names))
         self.cam, self.cam_cases, self.weights = cam, cam_cases, weights
         self.start()
 

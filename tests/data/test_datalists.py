@@ -5,6 +5,7 @@ import json
 import logging
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,7 +273,7 @@ def test_real_volumes_pass_the_check_and_show_their_modality() -> None:
 
 
 def test_numbers_that_are_names_are_no_indices() -> None:
-    def labels(given: list[int], names: list[str]) -> list[int]:
+    def labels(given: list[Any], names: list[Any]) -> list[int]:
         items = [{"image": f"{n}.nii", "label": n} for n in given]
         return [item["label"] for item in class_items(items, names)]
 
@@ -280,6 +281,9 @@ def test_numbers_that_are_names_are_no_indices() -> None:
     assert labels([0, 2, 10], ["0", "2", "10"]) == [0, 1, 2]
     assert labels([0, 1], ["1", "0"]) == [1, 0] and labels([0, 1], ["well", "ill"]) == [0, 1]
     assert class_items([{"image": "a", "label": [1]}], ["1", "2"])[0]["label"] == 0
+    assert labels([0.0, 1.0], ["0.0", "1.0"]) == [0, 1] == labels([0, 1], ["0.0", "1.0"])
+    assert labels([-1, 0, 1], ["-1", "0", "1"]) == [0, 1, 2]
+    assert labels([1, "2"], [1, 2]) == [0, 1]
     with pytest.raises(ValueError, match="label must be one of class_names .*got 1 of 2"):
         labels([0, 1], ["1", "2"])
 
@@ -344,6 +348,19 @@ def test_all_bad_labels_are_counted_and_the_first_three_named() -> None:
     with pytest.raises(ValueError, match=r"got 6 of 7 that are not: 'Ill' of /d/1.nii, 2 of") as e:
         class_items(items, ["well", "ill"])
     assert "['well', 'ill']" in str(e.value) and "/d/3.nii; correct" in str(e.value)
+
+
+def test_texts_of_a_table_have_no_blanks_and_some_stand_for_no_label(tmp_path: Path) -> None:
+    given = ["benign", "malignant ", " NA", "nan", float("nan")]
+    rows = [{"image": nifti(tmp_path / f"{i}.nii"), "label": x} for i, x in enumerate(given)]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    found = [item["label"] for item in datalist(tmp_path / "list.json")]
+    assert found == ["benign", "malignant", "", "", None]
+
+
+def test_folders_above_the_dataset_are_no_classes() -> None:
+    item = {"image": "/well/data/ill/a.nii"}
+    assert class_items([item], ["well", "ill"], "/well/data")[0]["label"] == 1
 
 
 def test_an_item_without_label_is_named() -> None:

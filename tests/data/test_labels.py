@@ -101,6 +101,15 @@ def test_a_class_that_training_never_shows_is_an_error(
         check_labels([[case(tmp_path, "a", values)], [case(tmp_path, "b")]], NAMES)
 
 
+def test_a_validation_of_empty_cases_is_an_error(tmp_path: Path) -> None:
+    train, empty = [case(tmp_path, "a")], [case(tmp_path, "b", (0,)), case(tmp_path, "c", (0,))]
+    with pytest.raises(ValueError, match="in validation, got only background in 2 cases; give"):
+        check_labels([train, empty], NAMES)
+    held = [*empty, case(tmp_path, "d", (0, 2))]
+    assert check_labels([train, held], NAMES) == [train, held]
+    assert check_labels([[], empty], NAMES) == [[], empty]  # an evaluation
+
+
 def test_one_name_is_no_segmentation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="label_names must name the background and a class"):
         check_labels([[case(tmp_path, "a", (0,))], []], ["background"])

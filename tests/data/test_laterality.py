@@ -51,6 +51,10 @@ def test_names_that_differ_in_the_side_are_pairs(
     assert name_pairs(names) == pairs
 
 
+def test_a_number_of_the_command_line_is_a_name() -> None:
+    assert mirror([1, 2], first=0).axes == (0,)  # type: ignore[list-item]
+
+
 def test_a_name_with_both_sides_has_none() -> None:
     assert side_words("left and right lung")[0] == 0
 

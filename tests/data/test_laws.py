@@ -95,6 +95,7 @@ def test_a_patient_in_two_lists_is_an_error(folder: Path) -> None:
 
 
 def test_a_section_of_the_source_is_a_list(folder: Path) -> None:
+    (folder / "split.json").unlink()
     about = json.loads((folder / "dataset.json").read_text())
     about["validation"] = [{**about["training"].pop(9), "patient": "p0"}]
     (folder / "dataset.json").write_text(json.dumps(about))

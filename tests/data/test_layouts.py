@@ -146,6 +146,52 @@ def test_the_cases_for_tests_of_a_split_are_not_for_training(tmp_path: Path) -> 
     assert [Path(item["image"]).name for item in found.training().items] == ["a.nii.gz"]
 
 
+def test_the_test_section_of_an_archive_is_left_out(tmp_path: Path) -> None:
+    arrays = {f"{name}_images": np.ones((2, 4, 5, 6)) for name in ("train", "val", "test")}
+    arrays |= {f"{name}_labels": np.array([[0], [1]]) for name in ("train", "val", "test")}
+    np.savez(tmp_path / "set.npz", **arrays)
+    found = read_dataset(tmp_path / "set.npz")
+    sections = [item["image"].split("::")[1] for item in found.items]
+    assert sections == ["train_images"] * 2 + ["val_images"] * 2
+    assert found.notes == ["2 images of set.npz are left out: its section test"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        (b'{"labels": {"0": "background",}}', "dataset.json must be readable, got .*dataset.json"),
+        (
+            '{"labels": {"0": "L\u00e4sion"}}'.encode("latin-1"),
+            "must be readable, got .*dataset.json",
+        ),
+        (
+            b'{"labels": {"background": 0, "whole": [1, 2], "core": [2]}}',
+            "labels must have one number each, got the region 'whole' in .*dataset.json; name",
+        ),
+    ],
+)
+def test_a_dataset_json_that_cannot_be_used_is_named(
+    text: bytes, rule: str, tmp_path: Path
+) -> None:
+    put(tmp_path, "a.nii.gz")
+    (tmp_path / "dataset.json").write_bytes(text)
+    with pytest.raises(ValueError, match=rule):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["split.json", "captions.jsonl"])
+@pytest.mark.parametrize("folder", ["imagesTr", "images"])
+def test_a_file_of_the_dataset_in_its_folder_of_images_is_not_overlooked(
+    name: str, folder: str, tmp_path: Path
+) -> None:
+    put(tmp_path, f"{folder}/a.nii.gz")
+    (tmp_path / folder / name).touch()
+    with pytest.raises(ValueError, match=f"{name} must lie in .*, got .*{folder}/{name}; move"):
+        read_dataset(tmp_path)
+    (tmp_path / name).touch()
+    assert tmp_path / name in read_dataset(tmp_path)
+
+
 def test_images_of_a_patients_folder_belong_together_but_classes_are_no_patients(
     tmp_path: Path,
 ) -> None:

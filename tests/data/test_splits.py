@@ -156,6 +156,19 @@ def test_max_cases_counts_training_and_validation(
     assert [len(part) for part in parts] == [train, val]
 
 
+def test_one_class_is_not_held_out_alone(caplog: pytest.LogCaptureFixture) -> None:
+    rare = [{"image": f"{i}.nii", "label": int(i == 11)} for i in range(12)]
+    for count in (None, 11):
+        train, val = partition(rare, None, count)
+        assert not val and len(train) == (count or 12)
+        assert {item["label"] for item in train} == {0, 1}
+    assert "nothing is held out: validation would see class 0 alone" in caplog.text
+    even = [{"image": f"{i}.nii", "label": i % 2} for i in range(12)]
+    with pytest.raises(ValueError, match=r"hold out cases of two classes, got 0.05, .* out 1 of"):
+        partition(even, 0.05, None)
+    assert {item["label"] for item in partition(even, None, None)[1]} == {0, 1}
+
+
 def test_what_is_held_out_of_all_cases_never_trains() -> None:
     items = [{"image": str(i)} for i in range(40)]
     held = partition(items, None, None)[1]

@@ -27,6 +27,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from guard import Outcome, worker
+from monai.bundle import ConfigParser
 from readers import DECATHLON, answered, lines, read_clicks
 from running import ROOT
 from volume_writers import write_mhd, write_nrrd
@@ -34,6 +35,7 @@ from volume_writers import write_mhd, write_nrrd
 from med3dinsight_ext.captions.cleaning import clean_caption
 from med3dinsight_ext.captions.sources import FileCaptions, TemplateCaptions
 from med3dinsight_ext.data.datalists import datalist
+from med3dinsight_ext.data.layouts import read_dataset
 from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.embeddings.store import Store
 from med3dinsight_ext.io.files import HashMemo
@@ -44,6 +46,7 @@ from med3dinsight_ext.monailabel.app.requests import (
     check_values,
     is_inside,
 )
+from med3dinsight_ext.planning.plan import make_plan
 from med3dinsight_ext.publishing.bundle import merged_configs
 from med3dinsight_ext.publishing.card import read_card
 from med3dinsight_ext.publishing.verify import file_checks
@@ -429,6 +432,37 @@ def huge_integer(folder: Path) -> Any:
 def odd_section(folder: Path) -> Any:
     (folder / "list.json").write_text(json.dumps(DECATHLON | {"training": {"a": 1}}))
     return datalist(folder / "list.json")
+
+
+def planned(data: Path, key: str) -> Any:
+    """A plan's value of a key, as a bundle gets it."""
+    made = make_plan(read_dataset(data), device=torch.device("cpu"))
+    return ConfigParser(made.settings).get_parsed_content(key)
+
+
+CLASS = "$__import__('os').system('touch canary') or 'malignant'"
+
+
+@case(
+    "class of a list whose name is an expression", "refused", "labels must not begin with .*rename"
+)
+def expression_as_a_class(folder: Path) -> Any:
+    rows = ["image,label"]
+    for i, name in enumerate(("benign", CLASS)):
+        fakes.volume(folder / f"{i}.nii.gz", i)
+        rows.append(f"{i}.nii.gz,{name}")
+    (folder / "list.csv").write_text("\n".join(rows))
+    return planned(folder / "list.csv", "class_names")
+
+
+@case("class of a dataset.json whose name is an expression", "refused", "labels must not .*json")
+def expression_in_a_dataset_json(folder: Path) -> Any:
+    for i in range(2):
+        fakes.volume(folder / f"{i}.nii.gz", i)
+        fakes.volume(folder / f"{i}_seg.nii.gz", i)
+    described = {"labels": {"background": 0, CLASS: 1}}
+    (folder / "dataset.json").write_text(json.dumps(described))
+    return planned(folder, "label_names")
 
 
 @case("click at NaN", "refused", "inside the volume")

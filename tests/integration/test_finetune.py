@@ -136,7 +136,7 @@ def test_every_backbone_pretrains_arrives_trains_and_infers(
     workflow, _ = finetuned("cls-finetune", name, weights, tmp_path / "cls", volumes)
     report = arrived(workflow, weights)
     assert not set(report.skipped) & set(workflow.parser.get_parsed_content("encoder"))
-    rows = list(csv.DictReader((tmp_path / "cls" / "eval" / "cases.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "cls" / "predictions" / "cases.csv").open()))
     assert len(rows) == 4 and abs(float(rows[0]["p_even"]) + float(rows[0]["p_odd"]) - 1) < 1e-3
     line["cls-finetune"] = "encoder 100 %"
 

@@ -36,9 +36,10 @@ def test_it_is_fitted_evaluated_and_applied(mode: str, tmp_path: Path, volumes: 
     assert (tmp_path / "eval" / "report.html").exists()
     rows = (tmp_path / "eval" / "cases.csv").read_text().splitlines()
     applied = inference_settings("cls-finetune", tmp_path, volumes, class_names=CLASSES, mode=mode)
-    applied |= {"teacher": TEACHER, "output_dir": str(tmp_path / "other")}
+    applied |= {"teacher": TEACHER}
     run("cls-finetune", ["inference.json", "teacher.yaml"], **applied)
-    others = (tmp_path / "other" / "cases.csv").read_text().splitlines()
+    assert (tmp_path / "eval" / "cases.csv").read_text().splitlines() == rows
+    others = (tmp_path / "predictions" / "cases.csv").read_text().splitlines()
     assert len(others) == 7
     score = {row.split(",")[0]: float(row.split(",")[-1]) for row in others[1:]}
     for row in rows[1:]:

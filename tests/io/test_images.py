@@ -259,3 +259,16 @@ def test_gzip_that_claims_more_than_it_can_hold_is_refused(tmp_path: Path) -> No
     (tmp_path / "a.nrrd").write_bytes(head + b"\n\n" + gzip.compress(bytes(10)))
     with pytest.raises(ValueError, match="header must claim what its file can hold"):
         open_volume(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize(("unit", "named"), [("meter", "metres"), ("micron", "micrometres")])
+def test_another_unit_than_mm_is_refused(unit: str, named: str, tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.ones((4, 5, 6), np.float32), np.eye(4))
+    for code in ("unknown", "mm"):
+        image.header.set_xyzt_units(code)
+        nib.save(image, tmp_path / "a.nii.gz")
+        assert open_volume(tmp_path / "a.nii.gz").shape == (4, 5, 6)
+    image.header.set_xyzt_units(unit, "sec")
+    nib.save(image, tmp_path / "a.nii.gz")
+    with pytest.raises(ValueError, match=f"must be in mm, got {named} as .*a.nii.gz; scale"):
+        open_volume(tmp_path / "a.nii.gz")

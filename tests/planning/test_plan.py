@@ -85,6 +85,9 @@ def test_a_list_of_classes_gets_class_names_and_a_patch_of_the_whole_volume(
     numbered = [item | {"label": n % 11} for n, item in enumerate(dataset.items * 11)]
     found = make_plan(dataset._replace(items=numbered), device=CPU).settings
     assert found["class_names"] == [str(n) for n in range(11)]
+    assert "larger" not in " ".join(make_plan(dataset, device=CPU).seen)
+    fine = make_plan(dataset, {"spacing": [1.0, 1.0, 1.0], "patch_size": [16, 16, 16]}, "f", CPU)
+    assert fine.seen[-1] == "3 volumes are larger than the patch, which shows their centre"
     extent = np.array(settings["patch_size"]) * settings["spacing"]
     assert (extent >= np.array([28, 32, 26]) * 2 * 0.9).all()
 
@@ -108,6 +111,12 @@ def test_less_memory_gives_fewer_patches_before_a_smaller_patch(
     assert settings["batch_size"] == 2 and 8_000 < np.prod(settings["patch_size"]) < 17_500
 
 
+def test_a_name_that_breaks_its_line_begins_no_key_of_a_plan(tmp_path: Path) -> None:
+    made = planning.Plan({"a": ["x\nb: 1"]}, {"a": "why\nb: $1\u2028c: 2"}, ["seen\nd: 3"])
+    write_plan(made, tmp_path / "plan.yaml", "title\ne: 4")
+    assert read_plan(tmp_path / "plan.yaml") == made.settings
+
+
 def save(path: Path, array: np.ndarray) -> str:
     nib.save(nib.Nifti1Image(array, np.eye(4)), path)
     return str(path)
@@ -120,6 +129,9 @@ def test_ct_is_told_by_air_and_its_range_by_the_labelled_voxels(tmp_path: Path) 
     item = {"image": save(tmp_path / "a.nii", array), "label": save(tmp_path / "l.nii", label)}
     found = survey([item | {"modality": "auto"}])
     assert (found.modality, found.ct_range) == ("CT", (0.0, 150.0))
+    save(tmp_path / "l.nii", 0 * label)
+    found = survey([item | {"modality": "auto"}])
+    assert (found.modality, found.ct_range) == ("CT", None)
 
 
 @pytest.mark.parametrize(
