@@ -83,6 +83,8 @@ def fake_hub(folder: Path, repo: str) -> Iterator[tuple[str, list[str]]]:
                         target = folder / line["value"]["path"]
                         target.parent.mkdir(parents=True, exist_ok=True)
                         target.write_bytes(base64.b64decode(line["value"]["content"]))
+                    elif line["key"] == "deletedFile":
+                        (folder / line["value"]["path"]).unlink()
                 url = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
                 self.answer(json.dumps({"success": True, "commitOid": COMMIT, "commitUrl": url}))
             else:

@@ -5,26 +5,41 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from med3dinsight_ext.io.errors import first_line
 from med3dinsight_ext.publishing.checks.contents import check_paths
 from med3dinsight_ext.publishing.checks.folder import METADATA, PublishedFolder
+from med3dinsight_ext.publishing.zoo import PACKAGE
+from med3dinsight_ext.reports.formatting import short
+
+RECORD = "models/run.json"
+WRITTEN = (  # by publish and export; whatever else lies in a folder stays there
+    "README.md", "LICENSE", "large_files.yml", "docs/README.md", "docs/data_license.txt",
+    "configs/logging.conf", METADATA, "configs/train.json", "configs/inference.json",
+    "configs/evaluate.json", "configs/multi_gpu_train.json", "configs/embed.json",
+    "models/model.pt", "models/student.pt", RECORD, "models/exports.json", "models/model.ts",
+    "models/model.onnx", "models/nnunet.pth", f"{PACKAGE}/*.py", f"{PACKAGE}/*/templates/*",
+)  # fmt: skip
 
 
 def push(folder: str, repo: str, dry_run: bool = True, update: bool = False) -> None:
     """Upload a published folder as a model repository of Hugging Face, or list its files.
 
+    Files that neither ``publish`` nor ``export`` wrote stay here.
+
     Args:
         folder: from ``publish``.
         repo: "owner/name".
         dry_run: check and list only; no network is used.
-        update: the repository may exist and gets a new commit.
+        update: the repository may exist and gets a new commit, in which files of an earlier
+            release that this one lacks are deleted.
 
     Raises:
         ValueError: it is no published folder, its card is broken, a file names a place on a
-            person's machine, there is no token, the repository exists, or the hub does not answer
-            or refuses.
+            person's machine, a training has run in it, there is no token, the repository exists, or
+            the hub does not answer or refuses.
     """
     from huggingface_hub import ModelCard, get_token
 
@@ -50,9 +65,18 @@ def push(folder: str, repo: str, dry_run: bool = True, update: bool = False) -> 
         raise ValueError(
             f"folder must name no place on a person's machine, got {error} in {folder}; take it out"
         ) from error
-    paths = PublishedFolder(root).names()
+    if (root / RECORD).is_file() and "command" in PublishedFolder(root).read(RECORD):
+        raise ValueError(
+            f"{RECORD} must be as publish wrote it, got the command of a training in {folder}; "
+            "publish that training's weights to a new folder"
+        )
+    found = PublishedFolder(root).names()
+    paths = [path for path in found if any(fnmatchcase(path, known) for known in WRITTEN)]
     for path in paths:
         print(f"{(root / path).stat().st_size:>12,}  {path}")
+    if others := sorted({path.split("/")[0] for path in found if path not in paths}):
+        kept = len(found) - len(paths)
+        print(f"{kept} other files stay here, in or under {short(', '.join(others), 200)}")
     scores = {score.metric_type: score.metric_value for score in card.eval_results or ()}
     print(f"card: {card.library_name}, {card.license}, tags {card.tags}, scores {scores}")
     if dry_run:
@@ -75,8 +99,9 @@ def _upload(root: Path, paths: Sequence[str], repo: str, message: str, update: b
     try:
         api.create_repo(repo, repo_type="model", exist_ok=update)
         api.upload_folder(
-            repo_id=repo, folder_path=root, commit_message=message, allow_patterns=list(paths)
-        )
+            repo_id=repo, folder_path=root, commit_message=message, allow_patterns=list(paths),
+            delete_patterns=list(WRITTEN),
+        )  # fmt: skip
     except Exception as error:  # of the hub and of the connection
         code = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if code == 409 and not update:

@@ -18,7 +18,9 @@ import torch
 from monai.bundle import ConfigParser
 
 from med3dinsight_ext import __version__
+from med3dinsight_ext.data.laterality import Mirror
 from med3dinsight_ext.io.files import HashMemo, sha256
+from med3dinsight_ext.io.remote import is_remote
 
 LONGEST = 1000  # characters of an evaluated config value that is recorded
 
@@ -53,12 +55,15 @@ def _plain(config: Mapping[str, Any], evaluated: Mapping[str, Any]) -> dict[str,
     found = {}
     for key, raw in config.items():
         if key in evaluated and isinstance(raw, str) and raw[:1] in ("$", "@"):
+            value = evaluated[key]
+            if isinstance(value, Mirror):
+                value = value[:2]  # the reason names classes
             try:
-                text = json.dumps(evaluated[key], ensure_ascii=False)
+                text = json.dumps(value, ensure_ascii=False)
             except (TypeError, ValueError):
                 continue
             if len(text) <= LONGEST and not {"/", "\\"} & set(text):
-                found[key] = evaluated[key]
+                found[key] = value
     return found
 
 
@@ -131,6 +136,8 @@ def _case(item: Any, memo: HashMemo) -> str:
     for key in ("image", "label"):
         value = item.get(key) if isinstance(item, Mapping) else None
         path, _, member = str(value).partition("::")
-        is_file = isinstance(value, (str, os.PathLike)) and os.path.isfile(path)
-        row += [os.path.basename(path), member, memo(path)] if is_file else [str(value)]
+        is_path = isinstance(value, (str, os.PathLike)) and (
+            os.path.exists(path) or is_remote(path)
+        )  # a DICOM series is a folder
+        row += [os.path.basename(path), member, memo(path)] if is_path else [str(value)]
     return json.dumps(row)

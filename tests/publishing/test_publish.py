@@ -656,6 +656,15 @@ def test_without_the_formatters_the_error_says_what_to_install(
         vendor.formatted.__wrapped__(Path(vendor.__file__))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_push_leaves_out_nothing_that_publish_wrote(
+    name: str, published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(str(published / name), "ann/ball")
+    told = capsys.readouterr().out
+    assert f"uploads {len(files_of(published / name))} files" in told
+
+
 def test_a_dry_push_lists_the_files_and_sends_nothing(
     published: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,13 +60,34 @@ def test_a_folder_arrives_whole_in_a_new_repository(
         "models/round/run.json",
         "models/.training",
         "configs/monailabel_train.json",
+        "store/files.jsonl",
+        "store/clip/slices.json",
+        "models/last.ckpt",
+        "datalist.json",
+        "configs/split.json",
     ],
 )
 def test_what_later_commands_wrote_stays_here(name: str, ball: str, hub: Path) -> None:
-    (Path(ball) / name).parent.mkdir(exist_ok=True)
-    (Path(ball) / name).write_text(json.dumps({"image": "/home/ann/scans/jones.nii.gz"}))
+    (Path(ball) / name).parent.mkdir(parents=True, exist_ok=True)
+    (Path(ball) / name).write_text(json.dumps({"image": "scans/jones.nii.gz"}))
     push(ball, "ann/ball", dry_run=False)
     assert contents(hub) == FILES
+
+
+def test_the_command_of_a_training_in_the_folder_is_not_uploaded(ball: str, hub: Path) -> None:
+    (Path(ball) / "models/run.json").write_text(json.dumps({"command": ["python", "x"]}))
+    with pytest.raises(ValueError, match="models/run.json must be as publish wrote it, got the c"):
+        push(ball, "ann/ball", dry_run=False)
+    assert not hub.exists()
+
+
+def test_an_update_deletes_what_the_release_no_longer_has(ball: str, hub: Path) -> None:
+    (Path(ball) / "models/run.json").write_text("{}")
+    push(ball, "ann/ball", dry_run=False)
+    (hub / "figure.png").write_text("kept")
+    (Path(ball) / "models/run.json").unlink()
+    push(ball, "ann/ball", dry_run=False, update=True)
+    assert contents(hub) == FILES | {"figure.png": "kept"}
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

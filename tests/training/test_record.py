@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fakes
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from running import command, environment, merged, run, settings
+from volume_writers import write_dicom
 
+from med3dinsight_ext.data.laterality import Mirror
 from med3dinsight_ext.io.errors import root_cause
 from med3dinsight_ext.teachers.teacher import Teacher
 from med3dinsight_ext.training.history import read_history
-from med3dinsight_ext.training.provenance import running_parser
+from med3dinsight_ext.training.provenance import cases, running_parser
+from med3dinsight_ext.training.provenance import settings as recorded
 from med3dinsight_ext.training.record import check_text_teacher, read_record, state_hash
 
 UNET = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
@@ -128,6 +134,28 @@ def test_names_and_contents_make_the_fingerprint(volumes: Path, tmp_path: Path) 
     label = copy / "labels" / "v0.nii.gz"
     label.write_bytes((copy / "labels" / "v1.nii.gz").read_bytes())
     assert fingerprint("changed", copy) != first
+
+
+def test_a_dicom_series_counts_by_its_content(tmp_path: Path) -> None:
+    def fingerprint(name: str) -> str:
+        data = [{"image": str(tmp_path / name / "p1"), "label": 1}]
+        loader = SimpleNamespace(dataset=SimpleNamespace(data=data))
+        return cases({"training": loader}, {}, tmp_path / name, True)["training"]["sha256"]
+
+    for name in ("first", "other"):
+        (tmp_path / name).mkdir()
+    write_dicom(tmp_path / "first" / "p1", intercept=0.0)
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")
+    assert fingerprint("moved") == fingerprint("first")
+    write_dicom(tmp_path / "other" / "p1", intercept=-1000.0)
+    assert fingerprint("other") != fingerprint("first")
+
+
+def test_axes_and_pairs_of_mirroring_are_recorded_whatever_the_classes_are_called() -> None:
+    mirror = Mirror((1, 2), ((1, 2),), "spleen/splenule lies on one side")
+    parser = ConfigParser({"mirror": "$laterality.mirror()", "store": "$'/srv/x'"})
+    evaluated = {"mirror": mirror, "store": "/srv/x"}
+    assert recorded(parser, evaluated)["evaluated"] == {"mirror": ((1, 2), ((1, 2),))}
 
 
 def test_a_resumed_training_keeps_one_record(volumes: Path, tmp_path: Path) -> None:
