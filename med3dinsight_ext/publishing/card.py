@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from monai.bundle import ConfigParser
 
 from med3dinsight_ext.io.errors import advice
-from med3dinsight_ext.publishing.zoo import NO_TORCHSCRIPT, PACKAGE, PINS
+from med3dinsight_ext.publishing.zoo import NO_TORCHSCRIPT, PACKAGE, PINS, TEACHER_PINS
 from med3dinsight_ext.reports.run_facts import run_facts
 
 METADATA = ("task", "description", "authors", "copyright", "data_source", "references",
@@ -55,7 +55,7 @@ def read_card(path: str | Path | None) -> dict[str, Any]:
         kind = list if key == "references" else str
         if not isinstance(value, kind):
             raise ValueError(f"card {key} must be a {kind.__name__}, got {value!r} in {path}")
-    licence = card.get("license", "apache-2.0")
+    licence = card.get("license", "other")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
         raise ValueError(
             f"card license must be SPDX in lower case, got {licence!r} in {path}; cc-by-sa-4.0"
@@ -132,6 +132,7 @@ def readme(
         spacing=" × ".join(map(str, used["spacing"])),
         network=backbone.get("_target_") if isinstance(backbone, Mapping) else backbone,
         pins=[f"{key}=={value}" for key, value in pins.items()],
+        teacher=[f"{key}=={value}" for key, value in TEACHER_PINS.items()],
         click_example=json.dumps(example) if image["num_channels"] > 1 else "",
         package=PACKAGE, no_torchscript=NO_TORCHSCRIPT, onnx=ONNX,
     )  # fmt: skip

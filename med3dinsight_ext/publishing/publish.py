@@ -33,9 +33,9 @@ from med3dinsight_ext.publishing.bundle import (
 )
 from med3dinsight_ext.publishing.card import METADATA, front_matter, read_card, readme
 from med3dinsight_ext.publishing.scores import read_scores
-from med3dinsight_ext.publishing.vendoring import reached_modules, requirements, vendored
-from med3dinsight_ext.publishing.zoo import LARGE, NAME, PACKAGE, TASKS, VERSION
-from med3dinsight_ext.training.record import FILE, read_record
+from med3dinsight_ext.publishing.vendoring import pins, reached_modules, requirements, vendored
+from med3dinsight_ext.publishing.zoo import LARGE, NAME, PACKAGE, TASKS, VERSION, teacher_pins
+from med3dinsight_ext.training.record import FILE, read_record, weights_hash
 
 SCHEMA = (
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"
@@ -155,7 +155,8 @@ def contents(
     train, inference = configs["train"], configs["inference"]
     names = channel_names(kind, inference)
     classes = {"segmentation": names[1:], "classification": names}
-    scores = read_scores(metrics, kind, classes.get(kind, ()))
+    measured = weights_hash(weights) if metrics else None
+    scores = read_scores(metrics, kind, classes.get(kind, ()), measured)
     network = ConfigParser(dict(inference)).get_parsed_content("network_def")
     state = filled_state(network, weights)
     files = {"models/model.pt": weights_file(state)}
@@ -168,7 +169,10 @@ def contents(
         "name": facts.get("title", metadata["name"]),
         "version": version,
         "changelog": {version: changes},
-        "required_packages_version": pins(metadata, requirements(modules, configs.values())),
+        "required_packages_version": {
+            **pins(metadata, requirements(modules, configs.values())),
+            **teacher_pins(inference),
+        },
         "eval_metrics": scores.flat,
     }
     fault = torchscript_fault(network)
@@ -177,7 +181,7 @@ def contents(
     licence = (source / "docs" / "data_license.txt").read_text("utf-8")
     licence = facts.get("data_license", licence.replace("no data and no weights", "no data"))
     texts = {
-        "README.md": front_matter(name, kind, metadata, facts.get("license", "apache-2.0")) + text,
+        "README.md": front_matter(name, kind, metadata, facts.get("license", "other")) + text,
         "docs/README.md": text,
         "docs/data_license.txt": licence.rstrip() + "\n",
         "configs/metadata.json": as_json({"schema": SCHEMA, **metadata}),
@@ -249,17 +253,6 @@ def student_state(
             "take both from one training"
         )
     return found
-
-
-def pins(metadata: Mapping[str, Any], needed: Iterable[str]) -> dict[str, str]:
-    """The versions of what is needed, from a bundle's metadata."""
-    known = metadata["required_packages_version"]
-    if missing := [name for name in needed if name not in known]:
-        raise ValueError(
-            f"required_packages_version must pin what the configs need, got none for {missing}; "
-            "name only MONAI's and the bundle's parts in overlays, or add the pin to metadata.json"
-        )
-    return {name: known[name] for name in needed}
 
 
 def torchscript_fault(network: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from med3dinsight_ext.reports.formatting import short
+
+logger = logging.getLogger(__name__)
 
 
 class Scores(NamedTuple):
@@ -19,16 +22,19 @@ class Scores(NamedTuple):
     table: str
 
 
-def read_scores(path: str | Path | None, kind: str, classes: Sequence[str] = ()) -> Scores:
+def read_scores(
+    path: str | Path | None, kind: str, classes: Sequence[str] = (), weights: str | None = None
+) -> Scores:
     """Scores that a bundle's ``evaluate`` wrote.
 
     Args:
         path: eval/metrics.json of the two fine-tuning bundles, eval/retrieval.json of pretrain.
         kind: of ``TASKS``.
         classes: that the model has, without a background; none in pre-training.
+        weights: ``state_hash`` of the model's weights; None compares nothing.
 
     Raises:
-        ValueError: it is another file, or of a model with other classes.
+        ValueError: it is another file, or of a model with other classes or weights.
     """
     if path is None:
         return Scores({}, "")
@@ -46,6 +52,14 @@ def read_scores(path: str | Path | None, kind: str, classes: Sequence[str] = ())
         raise ValueError(
             f"metrics must be of a model with the classes {list(classes)}, got "
             f"{short(str(scored), 80)} in {path}; evaluate this one"
+        )
+    measured = found.get("weights_sha256")
+    if weights and measured is None and kind in read:
+        logger.warning(f"{path} does not name the weights that it was measured with")
+    elif weights and measured not in (None, weights):
+        raise ValueError(
+            f"metrics must be of the weights that are published, got those of others in {path}; "
+            "evaluate these"
         )
     return Scores(flat, _table(rows))
 

