@@ -96,7 +96,7 @@ def settings(bundle: str, root: Path, volumes: Path, **changes: Any) -> dict[str
         "num_workers": 0,
         "max_epochs": 1,
         "val_interval": 1,
-        "val_fraction": 0.2,
+        "val_fraction": 0.5 if bundle == "cls-finetune" else 0.2,  # of each class a case
         "device": "$torch.device('cpu')",
         **own[bundle],
         **changes,

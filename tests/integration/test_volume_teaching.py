@@ -38,7 +38,7 @@ def test_a_network_learns_the_features_of_its_volumes(tmp_path: Path, volumes: P
     assert len(files) == 6
     run("pretrain", OVERLAYS, **settings | {"max_epochs": 31})
     assert all(path.stat().st_mtime_ns == then for path, then in files.items())
-    run("pretrain", OVERLAYS, **given(tmp_path, volumes, per_plane=3, max_epochs=1))
+    run("pretrain", OVERLAYS, **settings | {"per_plane": 3, "max_epochs": 1})
     assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 12
 
 
