@@ -112,8 +112,9 @@ def _sections(source: Path) -> dict[str, list]:
         content = read_json(source, "source", "correct it")
         if isinstance(content, list):
             return {"all": content}
-        if "training" not in content:
-            raise ValueError(f"source must have a list 'training', got {list(content)} in {source}")
+        if not isinstance(content, dict) or "training" not in content:
+            shown = told(list(content) if isinstance(content, dict) else content)
+            raise ValueError(f"source must have a list 'training', got {shown} in {source}")
         with readable("source", source, "write it like a Decathlon dataset.json"):
             names = [name for name in ("training", "validation", "test") if name in content]
             kinds = list(dict(content.get("modality") or {}).values())  # one name a channel

@@ -243,6 +243,7 @@ def test_paths_can_start_from_another_root(tmp_path: Path) -> None:
         ("a.jsonl", '["a.nii"]\n', "a.jsonl line 1 must be a JSON object"),
         ("a.json", "[", "source must be readable, got .*a.json"),
         ("a.json", "{}", "source must have a list 'training'"),
+        ("a.json", "5", "source must have a list 'training', got 5 in .*a.json"),
         ("a.csv", "image\n", "source must list images, got none"),
         ("a.txt", "a.nii", "source must be a folder, .json, .jsonl, .csv, .parquet or .npz"),
     ],
