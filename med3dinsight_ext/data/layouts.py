@@ -110,8 +110,8 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     listed = next((Path(p) for p in (labels, source) if p and Path(p).is_file()), None)
     root = source if source.is_dir() else source.parent
     described = listed if listed and listed.suffix == ".json" else root / "dataset.json"
-    names = decathlon_names(described) if described.is_file() else None
     notes: list[str] = []
+    names = decathlon_names(described, notes) if described.is_file() else None
     twice: list[str] = []
     if listed:
         items = datalist(listed, root)
@@ -142,11 +142,15 @@ def _beside(root: Path, name: str) -> Path | None:
     return None
 
 
-def decathlon_names(source: Path) -> list[str] | None:
+def decathlon_names(source: Path, notes: list[str]) -> list[str] | None:
     """Class names of a ``dataset.json``, in either direction: number to name, name to number.
 
+    Args:
+        source: file.
+        notes: gets that it names regions of several values, as nnU-Net may.
+
     Raises:
-        ValueError: it is no JSON, or names regions of several values, as nnU-Net may.
+        ValueError: it is no JSON.
     """
     fix = "correct it or move it away"
     content = read_json(source, "dataset.json", fix) if source.suffix == ".json" else None
@@ -154,10 +158,11 @@ def decathlon_names(source: Path) -> list[str] | None:
     if not isinstance(known, dict):
         return None
     if regions := [name for name, number in known.items() if isinstance(number, list)]:
-        raise ValueError(
-            f"labels must have one number each, got the region {regions[0]!r:.100} in {source}; "
-            "name the values that the label maps hold, or leave labels out"
+        notes.append(
+            f"labels of {source.name} are not read, as {regions[0]!r:.100} is a region of several "
+            "values: classes are named by number"
         )
+        return None
     pairs = known.items() if "0" in known else [(number, name) for name, number in known.items()]
     found = {str(number): str(name) for number, name in pairs}
     names = [found.get(str(i)) for i in range(len(found))]

@@ -172,8 +172,8 @@ def partition(
     if val_fraction is not None:
         raise ValueError(
             f"val_fraction must hold out cases of two classes, got {val_fraction}, which holds out "
-            f"{len(val)} of class {min(classes)} alone; give a larger val_fraction, another seed, "
-            "or val_fraction 0"
+            f"{len(val)} of class {min(classes)} alone; give a larger val_fraction, or "
+            "val_fraction 0"
         )
     logger.warning(f"nothing is held out: validation would see class {min(classes)} alone")
     return take(items, max_cases, seed), []

@@ -37,6 +37,7 @@ class Filler:
     def __init__(self, build: Callable[[], Store], folder: str) -> None:
         with suppress(OSError):
             os.chdir(folder)
+        os.environ.pop("WORLD_SIZE", None)  # of the job that started Ray
         self.store = build()
 
     def fill(self, items: Sequence[dict[str, Any]]) -> str:

@@ -41,7 +41,7 @@ def rank_share(count: int) -> range:
     """
     if dist.is_available() and dist.is_initialized():
         return range(dist.get_rank(), count, dist.get_world_size())
-    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (ranks := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
         raise ValueError(
             f"processes must form a group, got WORLD_SIZE={ranks} and none; add "
             "multi_gpu_train.json to config_file, or unset WORLD_SIZE for a single process"

@@ -18,7 +18,7 @@ from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.training.weights import not_finite, write_torch
 
 logger = logging.getLogger(__name__)
-POSITION, SCALER = "position", "scaler"  # of a checkpoint, not in all of them
+POSITION, SCALER, SETTINGS = OPTIONAL = "position", "scaler", "settings"  # not in all checkpoints
 
 
 class KeepingDiskSaver(DiskSaver):
@@ -85,7 +85,7 @@ def resume(path: str | Path, objects: Mapping[str, Any], trainer: Engine) -> Non
         if isinstance(schedule, WarmupCosineSchedule)
     }
     try:
-        wanted = {k: v for k, v in objects.items() if k not in (POSITION, SCALER) or k in saved}
+        wanted = {k: v for k, v in objects.items() if k not in OPTIONAL or k in saved}
         Checkpoint.load_objects(wanted, saved)
     except Exception as error:  # each object has its own
         raise ValueError(f"checkpoint must fit this run, got {path}: {error}; {advice}") from error

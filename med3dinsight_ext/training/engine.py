@@ -22,10 +22,11 @@ from med3dinsight_ext.io.errors import TRACEBACK, root_cause, wrong_input
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.folder_lock import only_training
 from med3dinsight_ext.training import incremental
-from med3dinsight_ext.training.checkpoints import POSITION, SCALER, checkpoint, resume
+from med3dinsight_ext.training.checkpoints import POSITION, SCALER, SETTINGS, checkpoint, resume
 from med3dinsight_ext.training.history import scalar_metrics
 from med3dinsight_ext.training.position import EveryMinutes, Position
-from med3dinsight_ext.training.record import check_unchanged, recorded
+from med3dinsight_ext.training.provenance import FixedSettings
+from med3dinsight_ext.training.record import recorded
 from med3dinsight_ext.training.weights import not_finite
 
 logger = logging.getLogger(__name__)
@@ -207,10 +208,9 @@ def _run(
             "training must have a batch, got none: cases are fewer than batch_size, and "
             "drop_last drops them; lower batch_size or start fewer processes"
         )
-    state = {**state, POSITION: (position := Position(trainer)), SCALER: Scaler(trainer)}
-    if path.exists():
-        check_unchanged(ckpt_dir)
-        resume(path, state, trainer)
+    state = {SETTINGS: FixedSettings(), **state, SCALER: Scaler(trainer)}
+    state[POSITION] = position = Position(trainer)
+    resume(path, state, trainer)
     if trainer.state.epoch >= trainer.state.max_epochs:  # ignite would start again at epoch 0
         logger.info(
             f"{path} is trained for {trainer.state.epoch} epochs; raise max_epochs for more"

@@ -19,9 +19,17 @@ from monai.bundle import ConfigParser
 
 from med3dinsight_ext import __version__
 from med3dinsight_ext.data.laterality import Mirror
+from med3dinsight_ext.io.errors import told
 from med3dinsight_ext.io.files import HashMemo, sha256
 from med3dinsight_ext.io.remote import is_remote
 
+# What a resumed training cannot change: who is held out, what outputs mean, and the rates, which
+# are the checkpoint's.
+FIXED = (
+    *("seed", "val_fraction", "max_cases", "modality", "spacing", "ct_range"),
+    *("label_names", "class_names", "mode", "teacher", "captions", "min_similarity"),
+    *("learning_rate", "weight_decay"),
+)
 LONGEST = 1000  # characters of an evaluated config value that is recorded
 
 
@@ -65,6 +73,43 @@ def _plain(config: Mapping[str, Any], evaluated: Mapping[str, Any]) -> dict[str,
             if len(text) <= LONGEST and not {"/", "\\"} & set(text):
                 found[key] = value
     return found
+
+
+class FixedSettings:
+    """Settings of ``FIXED`` in a checkpoint: a training is resumed with the same ones alone.
+
+    A file is compared by its name, and a teacher by its fingerprint, as both may be moved.
+    """
+
+    def __init__(self) -> None:
+        parser = running_parser()
+        evaluated = dict(parser.ref_resolver.resolved_content) if parser else {}
+        config = parser.get() if parser else {}
+        found = {key: config[key] for key in FIXED if key in config}
+        if teacher := getattr(evaluated.get("teacher"), "fingerprint", None):
+            found["teacher"] = teacher
+        if isinstance(captions := found.get("captions"), str):
+            found["captions"] = os.path.basename(captions)
+        self.content: dict[str, Any] = json.loads(json.dumps(found, default=str))
+
+    def state_dict(self) -> dict[str, str]:
+        """Settings as JSON."""
+        return {"json": json.dumps(self.content)}
+
+    def load_state_dict(self, saved: Mapping[str, str]) -> None:
+        """Compare with those of a checkpoint.
+
+        Raises:
+            ValueError: names the settings that differ, with both values.
+        """
+        before = json.loads(saved["json"])
+        changed = [
+            f"{key} {told(now)} after {told(before[key])}"
+            for key, now in self.content.items()
+            if key in before and now != before[key]
+        ]
+        if changed:
+            raise ValueError(f"settings must be as before, got {', '.join(changed)}")
 
 
 def machine(device: Any) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from torch import Tensor
 
-from med3dinsight_ext.io.errors import told
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.training.provenance import (
     cases,
@@ -33,13 +32,6 @@ from med3dinsight_ext.training.weights import read_weights
 
 log = logging.getLogger(__name__)
 FILE = "run.json"
-# What a resumed training cannot change: who is held out, what outputs mean, and the rates, which
-# are the checkpoint's.
-FIXED = (
-    *("seed", "val_fraction", "max_cases", "modality", "spacing", "ct_range"),
-    *("label_names", "class_names", "mode", "teacher", "captions", "min_similarity"),
-    *("learning_rate", "weight_decay"),
-)
 ROUND = ("epochs", "best_epoch", "seconds", "data")  # of an earlier round of incremental training
 
 
@@ -88,28 +80,6 @@ def read_record(weights: str | Path) -> dict[str, Any] | None:
                 "training, or resume a training that was cut off"
             )
     return record
-
-
-def check_unchanged(folder: str | Path) -> None:
-    """Stop if the training in a folder is resumed with other settings of ``FIXED``.
-
-    Args:
-        folder: of the weights, with the record of the epochs so far.
-
-    Raises:
-        ValueError: names the settings, with both values.
-    """
-    path, parser = Path(folder) / FILE, running_parser()
-    before = _read(path).get("config") or {}
-    now = {} if parser is None else json.loads(json.dumps(parser.get(), default=str))
-    both = [key for key in FIXED if key in before and key in now]
-    changed = [f"{key} {told(now[key])} after {told(before[key])}" for key in both
-               if now[key] != before[key]]  # fmt: skip
-    if changed:
-        raise ValueError(
-            f"settings must be those that {path} records, got {', '.join(changed)}; give them as "
-            "before, or train in another folder"
-        )
 
 
 def check_text_teacher(teacher: Any, weights: str | Path) -> Any:
