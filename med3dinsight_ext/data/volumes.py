@@ -242,6 +242,8 @@ def _checked_header(path: str) -> Any:
             spacing = np.array(raw["pixdim"][1:4])
     shape = image.shape
     _require(len(shape) == 3 or shape[3:] == (1,), path, "be 3D", f"shape {shape}")
+    kind = np.dtype(image.get_data_dtype()).kind
+    _require(kind in "iufb", path, "have one real value a voxel", image.get_data_dtype())
     ok = np.isfinite(spacing).all() and (spacing > 0).all()
     _require(ok, path, "have a spacing above 0 mm", spacing.tolist())
     affine = image.affine[:3, :3]

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from monai.bundle import ConfigParser
 
 from med3dinsight_ext.io.errors import advice
+from med3dinsight_ext.publishing.scores import Scores
 from med3dinsight_ext.publishing.zoo import NO_TORCHSCRIPT, PACKAGE, PINS, TEACHER_PINS
 from med3dinsight_ext.reports.run_facts import run_facts
 
@@ -63,14 +64,25 @@ def read_card(path: str | Path | None) -> dict[str, Any]:
     return card
 
 
-def front_matter(name: str, kind: str, metadata: Mapping[str, Any], licence: str) -> str:
-    """Hugging Face's metadata at the head of README.md: YAML between dashes."""
+def front_matter(
+    name: str, kind: str, metadata: Mapping[str, Any], licence: str, validated: bool = False
+) -> str:
+    """Hugging Face's metadata at the head of README.md: YAML between dashes.
+
+    Args:
+        name: of the folder.
+        kind: of ``TASKS``.
+        metadata: as published.
+        licence: of the weights, in SPDX.
+        validated: the scores are of cases of the training's validation.
+    """
     head: dict[str, Any] = {"library_name": "monai", "license": licence}
     head["tags"] = ["monai", "medical", kind, "3d"]
+    split = {"split": "validation"} if validated else {}
     if scores := metadata["eval_metrics"]:
         result = {
             "task": {"type": TASKS[kind]},
-            "dataset": {"name": metadata["data_source"], "type": "medical-volumes"},
+            "dataset": {"name": metadata["data_source"], "type": "medical-volumes", **split},
             "metrics": [{"type": key, "value": value} for key, value in scores.items()],
         }
         head["model-index"] = [{"name": name, "results": [result]}]
@@ -94,7 +106,7 @@ def used_settings(train: Mapping[str, Any]) -> dict[str, Any]:
 
 def readme(
     name: str, kind: str, metadata: Mapping[str, Any], train: Mapping[str, Any],
-    card: Mapping[str, Any], table: str, fault: str, traced: bool,
+    card: Mapping[str, Any], scores: Scores, fault: str, traced: bool,
     record: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """The text in the section order of MONAI's Model Zoo, from templates/README.md.j2.
@@ -105,7 +117,7 @@ def readme(
         metadata: as published.
         train: train config as published.
         card: from ``read_card``.
-        table: of the scores; "" if there are none.
+        scores: from ``read_scores``.
         fault: why TorchScript cannot take the network; "" if it can.
         traced: whether a trace can.
         record: of the training, from ``read_record``.
@@ -126,7 +138,7 @@ def readme(
     )  # fmt: skip
     return environment.get_template("README.md.j2").render(
         name=name, kind=kind, metadata=metadata, image=image, pred=pred, used=used, train=train,
-        card=dict.fromkeys(KEYS, "") | dict(card), ran=run_table(record), table=table,
+        card=dict.fromkeys(KEYS, "") | dict(card), ran=run_table(record), scores=scores,
         fault=fault, traced=traced,
         size=" × ".join(map(str, image["spatial_shape"])),
         spacing=" × ".join(map(str, used["spacing"])),

@@ -35,6 +35,7 @@ from med3dinsight_ext.publishing.card import METADATA, front_matter, read_card, 
 from med3dinsight_ext.publishing.scores import read_scores
 from med3dinsight_ext.publishing.vendoring import pins, reached_modules, requirements, vendored
 from med3dinsight_ext.publishing.zoo import LARGE, NAME, PACKAGE, TASKS, VERSION, teacher_pins
+from med3dinsight_ext.training.origin import without_images
 from med3dinsight_ext.training.record import FILE, read_record, weights_hash
 
 SCHEMA = (
@@ -177,11 +178,12 @@ def contents(
     }
     fault = torchscript_fault(network)
     traced = bool(fault) and traces(network, metadata["network_data_format"]["inputs"]["image"])
-    text = readme(name, kind, metadata, train, facts, scores.table, fault, traced, record)
+    text = readme(name, kind, metadata, train, facts, scores, fault, traced, record)
+    weights_licence = facts.get("license", "other")
     licence = (source / "docs" / "data_license.txt").read_text("utf-8")
     licence = facts.get("data_license", licence.replace("no data and no weights", "no data"))
     texts = {
-        "README.md": front_matter(name, kind, metadata, facts.get("license", "other")) + text,
+        "README.md": front_matter(name, kind, metadata, weights_licence, scores.validated) + text,
         "docs/README.md": text,
         "docs/data_license.txt": licence.rstrip() + "\n",
         "configs/metadata.json": as_json({"schema": SCHEMA, **metadata}),
@@ -190,7 +192,7 @@ def contents(
         **vendored(modules),
     }
     if record is not None:
-        hidden = {key: record[key] for key in record if key != "command"}
+        hidden = {k: v for k, v in without_images(record).items() if k != "command"}
         evaluated = {k: v for k, v in record["evaluated"].items() if k not in PLACES}
         texts[f"models/{FILE}"] = as_json({**hidden, "config": train, "evaluated": evaluated})
     return files | {path: text.encode() for path, text in texts.items()}

@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from med3dinsight_ext.reports.formatting import short
+from med3dinsight_ext.training.origin import HELD, TRAINED, origin_text
 
 logger = logging.getLogger(__name__)
 
 
 class Scores(NamedTuple):
-    """Measured performance: names to numbers, and a Markdown table with intervals."""
+    """Measured performance.
+
+    Attributes:
+        flat: names to numbers.
+        table: in Markdown, with intervals.
+        cases: sentence on where they come from.
+        validated: some of them were held out for validation.
+    """
 
     flat: dict[str, float]
     table: str
+    cases: str = ""
+    validated: bool = False
 
 
 def read_scores(
@@ -34,7 +44,8 @@ def read_scores(
         weights: ``state_hash`` of the model's weights; None compares nothing.
 
     Raises:
-        ValueError: it is another file, or of a model with other classes or weights.
+        ValueError: it is another file, of a model with other classes or weights, or of cases that
+            the network was trained on.
     """
     if path is None:
         return Scores({}, "")
@@ -43,6 +54,9 @@ def read_scores(
         read = {"segmentation": _segmentation, "classification": _classification}
         flat, rows = read.get(kind, _retrieval)(found)
         scored = list(found.get("classes") or found.get("per_class") or ())
+        cases_from = found.get("cases_from")
+        cases = origin_text(cases_from)
+        trained, held = ((cases_from or {}).get(name, 0) for name in (TRAINED, HELD))
         flat = {key: round(x, 4) for key, x in flat.items() if x is not None and math.isfinite(x)}
     except Exception as error:  # of a parser, or of a table that is another one
         raise ValueError(
@@ -54,14 +68,19 @@ def read_scores(
             f"{short(str(scored), 80)} in {path}; evaluate this one"
         )
     measured = found.get("weights_sha256")
-    if weights and measured is None and kind in read:
+    if weights and measured is None:
         logger.warning(f"{path} does not name the weights that it was measured with")
     elif weights and measured not in (None, weights):
         raise ValueError(
             f"metrics must be of the weights that are published, got those of others in {path}; "
             "evaluate these"
         )
-    return Scores(flat, _table(rows))
+    if trained:
+        raise ValueError(
+            f"metrics must be of cases that the network was not trained on, got {trained} of its "
+            f"training in {path}; evaluate others, or publish without metrics"
+        )
+    return Scores(flat, _table(rows), cases, bool(held))
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -26,6 +26,7 @@ from med3dinsight_ext.reports.figures import save_png
 from med3dinsight_ext.reports.formatting import percent, short
 from med3dinsight_ext.reports.pages import write_csv, write_page, write_text
 from med3dinsight_ext.reports.run_facts import run_block
+from med3dinsight_ext.training.origin import origin, origin_text
 from med3dinsight_ext.training.record import weights_hash
 
 logger = logging.getLogger(__name__)
@@ -140,11 +141,16 @@ class ClassificationReport:
         if idist.get_rank() == 0:
             device = getattr(engine.state, "device", "cpu")
             chosen = self.candidates({name: rows[name] for name in images})
-            told = {**result, "weights_sha256": weights_hash(self.weights)}
+            cases_from = origin(known, self.weights)
+            told = {
+                **result,
+                "cases_from": cases_from,
+                "weights_sha256": weights_hash(self.weights),
+            }
             strict = json.loads(json.dumps(told), parse_constant=lambda _: None)  # NaN to null
             write_text(self.output_dir / "metrics.json", json.dumps(strict, indent=1))
             maps = [self.show(name, rows[name], images[name], device) for name in chosen]
-            self.write_report(result, probability, label, len(rows), maps)
+            self.write_report(result, probability, label, len(rows), maps, origin_text(cases_from))
 
     def write_report(
         self,
@@ -153,6 +159,7 @@ class ClassificationReport:
         label: Tensor,
         count: int,
         maps: Sequence[ActivationMap],
+        cases_from: str,
     ) -> None:
         figures = {
             "confusion": confusion_figure(result),
@@ -168,6 +175,7 @@ class ClassificationReport:
             "classification.html",
             title=self.title,
             facts=facts,
+            origin=cases_from,
             result=result,
             scores=SCORES,
             roc=roc_figure(probability, label, self.class_names),

@@ -29,6 +29,7 @@ from med3dinsight_ext.reports.pages import write_csv, write_page, write_text
 from med3dinsight_ext.reports.run_facts import run_block
 from med3dinsight_ext.reports.segmentation_figures import Case, boxes, overlays, three_slices
 from med3dinsight_ext.reports.viewer import write_viewer
+from med3dinsight_ext.training.origin import origin, origin_text
 from med3dinsight_ext.training.record import weights_hash
 
 DIGITS = {"dice": 3, "nsd": 3, "hd95": 1}
@@ -138,8 +139,10 @@ class SegmentationReport:
         write_csv(self.output_dir / "cases.csv", table)
         mixed = confusion(np.sum([case.counts for case in cases], 0), self.label_names)
         worst = lowest(cases, names)
+        cases_from = origin((case.image for case in cases), self.weights)
         result = {
             "cases": len(cases),
+            "cases_from": cases_from,
             "weights_sha256": weights_hash(self.weights),
             "tolerance_mm": self.tolerance,
             **found,
@@ -159,6 +162,7 @@ class SegmentationReport:
             "segmentation.html",
             title=self.title,
             facts=self.facts(len(cases), found),
+            origin=origin_text(cases_from),
             found=found,
             viewers=viewers,
             scores=SCORES,

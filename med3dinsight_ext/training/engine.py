@@ -24,9 +24,10 @@ from med3dinsight_ext.io.folder_lock import only_training
 from med3dinsight_ext.training import incremental
 from med3dinsight_ext.training.checkpoints import POSITION, SCALER, SETTINGS, checkpoint, resume
 from med3dinsight_ext.training.history import scalar_metrics
+from med3dinsight_ext.training.origin import origin
 from med3dinsight_ext.training.position import EveryMinutes, Position
 from med3dinsight_ext.training.provenance import FixedSettings
-from med3dinsight_ext.training.record import recorded
+from med3dinsight_ext.training.record import recorded, weights_hash
 from med3dinsight_ext.training.weights import not_finite
 
 logger = logging.getLogger(__name__)
@@ -251,20 +252,27 @@ def _best(evaluator: Engine | None) -> str:
     return f" of epoch {evaluator.state.best_metric_epoch}, {name} {found:.4f}"
 
 
-def evaluate(evaluator: Engine, control: Engine, path: str | Path) -> dict[str, dict[str, float]]:
+def evaluate(
+    evaluator: Engine, control: Engine, path: str | Path, weights: str | Path
+) -> dict[str, dict[str, float]]:
     """Run an evaluator and its control, and write and log both tables of numbers.
 
     Args:
         evaluator: with the volumes.
         control: the same with every volume set to zero.
-        path: JSON file to write: {"student": metrics, "volume_zero": metrics}.
+        path: JSON file to write: {"student": metrics, "volume_zero": metrics}, and of which weights
+            and cases they are.
+        weights: model.pt of the network.
     """
-    tables = {}
+    tables: dict[str, dict[str, float]] = {}
     for name, engine in (("student", evaluator), ("volume_zero", control)):
         engine.run()
         tables[name] = scalar_metrics(engine)
     if idist.get_rank() == 0:
-        write_atomic(Path(path), lambda draft: draft.write_text(json.dumps(tables, indent=1)))
+        images = [str(item["image"]) for item in evaluator.data_loader.dataset.data]
+        about = {"weights_sha256": weights_hash(weights), "cases_from": origin(images, weights)}
+        text = json.dumps({**tables, **about}, indent=1)
+        write_atomic(Path(path), lambda draft: draft.write_text(text))
         logger.info(f"wrote {path}\n{summary(tables)}")
     return tables
 

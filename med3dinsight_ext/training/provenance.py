@@ -47,6 +47,12 @@ def running_parser() -> ConfigParser | None:
     return None
 
 
+def running_values() -> dict[str, Any]:
+    """The evaluated items of the workflow that is being run."""
+    parser = running_parser()
+    return {} if parser is None else dict(parser.ref_resolver.resolved_content)
+
+
 def settings(parser: ConfigParser | None, evaluated: Mapping[str, Any]) -> dict[str, Any]:
     """The command and the config with every override; its evaluated values where they are plain."""
     config = None if parser is None else {k: v for k, v in parser.get().items() if k != "_meta_"}
@@ -83,10 +89,9 @@ class FixedSettings:
 
     def __init__(self) -> None:
         parser = running_parser()
-        evaluated = dict(parser.ref_resolver.resolved_content) if parser else {}
         config = parser.get() if parser else {}
         found = {key: config[key] for key in FIXED if key in config}
-        if teacher := getattr(evaluated.get("teacher"), "fingerprint", None):
+        if teacher := getattr(running_values().get("teacher"), "fingerprint", None):
             found["teacher"] = teacher
         if isinstance(captions := found.get("captions"), str):
             found["captions"] = os.path.basename(captions)
@@ -161,10 +166,11 @@ def start_weights(transfer: Any) -> dict[str, Any] | None:
 def cases(
     loaders: Mapping[str, Any], evaluated: Mapping[str, Any], folder: Path, hashed: bool
 ) -> dict[str, Any]:
-    """Number of cases of each loader, and a hash over their names and contents or None."""
-    places = (evaluated.get(key) for key in ("prepared", "store_dir", "output_dir"))
-    place = next((place for place in places if place), folder)
-    memo = HashMemo(Path(place) / "files.jsonl")
+    """Number of cases of each loader, a hash over their names and contents or None, and images.
+
+    ``images`` has the ``image_key`` of each, by which ``origin`` knows them again.
+    """
+    memo = case_memo(folder, evaluated)
     split = evaluated.get("split")
     found: dict[str, Any] = {"split_sha256": sha256(Path(split)) if split else None}
     for name, loader in loaders.items():
@@ -172,7 +178,34 @@ def cases(
         rows = sorted(_case(item, memo) for item in items) if hashed else []
         digest = hashlib.sha256("\n".join(rows).encode()).hexdigest() if hashed else None
         found[name] = {"cases": len(items), "sha256": digest}
+        if hashed:
+            images = (item.get("image") for item in items if isinstance(item, Mapping))
+            found[name]["images"] = " ".join(sorted(image_key(image, memo) for image in images))
     return found
+
+
+def case_memo(folder: Path, evaluated: Mapping[str, Any] | None = None) -> HashMemo:
+    """Content hashes of a workflow's cases, where it writes.
+
+    Args:
+        folder: for a workflow that writes to no other.
+        evaluated: items of the workflow; None takes those of the one that is being run.
+    """
+    evaluated = running_values() if evaluated is None else evaluated
+    places = (evaluated.get(key) for key in ("prepared", "store_dir", "output_dir"))
+    return HashMemo(Path(next((place for place in places if place), folder)) / "files.jsonl")
+
+
+def image_key(image: Any, memo: HashMemo) -> str:
+    """The first 12 digits of a hash over an image's content, whatever it is called."""
+    content = memo.content(str(image)) if _is_file(image) else [str(image)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def _is_file(value: Any) -> bool:
+    """Whether a value is a file, a member of one, or a DICOM series, which is a folder."""
+    path = str(value).partition("::")[0]
+    return isinstance(value, (str, os.PathLike)) and (os.path.exists(path) or is_remote(path))
 
 
 def _case(item: Any, memo: HashMemo) -> str:
@@ -181,8 +214,6 @@ def _case(item: Any, memo: HashMemo) -> str:
     for key in ("image", "label"):
         value = item.get(key) if isinstance(item, Mapping) else None
         path, _, member = str(value).partition("::")
-        is_path = isinstance(value, (str, os.PathLike)) and (
-            os.path.exists(path) or is_remote(path)
-        )  # a DICOM series is a folder
-        row += [os.path.basename(path), member, memo(path)] if is_path else [str(value)]
+        named = [os.path.basename(path), member]
+        row += [*named, memo(path)] if _is_file(value) else [str(value)]
     return json.dumps(row)

@@ -25,6 +25,7 @@ from med3dinsight_ext.training.provenance import (
     cases,
     machine,
     running_parser,
+    running_values,
     settings,
     start_weights,
 )
@@ -143,7 +144,7 @@ class RunRecord:
         self._earlier_data = dict(earlier.get("data") or {})
         self._before = float(earlier.get("seconds") or 0)
         parser = running_parser()
-        evaluated = dict(parser.ref_resolver.resolved_content) if parser else {}
+        evaluated = running_values()
         listed = loaders, evaluated, Path(folder)
         self._hashed = ThreadPoolExecutor(1).submit(cases, *listed, hashed=True)
         found = start_weights(evaluated.get("transfer"))
@@ -197,7 +198,7 @@ class RunRecord:
         """Warn if a resumed training went on with other cases or labels."""
         for name in data.keys() & self._earlier_data.keys() & {"training", "validation"}:
             before, now = self._earlier_data[name], data[name]
-            if before["sha256"] not in (None, now["sha256"]):
+            if before.get("sha256") not in (None, now["sha256"]):
                 log.warning(
                     f"{name} cases are others than before the training was resumed: "
                     f"{now['cases']} after {before['cases']}, or of other content"

@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -31,6 +32,12 @@ def patched(path: Path, offset: int, value: float) -> str:
     content = bytearray(path.read_bytes())
     struct.pack_into("<f", content, offset, value)
     path.write_bytes(content)
+    return str(path)
+
+
+def raw(path: Path, array: np.ndarray) -> str:
+    """A file with an array's own type."""
+    nib.save(nib.Nifti1Image(array, np.eye(4)), path)
     return str(path)
 
 
@@ -64,6 +71,11 @@ BAD = {
     "infinite": (lambda p: with_value(p / "v.nii.gz", np.inf), "be finite, got 1 NaN or inf"),
     "4D": (lambda p: nifti(p / "v.nii", np.ones((3, 4, 5, 2))), r"be 3D, got shape \(3, 4, 5, 2\)"),
     "2D": (lambda p: nifti(p / "v.nii", np.ones((3, 4))), r"be 3D, got shape \(3, 4\)"),
+    "colours": (
+        lambda p: raw(p / "v.nii", np.zeros((3, 4, 5), [("R", "u1"), ("G", "u1"), ("B", "u1")])),
+        "have one real value a voxel, got .*'R'",
+    ),
+    "complex": (lambda p: raw(p / "v.nii", GOOD + 1j), "have one real value a voxel, got complex"),
     "thin": (lambda p: nifti(p / "v.nii", GOOD[:, :1]), "be thicker than one voxel"),
     "no spacing": (
         lambda p: patched(p / "v.nii", PIXDIM, 0.0),

@@ -268,7 +268,8 @@ CARD = {
 }
 SCORE = {"mean": 0.8, "low": 0.7, "high": 0.9, "n": 4}
 SCORES = {"dice": SCORE, "nsd": SCORE, "hd95": SCORE}
-SEGMENTATION = {"classes": {"organ": SCORES}, "mean": SCORES, "tolerance_mm": 2.0}
+FROM = {"cases_from": {"training": 0, "validation": 3, "others": 1}}
+SEGMENTATION = {"classes": {"organ": SCORES}, "mean": SCORES, "tolerance_mm": 2.0, **FROM}
 CLASS = {"auroc": 0.7, "balanced_accuracy": 0.7, "f1": 0.7, "ece": 0.1, "sensitivity": 0.6,
          "specificity": 0.7, "n": 4}  # fmt: skip
 INTERVALS = {
@@ -279,12 +280,17 @@ INTERVALS = {
 CLASSIFICATION = {
     **CLASS,
     **INTERVALS,
+    **FROM,
     "accuracy": 0.7,
     "n": 8,
     "per_class": {"a": CLASS, "b": CLASS},
 }
 RECALLS = {f"image_within_r1{end}": 0.3 for end in ("", "_low", "_high", "_chance")}
-RETRIEVAL = {"student": RECALLS | {"image_within_queries": 48.0}, "volume_zero": RECALLS}
+RETRIEVAL = {
+    "student": RECALLS | {"image_within_queries": 48.0},
+    "volume_zero": RECALLS,
+    **FROM,
+}
 
 
 @reader("overlay_yaml", "overlays", written("overlay.yaml", OVERLAY), mutate.text)

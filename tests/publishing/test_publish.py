@@ -427,6 +427,40 @@ def test_scores_of_another_model_are_not_published(ball: dict[str, Any], tmp_pat
         publish(**ball, metrics=str(tmp_path / "metrics.json"))
 
 
+def test_scores_of_cases_of_the_training_are_not_published(
+    ball: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.json"
+    counts = {"training": 1, "validation": 0, "others": 1}
+    path.write_text(json.dumps({**SEGMENTATION, "cases_from": counts}))
+    with pytest.raises(ValueError, match="that the network was not trained on, got 1 of its"):
+        publish(**ball, metrics=str(path))
+
+
+@pytest.mark.parametrize(
+    ("counts", "sentence", "split"),
+    [
+        (None, "Whether the network was trained on these cases is not recorded.", None),
+        ((0, 0, 2), "Of the 2 cases none was used for training or validation.", None),
+        ((0, 2, 1), "Of the 3 cases 2 were held out for validation", "validation"),
+    ],
+)
+def test_the_card_says_where_the_scored_cases_come_from(
+    counts: tuple[int, ...] | None,
+    sentence: str,
+    split: str | None,
+    ball: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    found = counts and dict(zip(("training", "validation", "others"), counts, strict=True))
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps({**SEGMENTATION, "cases_from": found}))
+    publish(**ball, metrics=str(path))
+    page = (Path(ball["out"]) / ball["name"] / "README.md").read_text()
+    dataset = yaml.safe_load(page.split("---")[1])["model-index"][0]["results"][0]["dataset"]
+    assert sentence in page and dataset.get("split") == split
+
+
 def test_scores_of_other_weights_are_not_published(
     ball: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -135,7 +135,11 @@ def test_nothing_personal_travels(folder: Path, training: Path, volumes: Path) -
     assert folder / "models" / "run.json" in texts
     for place in (training, volumes, ROOT, Path.home()):
         assert not [path for path, data in texts.items() if f"{place}/".encode() in data]
-    assert "command" not in json.loads(texts[folder / "models" / "run.json"])
+    published = json.loads(texts[folder / "models" / "run.json"])
+    assert "command" not in published and published["data"]["training"].keys() == {
+        "cases",
+        "sha256",
+    }
 
 
 def test_weights_of_another_training_are_refused(training: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ignite.distributed as idist
@@ -204,11 +205,12 @@ def test_an_evaluation_runs_both_and_the_first_rank_writes(
                 super().run([0])
 
         made = Table(lambda *_: None)
+        made.data_loader = SimpleNamespace(dataset=SimpleNamespace(data=[{"image": "a.nii"}]))
         found = {"all_r1": value, "all_r1_low": 0.1, "all_r1_high": 0.9, "all_r1_chance": 0.05}
         metrics = {**found, "table": {"not": "a number"}}
         made.add_event_handler(Events.COMPLETED, lambda e, m=metrics: e.state.metrics.update(m))
         engines.append(made)
-    tables = engine.evaluate(*engines, tmp_path / "new" / "retrieval.json")
+    tables = engine.evaluate(*engines, tmp_path / "new" / "retrieval.json", tmp_path / "model.pt")
     assert {name: table["all_r1"] for name, table in tables.items()} == {
         "student": 0.75,
         "volume_zero": 0.25,
@@ -216,4 +218,5 @@ def test_an_evaluation_runs_both_and_the_first_rank_writes(
     assert "table" not in tables["student"]
     path = tmp_path / "new" / "retrieval.json"
     assert path.exists() == (rank == 0) == ("0.750" in caplog.text)
-    assert rank or json.loads(path.read_text()) == tables
+    about = {"weights_sha256": None, "cases_from": None}
+    assert rank or json.loads(path.read_text()) == {**tables, **about}

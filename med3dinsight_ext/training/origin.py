@@ -1,0 +1,78 @@
+"""Whether scored cases are those of the training, those of its validation, or others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from med3dinsight_ext.training.provenance import case_memo, image_key
+from med3dinsight_ext.training.record import record_of
+
+TRAINED, HELD, OTHERS = "training", "validation", "others"
+
+
+def origin(images: Iterable[str], weights: str | Path | None) -> dict[str, int] | None:
+    """Number of scored images that a network was trained on, validated on, and has never had.
+
+    Images are compared by the content of their files, so a copy counts and a resampled one does
+    not. Those of the rounds before, in incremental training, count too; those of pre-training do
+    not.
+
+    Args:
+        images: files, or members of an .npz.
+        weights: model.pt of the network, beside its run.json.
+
+    Returns:
+        ``{"training": n, "validation": n, "others": n}``; None if the record of the weights is
+        missing, or is of a version that did not keep images.
+    """
+    record = record_of(weights) if weights is not None else {}
+    rounds = [record.get("data"), *(row.get("data") for row in record.get("rounds", ()))]
+    known: dict[str, set[str]] = {TRAINED: set(), HELD: set()}
+    for data in rounds:
+        if not isinstance(data, Mapping) or data.get(TRAINED, {}).get("images") is None:
+            return None
+        for name, found in known.items():
+            found |= set(data.get(name, {}).get("images", "").split())
+    memo = case_memo(Path(str(weights)).parent)
+    keys = [image_key(image, memo) for image in images]
+    trained = sum(key in known[TRAINED] for key in keys)
+    held = sum(key in known[HELD] - known[TRAINED] for key in keys)
+    return {TRAINED: trained, HELD: held, OTHERS: len(keys) - trained - held}
+
+
+def without_images(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record by which nobody can tell whether an image that they have was trained on."""
+
+    def stripped(data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        parts = data.items()
+        return {
+            name: {key: part[key] for key in part if key != "images"}
+            if isinstance(part, Mapping)
+            else part
+            for name, part in parts
+        }
+
+    rounds = [{**row, "data": stripped(row.get("data"))} for row in record.get("rounds", ())]
+    return {**record, "data": stripped(record.get("data")), "rounds": rounds}
+
+
+def origin_text(found: Mapping[str, int] | None) -> str:
+    """Sentence about ``origin``'s result."""
+    if found is None:
+        return "Whether the network was trained on these cases is not recorded."
+    count = sum(found.values())
+    if found[TRAINED]:
+        return (
+            f"Of the {count} cases the network was trained on {found[TRAINED]}: no measure of "
+            "what it does on others."
+        )
+    if found[HELD]:
+        return (
+            f"Of the {count} cases {found[HELD]} were held out for validation, which also chose "
+            "the epoch; none was trained on."
+        )
+    return f"Of the {count} cases none was used for training or validation."

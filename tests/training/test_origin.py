@@ -1,0 +1,86 @@
+"""Scores say whether the network was trained on their cases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fakes
+import pytest
+import torch
+from running import run, settings
+
+from med3dinsight_ext.training.origin import origin, origin_text
+from med3dinsight_ext.training.record import state_hash
+
+UNET = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
+        "channels": [4, 8], "strides": [2]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a segmentation training, with ``data``, of which a split keeps two for testing."""
+    root = tmp_path_factory.mktemp("trained")
+    fakes.write_volumes(root / "data", 4)
+    split = {"development": ["v0", "v1"], "test": ["v2", "v3"]}
+    (root / "split.json").write_text(json.dumps(split))
+    given = settings("seg-finetune", root, root / "data", backbone=UNET, max_epochs=1)
+    given |= {"split": str(root / "split.json"), "val_fraction": 0.5}
+    run("seg-finetune", ["train.json"], **given)
+    return root
+
+
+def evaluated(root: Path, data: Path, out: Path, **changes: Any) -> tuple[Any, str]:
+    """``cases_from`` and the page of an evaluation."""
+    given = settings("seg-finetune", root, data, backbone=UNET, output_dir=str(out), **changes)
+    run("seg-finetune", ["train.json", "evaluate.json"], **given)
+    found = json.loads((out / "metrics.json").read_text())
+    return found["cases_from"], (out / "report.html").read_text()
+
+
+def test_cases_for_testing_are_others(trained: Path, tmp_path: Path) -> None:
+    split = str(trained / "split.json")
+    found, page = evaluated(trained, trained / "data", tmp_path, split=split)
+    assert found == {"training": 0, "validation": 0, "others": 2}
+    assert "Of the 2 cases none was used for training or validation." in page
+
+
+def test_copies_of_cases_are_known_by_their_content(trained: Path, tmp_path: Path) -> None:
+    data = fakes.write_volumes(tmp_path / "copies", 4)
+    for path in data.glob("v*.nii.gz"):
+        path.rename(path.with_name(f"other_{path.name}"))
+    listed = data / "segmentation.json"
+    listed.write_text(listed.read_text().replace('"v', '"other_v'))
+    found, page = evaluated(trained, data, tmp_path / "eval", val_fraction=0)
+    assert found == {"training": 1, "validation": 1, "others": 2}
+    assert "Of the 4 cases the network was trained on 1: no measure" in page
+
+
+def weights_with(folder: Path, **record: Any) -> Path:
+    """Weights with such a record."""
+    state = {"weight": torch.ones(2)}
+    torch.save(state, folder / "model.pt")
+    found = {"weights_sha256": {"model.pt": state_hash(state)}, **record}
+    (folder / "run.json").write_text(json.dumps(found))
+    return folder / "model.pt"
+
+
+def test_cases_of_earlier_rounds_count(trained: Path, tmp_path: Path) -> None:
+    data = json.loads((trained / "models" / "run.json").read_text())["data"]
+    last = {"training": {"cases": 0, "images": ""}}
+    weights = weights_with(tmp_path, data=last, rounds=[{"data": data}])
+    images = [str(trained / "data" / f"v{i}.nii.gz") for i in range(4)]
+    assert origin(images, weights) == {"training": 1, "validation": 1, "others": 2}
+    unknown = {"training": {"cases": 2, "sha256": "0"}}  # of an earlier version
+    weights = weights_with(tmp_path, data=last, rounds=[{"data": unknown}])
+    assert origin(images, weights) is None
+
+
+def test_without_a_record_nothing_is_known(tmp_path: Path) -> None:
+    weights = weights_with(tmp_path, data={"training": {"images": ""}}, rounds=[])
+    assert origin(["a.nii"], weights) == {"training": 0, "validation": 0, "others": 1}
+    (tmp_path / "run.json").unlink()
+    assert origin(["a.nii"], weights) is None
+    assert origin(["a.nii"], None) is None
+    assert "is not recorded" in origin_text(None)
