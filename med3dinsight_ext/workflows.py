@@ -22,7 +22,7 @@ from med3dinsight_ext.planning.run_folder import (
     PROGRAM,
     WEIGHTS,
     as_trained,
-    check_split_key,
+    check_keys,
     check_start,
     images_of,
     overlay,
@@ -106,7 +106,7 @@ def pretrain(
     Returns:
         ``out``: models/model.pt in it is the network.
     """
-    check_split_key(overrides)
+    check_keys(overrides)
     dataset = read_dataset(data, labels)
     dataset.check_split()
     if len(dataset.training().items) < 2:
@@ -150,7 +150,7 @@ def finetune(
     Returns:
         ``out``: models/model.pt in it is the network.
     """
-    check_split_key(overrides)
+    check_keys(overrides)
     dataset = read_dataset(data, labels)
     dataset.check_labels()
     labelled = dataset.labelled()

@@ -359,6 +359,8 @@ def test_tokens_and_classes_are_not_overwritten_either(
         (lambda: workflows.finetune("images"), "data must have labels, got none for 2 images in"),
         (lambda: workflows.pretrain("images", split="s.json"), "split.json in .* got s.json; put"),
         (lambda: workflows.finetune("scans", subset="a"), "subset must be that of split.json"),
+        (lambda: workflows.finetune("scans", datalist="a.csv"), "datalist must be the first arg"),
+        (lambda: workflows.pretrain("scans", dataset_dir="a"), "dataset_dir must be the first arg"),
         (lambda: workflows.pretrain("one"), "at least 2 volumes to pre-train on, got 1 in one"),
         (lambda: workflows.predict("lost", "a.nii.gz"), "model must be a folder with models/model"),
         (lambda: workflows.predict("bare", "a.nii.gz"), "model must hold plan.yaml, got bare"),

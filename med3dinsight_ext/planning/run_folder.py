@@ -160,12 +160,18 @@ def weights_of(pretrained: str) -> tuple[Path, str | None]:
     return weights, str(home) if planned else None
 
 
-def check_split_key(overrides: Mapping[str, Any]) -> None:
-    """Stop if a split is given as a key, which plan and ``evaluate`` would not follow.
+def check_keys(overrides: Mapping[str, Any]) -> None:
+    """Stop if data or a split is given as a key, which plan and ``evaluate`` would not follow.
 
     Raises:
-        ValueError: ``split`` or ``subset`` is among the overrides of a training.
+        ValueError: ``datalist``, ``dataset_dir``, ``split`` or ``subset`` is among the overrides
+            of a training.
     """
+    for key in overrides.keys() & {"datalist", "dataset_dir"}:
+        raise ValueError(
+            f"{key} must be the first argument, got {key} {overrides[key]}; name the list or "
+            "folder in its place"
+        )
     for key in overrides.keys() & {"split", "subset"}:
         raise ValueError(
             f"{key} must be that of split.json in the folder of the data, got {overrides[key]}; "
