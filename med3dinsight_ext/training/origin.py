@@ -10,6 +10,7 @@ from med3dinsight_ext.training.provenance import case_memo, image_key
 from med3dinsight_ext.training.record import record_of
 
 TRAINED, HELD, OTHERS = "training", "validation", "others"
+KNOWN = (TRAINED, HELD)  # cases that a record has hashes of
 
 
 def origin(images: Iterable[str], weights: str | Path | None) -> dict[str, int] | None:
@@ -29,7 +30,7 @@ def origin(images: Iterable[str], weights: str | Path | None) -> dict[str, int] 
     """
     record = record_of(weights) if weights is not None else {}
     rounds = [record.get("data"), *(row.get("data") for row in record.get("rounds", ()))]
-    known: dict[str, set[str]] = {TRAINED: set(), HELD: set()}
+    known: dict[str, set[str]] = {name: set() for name in KNOWN}
     for data in rounds:
         if not isinstance(data, Mapping) or data.get(TRAINED, {}).get("images") is None:
             return None
@@ -45,15 +46,10 @@ def origin(images: Iterable[str], weights: str | Path | None) -> dict[str, int] 
 def without_images(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record by which nobody can tell whether an image that they have was trained on."""
 
-    def stripped(data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        parts = data.items()
+    def stripped(data: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
-            name: {key: part[key] for key in part if key != "images"}
-            if isinstance(part, Mapping)
-            else part
-            for name, part in parts
+            name: {k: v for k, v in part.items() if k != "images"} if name in KNOWN else part
+            for name, part in (data or {}).items()
         }
 
     rounds = [{**row, "data": stripped(row.get("data"))} for row in record.get("rounds", ())]
