@@ -16,7 +16,13 @@ from monai.data import MetaTensor
 from real_data import real_data
 
 from med3dinsight_ext.data import datalists
-from med3dinsight_ext.data.datalists import class_items, datalist, with_all_classes
+from med3dinsight_ext.data.datalists import (
+    class_items,
+    class_weights,
+    datalist,
+    subset_names,
+    with_all_classes,
+)
 from med3dinsight_ext.data.modalities import modality_name
 from med3dinsight_ext.data.volumes import (
     ScaleByModalityd,
@@ -212,7 +218,14 @@ def test_a_table_gives_images_and_class_labels(tmp_path: Path, name: str) -> Non
 
 
 def test_a_folder_gives_its_images_but_not_its_labels(tmp_path: Path) -> None:
-    for name in ("b/CT.nii.gz", "b/CT_gtv.nii.gz", "a_seg.nii", "a.nii", "labelsTr/a.nii"):
+    for name in (
+        "b/CT.nii.gz",
+        "b/CT_gtv.nii.gz",
+        "a_seg.nii",
+        "a.nii",
+        "labelsTr/a.nii",
+        "b/labels/CT.nii",
+    ):
         nifti(tmp_path / name)
     names = [str(Path(i["image"]).relative_to(tmp_path)) for i in datalist(tmp_path)]
     assert names == ["a.nii", "b/CT.nii.gz"]
@@ -255,6 +268,8 @@ def test_paths_can_start_from_another_root(tmp_path: Path) -> None:
         ("a.jsonl", '["a.nii"]\n', "a.jsonl line 1 must be a JSON object"),
         ("a.json", "[", "source must be readable, got .*a.json"),
         ("a.json", "{}", "source must have a list 'training'"),
+        ("a.json", '{"training": 5}', "source must be readable, got .*a.json: .*; write it like"),
+        ("a.json", "[5]", "items must be readable, got .*a.json: .*; correct the list"),
         ("a.json", "5", "source must have a list 'training', got 5 in .*a.json"),
         ("a.csv", "image\n", "source must list images, got none"),
         ("a.txt", "a.nii", "source must be a folder, .json, .jsonl, .csv, .parquet or .npz"),
@@ -418,3 +433,37 @@ def test_class_names_must_differ(names: list[str]) -> None:
 def test_the_examples_of_the_docstrings_hold() -> None:
     result = doctest.testmod(datalists)
     assert result.attempted and not result.failed
+
+
+def test_sections_are_subsets(tmp_path: Path) -> None:
+    listed = tmp_path / "dataset.json"
+    listed.write_text(json.dumps({"training": ["a.nii"], "test": ["b.nii"]}))
+    assert subset_names(listed) == ["training", "test"]
+    listed.write_text(json.dumps(["a.nii"]))
+    assert subset_names(listed) == subset_names(tmp_path) == []
+
+
+def test_weights_of_classes_are_inverse_to_their_cases() -> None:
+    weights = class_weights([{"label": label} for label in (0, 0, 0, 1)], 3)
+    assert weights.tolist() == pytest.approx([4 / 9, 4 / 3, 4 / 3])
+    assert weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "index"),
+    [
+        (["1", "2"], 1.0, 0),
+        (["2", "high"], 1, 1),
+        (["2", "high"], "2", 0),
+        (["2", "high"], 2.0, None),
+    ],
+)
+def test_a_number_is_a_name_where_all_names_are_numbers(
+    names: list[str], label: object, index: int | None
+) -> None:
+    items = [{"image": "a.nii", "label": label}]
+    if index is None:
+        with pytest.raises(ValueError, match=f"label must be one of .*got 1 of 1 .*: {label} of"):
+            class_items(items, names)
+    else:
+        assert class_items(items, names)[0]["label"] == index

@@ -138,6 +138,15 @@ def test_a_dataset_json_gives_names_and_modality_and_test_images_stay_out(tmp_pa
     assert found.notes == ["imagesTs is left out: images for tests"]
 
 
+def test_a_split_of_more_images_stops_a_training_and_no_plan(tmp_path: Path) -> None:
+    put(tmp_path, "a.nii", "b.nii")
+    (tmp_path / "split.json").write_text('{"development": ["a", "gone"], "test": ["b"]}')
+    found = read_dataset(tmp_path)
+    assert [item["image"] for item in found.training().items] == [str(tmp_path / "a.nii")]
+    with pytest.raises(ValueError, match=r"split must name ids of the source, got .*'gone'"):
+        found.check_split()
+
+
 def test_the_cases_for_tests_of_a_split_are_not_for_training(tmp_path: Path) -> None:
     put(tmp_path, "a.nii.gz", "b.nii.gz")
     (tmp_path / "split.json").write_text('{"development": ["a"], "test": ["b"]}')

@@ -169,6 +169,22 @@ def test_one_class_is_not_held_out_alone(caplog: pytest.LogCaptureFixture) -> No
     assert {item["label"] for item in partition(even, None, None)[1]} == {0, 1}
 
 
+def test_max_cases_of_all_cases_changes_nothing() -> None:
+    items = [{"image": str(i), "patient": str(i // 4)} for i in range(12)]
+    assert partition(items, None, 12) == partition(items, None, None)
+    assert [len(part) for part in partition(items, None, 12)] == [8, 4]
+
+
+def test_images_of_one_patient_are_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    same = [{"image": str(i), "patient": "P1"} for i in range(2)]
+    assert hold_out(same[:1], 0.5) == (same[:1], []) and not caplog.text
+    assert hold_out(same, 0.0) == (same, []) and not caplog.text
+    apart = [item | {"patient": item["image"]} for item in same]
+    assert [len(part) for part in hold_out(apart, 0.5)] == [1, 1] and not caplog.text
+    assert hold_out(same, 0.5) == (same, [])
+    assert "nothing is held out: all 2 items are of one patient, P1" in caplog.text
+
+
 def test_what_is_held_out_of_all_cases_never_trains() -> None:
     items = [{"image": str(i)} for i in range(40)]
     held = partition(items, None, None)[1]

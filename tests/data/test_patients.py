@@ -1,0 +1,48 @@
+"""Whose a volume is."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from volume_writers import write_dicom
+
+from med3dinsight_ext.data.patients import name_series, patients_of, place
+
+
+def test_a_patient_keeps_its_place_in_every_version() -> None:
+    found = [place("P1"), place("P2"), place("ä"), place("P1", seed=1)]
+    # SHA-256 of "0 P1", "0 P2", "0 ä" and "1 P1", as a share of 2 to the power of 256
+    assert found == pytest.approx(
+        [0.0297320994852, 0.7259021427493, 0.3915734573951, 0.8124608502634]
+    )
+
+
+def test_a_series_without_a_patient_has_its_patient_id(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    for name in ("named", "given", "v.nii.gz"):
+        write_dicom(tmp_path / name)
+        for path in (tmp_path / name).iterdir():
+            image = pydicom.dcmread(path)
+            image.PatientID = "P7"
+            image.save_as(path)
+    items = [{"image": str(tmp_path / name)} for name in ("named", "given", "v.nii.gz")]
+    items[1]["patient"] = "own"
+    name_series(items)
+    assert [item.get("patient") for item in items] == ["P7", "own", None]
+
+
+def test_copies_are_one_patients(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    items = [
+        {"image": "a.nii", "patient": "P1", "content": "1"},
+        {"image": "b.nii", "patient": "", "content": "1"},
+        {"image": "c.nii", "patient": 3},
+        {"image": "d.nii", "content": "2"},
+        {"image": "e.nii"},
+    ]
+    assert patients_of(items) == ["P1", "P1", "3", "d.nii", "e.nii"]
+    assert "1 of 5 volumes are copies of others" in caplog.text
+    caplog.clear()
+    assert patients_of(items[2:]) == ["3", "d.nii", "e.nii"] and not caplog.text
