@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from pathlib import Path
 
@@ -6,7 +5,6 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator
-from running import environment
 from torch import nn
 
 from med3dinsight_ext.training import engine
@@ -105,24 +103,26 @@ def test_the_summary_has_a_line_for_each_target_and_rank() -> None:
     ]
 
 
-@pytest.mark.parametrize("cause", ["ValueError('image must be there')", "KeyError('bug')"])
-def test_wrong_input_ends_with_one_line_and_a_bug_with_its_traceback(cause: str) -> None:
-    code = (
-        "from med3dinsight_ext.training.engine import cause_last\ncause_last()\ntry:\n"
-        f"  raise {cause}\nexcept Exception as error:\n  raise RuntimeError('Failed') from error\n"
-    )
+@pytest.mark.parametrize("cause", [ValueError("image must be there"), KeyError("bug")])
+def test_wrong_input_ends_with_one_line_and_a_bug_with_its_traceback(
+    cause: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    engine.cause_last()
+    failed = RuntimeError("Failed")
+    failed.__cause__ = cause
     shown = {}
     for name in ("", "1"):
-        settings = environment() | ({"MED3D_TRACEBACK": name} if name else {})
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=settings
-        )
-        assert done.returncode == 1
-        shown[name] = done.stderr
-    assert "Traceback" in shown["1"]
-    if cause.startswith("Value"):
-        assert shown[""] == (
-            "\n(MED3D_TRACEBACK=1 shows the traceback)\nValueError: image must be there\n"
-        )
+        monkeypatch.setenv("MED3D_TRACEBACK", name)
+        for error in (failed, cause):
+            sys.excepthook(type(error), error, None)
+            shown[name, error] = capsys.readouterr().err
+    line = f"\n{type(cause).__name__}: {cause}\n"
+    assert "The above exception was the direct cause" in shown["1", failed]
+    assert shown["1", failed].endswith(f"RuntimeError: Failed\n{line}")  # the cause again
+    assert shown["1", cause] == line.lstrip()
+    if isinstance(cause, ValueError):
+        hint = "\n(MED3D_TRACEBACK=1 shows the traceback)"
+        assert shown["", failed] == shown["", cause] == hint + line
     else:
-        assert "Traceback" in shown[""] and shown[""].endswith("\nKeyError: 'bug'\n")
+        assert shown["", failed] == shown["1", failed] and shown["", failed].endswith(line)

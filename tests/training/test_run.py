@@ -22,6 +22,7 @@ from torch import nn
 
 from med3dinsight_ext.training import engine
 from med3dinsight_ext.training.checkpoints import checkpoint
+from med3dinsight_ext.training.record import read_record
 
 
 class Scores(Metric):
@@ -113,6 +114,8 @@ def test_the_last_epoch_is_kept_where_none_is_validated(
     run = Run(tmp_path, 3, scores, validates=False)
     run()
     assert run.kept == 6 and "model.pt of the last epoch" in caplog.text
+    record = read_record(tmp_path / "model.pt")
+    assert record is not None and list(record["weights_sha256"]) == ["model.pt"]
 
 
 def test_a_run_goes_on_where_it_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
