@@ -53,10 +53,12 @@ def test_pages_have_commands() -> None:
 
 @pytest.fixture
 def scans(small_plans: None) -> Path:
-    """Five labelled volumes."""
+    """Five labelled volumes, two of them for tests."""
     folder = write_volumes(Path("scans"), 5)
     for name in ("segmentation.json", "classification.json"):
         (folder / name).unlink()
+    split = {"development": ["v0", "v1", "v2"], "test": ["v3", "v4"]}
+    (folder / "split.json").write_text(json.dumps(split))
     return folder
 
 
