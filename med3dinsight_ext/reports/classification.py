@@ -26,8 +26,7 @@ from med3dinsight_ext.reports.figures import save_png
 from med3dinsight_ext.reports.formatting import percent, short
 from med3dinsight_ext.reports.pages import write_csv, write_page, write_text
 from med3dinsight_ext.reports.run_facts import run_block
-from med3dinsight_ext.training.origin import origin, origin_text
-from med3dinsight_ext.training.record import weights_hash
+from med3dinsight_ext.training.origin import origin_text, scored
 
 logger = logging.getLogger(__name__)
 
@@ -141,16 +140,12 @@ class ClassificationReport:
         if idist.get_rank() == 0:
             device = getattr(engine.state, "device", "cpu")
             chosen = self.candidates({name: rows[name] for name in images})
-            cases_from = origin(known, self.weights)
-            told = {
-                **result,
-                "cases_from": cases_from,
-                "weights_sha256": weights_hash(self.weights),
-            }
-            strict = json.loads(json.dumps(told), parse_constant=lambda _: None)  # NaN to null
+            about = scored(known, self.weights)
+            told = json.dumps({**result, **about})
+            strict = json.loads(told, parse_constant=lambda _: None)  # NaN to null
             write_text(self.output_dir / "metrics.json", json.dumps(strict, indent=1))
             maps = [self.show(name, rows[name], images[name], device) for name in chosen]
-            self.write_report(result, probability, label, len(rows), maps, origin_text(cases_from))
+            self.write_report(result, probability, label, len(rows), maps, about)
 
     def write_report(
         self,
@@ -159,7 +154,7 @@ class ClassificationReport:
         label: Tensor,
         count: int,
         maps: Sequence[ActivationMap],
-        cases_from: str,
+        about: Mapping[str, Any],
     ) -> None:
         figures = {
             "confusion": confusion_figure(result),
@@ -175,7 +170,7 @@ class ClassificationReport:
             "classification.html",
             title=self.title,
             facts=facts,
-            origin=cases_from,
+            origin=origin_text(about["cases_from"]),
             result=result,
             scores=SCORES,
             roc=roc_figure(probability, label, self.class_names),

@@ -29,8 +29,7 @@ from med3dinsight_ext.reports.pages import write_csv, write_page, write_text
 from med3dinsight_ext.reports.run_facts import run_block
 from med3dinsight_ext.reports.segmentation_figures import Case, boxes, overlays, three_slices
 from med3dinsight_ext.reports.viewer import write_viewer
-from med3dinsight_ext.training.origin import origin, origin_text
-from med3dinsight_ext.training.record import weights_hash
+from med3dinsight_ext.training.origin import origin_text, scored
 
 DIGITS = {"dice": 3, "nsd": 3, "hd95": 1}
 LOWEST = 10  # cases in the page's table, with viewers
@@ -139,11 +138,10 @@ class SegmentationReport:
         write_csv(self.output_dir / "cases.csv", table)
         mixed = confusion(np.sum([case.counts for case in cases], 0), self.label_names)
         worst = lowest(cases, names)
-        cases_from = origin((case.image for case in cases), self.weights)
+        about = scored((case.image for case in cases), self.weights)
         result = {
             "cases": len(cases),
-            "cases_from": cases_from,
-            "weights_sha256": weights_hash(self.weights),
+            **about,
             "tolerance_mm": self.tolerance,
             **found,
             "confusion": mixed,
@@ -162,7 +160,7 @@ class SegmentationReport:
             "segmentation.html",
             title=self.title,
             facts=self.facts(len(cases), found),
-            origin=origin_text(cases_from),
+            origin=origin_text(about["cases_from"]),
             found=found,
             viewers=viewers,
             scores=SCORES,

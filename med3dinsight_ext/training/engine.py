@@ -24,10 +24,10 @@ from med3dinsight_ext.io.folder_lock import only_training
 from med3dinsight_ext.training import incremental
 from med3dinsight_ext.training.checkpoints import POSITION, SCALER, SETTINGS, checkpoint, resume
 from med3dinsight_ext.training.history import scalar_metrics
-from med3dinsight_ext.training.origin import origin
+from med3dinsight_ext.training.origin import scored
 from med3dinsight_ext.training.position import EveryMinutes, Position
 from med3dinsight_ext.training.provenance import FixedSettings
-from med3dinsight_ext.training.record import recorded, weights_hash
+from med3dinsight_ext.training.record import recorded
 from med3dinsight_ext.training.weights import not_finite
 
 logger = logging.getLogger(__name__)
@@ -270,8 +270,7 @@ def evaluate(
         tables[name] = scalar_metrics(engine)
     if idist.get_rank() == 0:
         images = [str(item["image"]) for item in evaluator.data_loader.dataset.data]
-        about = {"weights_sha256": weights_hash(weights), "cases_from": origin(images, weights)}
-        text = json.dumps({**tables, **about}, indent=1)
+        text = json.dumps({**tables, **scored(images, weights)}, indent=1)
         write_atomic(Path(path), lambda draft: draft.write_text(text))
         logger.info(f"wrote {path}\n{summary(tables)}")
     return tables

@@ -7,13 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from med3dinsight_ext.training.provenance import case_memo, image_key
-from med3dinsight_ext.training.record import record_of
+from med3dinsight_ext.training.record import record_of, weights_hash
 
 TRAINED, HELD, OTHERS = "training", "validation", "others"
 KNOWN = (TRAINED, HELD)  # cases that a record has hashes of
 
 
-def origin(images: Iterable[str], weights: str | Path | None) -> dict[str, int] | None:
+def scored(images: Iterable[str], weights: str | Path | None) -> dict[str, Any]:
+    """What scores are of: ``cases_from`` by ``origin``, ``weights_sha256`` by ``state_hash``.
+
+    Args:
+        images: as for ``origin``.
+        weights: model.pt of the network, beside its run.json; None if it is not known.
+    """
+    record = record_of(weights) if weights is not None else {}
+    known = record.get("weights_sha256", {}).get("model.pt")  # compared with the file, once
+    return {
+        "cases_from": origin(images, record, Path(str(weights)).parent),
+        "weights_sha256": known or weights_hash(weights),
+    }
+
+
+def origin(images: Iterable[str], record: Mapping[str, Any], folder: Path) -> dict[str, int] | None:
     """Number of scored images that a network was trained on, validated on, and has never had.
 
     Images are compared by the content of their files, so a copy counts and a resampled one does
@@ -22,13 +37,13 @@ def origin(images: Iterable[str], weights: str | Path | None) -> dict[str, int] 
 
     Args:
         images: files, or members of an .npz.
-        weights: model.pt of the network, beside its run.json.
+        record: of its training, from ``record_of``.
+        folder: of its weights, as for ``case_memo``.
 
     Returns:
-        ``{"training": n, "validation": n, "others": n}``; None if the record of the weights is
-        missing, or is of a version that did not keep images.
+        ``{"training": n, "validation": n, "others": n}``; None if the record is empty, or is of a
+        version that did not keep images.
     """
-    record = record_of(weights) if weights is not None else {}
     rounds = [record.get("data"), *(row.get("data") for row in record.get("rounds", ()))]
     known: dict[str, set[str]] = {name: set() for name in KNOWN}
     for data in rounds:
@@ -36,7 +51,7 @@ def origin(images: Iterable[str], weights: str | Path | None) -> dict[str, int] 
             return None
         for name, found in known.items():
             found |= set(data.get(name, {}).get("images", "").split())
-    memo = case_memo(Path(str(weights)).parent)
+    memo = case_memo(folder)
     keys = [image_key(image, memo) for image in images]
     trained = sum(key in known[TRAINED] for key in keys)
     held = sum(key in known[HELD] - known[TRAINED] for key in keys)

@@ -214,6 +214,5 @@ def _case(item: Any, memo: HashMemo) -> str:
     for key in ("image", "label"):
         value = item.get(key) if isinstance(item, Mapping) else None
         path, _, member = str(value).partition("::")
-        named = [os.path.basename(path), member]
-        row += [*named, memo(path)] if _is_file(value) else [str(value)]
+        row += [os.path.basename(path), member, memo(path)] if _is_file(value) else [str(value)]
     return json.dumps(row)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from running import run, settings
 
-from med3dinsight_ext.training.origin import origin, origin_text
+from med3dinsight_ext.training.origin import origin_text, scored
 from med3dinsight_ext.training.record import state_hash
 
 UNET = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
@@ -71,16 +71,16 @@ def test_cases_of_earlier_rounds_count(trained: Path, tmp_path: Path) -> None:
     last = {"training": {"cases": 0, "images": ""}}
     weights = weights_with(tmp_path, data=last, rounds=[{"data": data}])
     images = [str(trained / "data" / f"v{i}.nii.gz") for i in range(4)]
-    assert origin(images, weights) == {"training": 1, "validation": 1, "others": 2}
+    assert scored(images, weights)["cases_from"] == {"training": 1, "validation": 1, "others": 2}
     unknown = {"training": {"cases": 2, "sha256": "0"}}  # of an earlier version
     weights = weights_with(tmp_path, data=last, rounds=[{"data": unknown}])
-    assert origin(images, weights) is None
+    assert scored(images, weights)["cases_from"] is None
 
 
 def test_without_a_record_nothing_is_known(tmp_path: Path) -> None:
     weights = weights_with(tmp_path, data={"training": {"images": ""}}, rounds=[])
-    assert origin(["a.nii"], weights) == {"training": 0, "validation": 0, "others": 1}
+    assert scored(["a.nii"], weights)["cases_from"] == {"training": 0, "validation": 0, "others": 1}
     (tmp_path / "run.json").unlink()
-    assert origin(["a.nii"], weights) is None
-    assert origin(["a.nii"], None) is None
+    assert scored(["a.nii"], weights)["cases_from"] is None
+    assert scored(["a.nii"], None)["cases_from"] is None
     assert "is not recorded" in origin_text(None)
