@@ -438,6 +438,14 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
             f"{arm}_p0_lr1_d0", "finetune", [f"{arm}_p0"], init=f"{arm}_p0", labelled="draw0",
             steps=600, lr=1e-3,
         )  # fmt: skip
+    for draw in range(3):  # what pre-training gives who has time for few steps
+        for arm in ("scratch", "recon", "dense"):
+            init = "" if arm == "scratch" else f"{arm}_p0"
+            for steps in (75, 150, 300):
+                add(
+                    f"{arm}_{steps}_d{draw}", "finetune", [init] if init else [], init=init,
+                    labelled=f"draw{draw}", steps=steps,
+                )  # fmt: skip
     for draw in range(3):
         add(f"scratch_two{draw}", "finetune", labelled=f"two{draw}", steps=600)
         for arm in ("recon", "dense"):

@@ -26,6 +26,7 @@ from med3dinsight_ext.reports.figures import BLUE, STYLE, VERMILION  # noqa: E40
 
 DRAWS = ("draw0", "draw1", "draw2")
 TWO = ("two0", "two1", "two2")
+LENGTHS = (75, 150, 300, 600)
 ORGANS = "Brainstem | SpinalCord | RightParotid | LeftParotid"
 Rows = list[dict[str, Any]]
 FINE_TUNED = {
@@ -130,6 +131,12 @@ def from_scratch(row: dict[str, Any]) -> bool:
     return row["kind"] == "finetune" and arm_of(row) == "scratch"
 
 
+def short(row: dict[str, Any]) -> bool:
+    """Whether it tells what an arm of three gives on five patients after a number of steps."""
+    few_steps = row["kind"] == "finetune" and row["steps"] in LENGTHS and row["labelled"] in DRAWS
+    return few_steps and arm_of(row) in ("scratch", "recon", "dense")
+
+
 def fine_tuned(rows: Rows) -> dict[str, Rows]:
     """Runs of 600 steps on a few patients, by arm."""
     arms: dict[str, Rows] = defaultdict(list)
@@ -211,6 +218,23 @@ def room_gain(rows: Rows) -> str:
     return " and ".join(gains)
 
 
+def steps(rows: Rows) -> str:
+    """One line an arm: mean Dice over draws after so many steps, and the gain over scratch."""
+    arms: dict[str, dict[int, Rows]] = defaultdict(lambda: defaultdict(list))
+    for row in filter(short, rows):
+        arms[arm_of(row)][row["steps"]].append(row)
+    lines = []
+    for arm in ("scratch", "recon", "dense"):
+        line = [FINE_TUNED[arm]]
+        for count in LENGTHS:
+            found, scratch = by_draw(arms[arm][count]), by_draw(arms["scratch"][count])
+            means = [fmean(row["dice"] for row in draw) for draw in found.values()]
+            cell = f"{fmean(means):.3f} ({len(means)})" if means else "–"
+            line.append(cell if arm == "scratch" else f"{cell}, {above(found, scratch)}")
+        lines.append(line)
+    return table(" | ".join(["five patients", *(f"{count} steps" for count in LENGTHS)]), lines)
+
+
 def readouts(rows: Rows) -> str:
     """One line a source of frozen features."""
     found: dict[str, Rows] = defaultdict(list)
@@ -271,7 +295,8 @@ class Table(NamedTuple):
 TABLES = {
     "readouts": Table(lambda row: row["kind"] == "readout", readouts),
     "finetuning": Table(few, finetuning),
-    "room": Table(from_scratch, room),
+    "room": Table(lambda row: from_scratch(row) and row["steps"] >= 600, room),
+    "steps": Table(short, steps),
     "pretraining": Table(lambda row: row["kind"] == "pretrain", pretraining),
 }
 
