@@ -171,6 +171,7 @@ class ClassificationReport:
             title=self.title,
             facts=facts,
             origin=origin_text(about["cases_from"]),
+            cases_from=about["cases_from"],
             result=result,
             scores=SCORES,
             roc=roc_figure(probability, label, self.class_names),

@@ -161,6 +161,7 @@ class SegmentationReport:
             title=self.title,
             facts=self.facts(len(cases), found),
             origin=origin_text(about["cases_from"]),
+            cases_from=about["cases_from"],
             found=found,
             viewers=viewers,
             scores=SCORES,

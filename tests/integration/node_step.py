@@ -37,8 +37,8 @@ class Heads(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
 
-def step(kind: str, path: Path) -> None:
-    """Save the loss and the gradients of this rank's rows of one batch."""
+def step(kind: str) -> dict[str, Tensor]:
+    """A loss and its gradients for this rank's rows of one batch."""
     from losses.test_alignment import batch
 
     torch.manual_seed(0)
@@ -52,9 +52,7 @@ def step(kind: str, path: Path) -> None:
         StudentOutput(model(features[mine]), None, None), type(target)(*(x[mine] for x in target))
     )
     value.backward()
-    if rank == 0:
-        gradients = {name: p.grad for name, p in network.named_parameters()}
-        torch.save({"loss": value.detach(), **gradients}, path)
+    return {"loss": value.detach(), **{name: p.grad for name, p in network.named_parameters()}}
 
 
 def lose_node() -> None:
@@ -114,7 +112,9 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
         idist.sync()
     if what == "step":
-        step(argument, Path(where))
+        found = {kind: step(kind) for kind in argument.split(",")}
+        if idist.get_rank() == 0:
+            torch.save(found, where)
     else:
         train(argument, Path(where))
     finalize()

@@ -43,7 +43,7 @@ def test_cases_for_testing_are_others(trained: Path, tmp_path: Path) -> None:
     split = str(trained / "split.json")
     found, page = evaluated(trained, trained / "data", tmp_path, split=split)
     assert found == {"training": 0, "validation": 0, "others": 2}
-    assert "Of the 2 cases none was used for training or validation." in page
+    assert "<p>Of the 2 cases none was used for training or validation." in page
 
 
 def test_copies_of_cases_are_known_by_their_content(trained: Path, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_copies_of_cases_are_known_by_their_content(trained: Path, tmp_path: Pat
     listed.write_text(listed.read_text().replace('"v', '"other_v'))
     found, page = evaluated(trained, data, tmp_path / "eval", val_fraction=0)
     assert found == {"training": 1, "validation": 1, "others": 2}
-    assert "Of the 4 cases the network was trained on 1: no measure" in page
+    assert "warning</span> Of the 4 cases the network was trained on 1: no measure" in page
 
 
 def weights_with(folder: Path, **record: Any) -> Path:
