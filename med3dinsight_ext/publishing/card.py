@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from monai.bundle import ConfigParser
 
 from med3dinsight_ext.io.errors import advice
-from med3dinsight_ext.publishing.scores import Scores
+from med3dinsight_ext.publishing.scores import Scores, escaped
 from med3dinsight_ext.publishing.zoo import NO_TORCHSCRIPT, PACKAGE, PINS, TEACHER_PINS
 from med3dinsight_ext.reports.run_facts import run_facts
 
@@ -136,6 +136,7 @@ def readme(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
+    environment.filters["escaped"] = escaped
     return environment.get_template("README.md.j2").render(
         name=name, kind=kind, metadata=metadata, image=image, pred=pred, used=used, train=train,
         card=dict.fromkeys(KEYS, "") | dict(card), ran=run_table(record), scores=scores,

@@ -84,12 +84,12 @@ def read_scores(
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = [[_cell(text) for text in row] for row in rows]
+    head, *body = [[escaped(text) for text in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
 
 
-def _cell(text: str) -> str:
-    """A text in one cell of a Markdown table, whatever a class is called."""
+def escaped(text: str) -> str:
+    """A text in one line or cell of Markdown, whatever a class is called."""
     return re.sub(r"([|*<`\\])", r"\\\1", " ".join(text.split()))
 
 

@@ -41,16 +41,16 @@ def origin(images: Iterable[str], record: Mapping[str, Any], folder: Path) -> di
         folder: of its weights, as for ``case_memo``.
 
     Returns:
-        ``{"training": n, "validation": n, "others": n}``; None if the record is empty, or is of a
-        version that did not keep images.
+        ``{"training": n, "validation": n, "others": n}``; None if the record is
+        empty, damaged, or of a version that did not keep images.
     """
-    rounds = [record.get("data"), *(row.get("data") for row in record.get("rounds", ()))]
     known: dict[str, set[str]] = {name: set() for name in KNOWN}
-    for data in rounds:
-        if not isinstance(data, Mapping) or data.get(TRAINED, {}).get("images") is None:
-            return None
-        for name, found in known.items():
-            found |= set(data.get(name, {}).get("images", "").split())
+    try:
+        for data in (record["data"], *(row["data"] for row in record.get("rounds", ()))):
+            for name in KNOWN if HELD in data else (TRAINED,):
+                known[name] |= set(data[name]["images"].split())
+    except (KeyError, TypeError, AttributeError):
+        return None
     memo = case_memo(folder)
     keys = [image_key(image, memo) for image in images]
     trained = sum(key in known[TRAINED] for key in keys)

@@ -272,16 +272,17 @@ def test_expressions_in_overlays_are_told_as_their_values(
     told = {
         "spacing": "$[2.0] * 3",
         "ct_range": "$[-50 * 2, 200]",
-        "label_names": "$['background'] + ['Ball']",
+        "label_names": "$['background'] + ['*Ball* <b>']",
     }
     overlay(Path(ball["overlays"]).parent, ball["name"], **told)
     publish(**ball)
     folder = tmp_path / "out" / "ball_segmentation"
     text = (folder / "docs" / "README.md").read_text()
     assert "at 2.0 × 2.0 × 2.0 mm" in text and "-100..200 HU" in text
+    assert r"2 channels (background, \*Ball\* \<b>)." in text
     metadata = json.loads((folder / "configs" / "metadata.json").read_text())
     channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
-    assert list(channels.values()) == ["background", "Ball"]
+    assert list(channels.values()) == ["background", "*Ball* <b>"]
 
 
 def test_an_overlays_teacher_is_still_disabled_without_prompts(tmp_path: Path) -> None:

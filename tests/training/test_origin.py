@@ -84,3 +84,19 @@ def test_without_a_record_nothing_is_known(tmp_path: Path) -> None:
     assert scored(["a.nii"], weights)["cases_from"] is None
     assert scored(["a.nii"], None)["cases_from"] is None
     assert "is not recorded" in origin_text(None)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"data": {"training": {"images": 3}}},
+        {"data": {"training": 3}},
+        {"data": 3},
+        {"data": {"training": {"images": ""}, "validation": {}}},
+        {"data": {"training": {"images": ""}}, "rounds": [3]},
+        {"data": {"training": {"images": ""}}, "rounds": 3},
+    ],
+)
+def test_from_a_damaged_record_nothing_is_known(damaged: dict[str, Any], tmp_path: Path) -> None:
+    weights = weights_with(tmp_path, **damaged)
+    assert scored(["a.nii"], weights)["cases_from"] is None
