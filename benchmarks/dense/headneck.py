@@ -441,7 +441,7 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
     for draw in range(3):  # what pre-training gives who has time for few steps
         for arm in ("scratch", "recon", "dense"):
             init = "" if arm == "scratch" else f"{arm}_p0"
-            for steps in (75, 150, 300):
+            for steps in (150, 300):
                 add(
                     f"{arm}_{steps}_d{draw}", "finetune", [init] if init else [], init=init,
                     labelled=f"draw{draw}", steps=steps,

@@ -26,7 +26,7 @@ from med3dinsight_ext.reports.figures import BLUE, STYLE, VERMILION  # noqa: E40
 
 DRAWS = ("draw0", "draw1", "draw2")
 TWO = ("two0", "two1", "two2")
-LENGTHS = (75, 150, 300)
+LENGTHS = (150, 300)
 ORGANS = "Brainstem | SpinalCord | RightParotid | LeftParotid"
 Rows = list[dict[str, Any]]
 FINE_TUNED = {
