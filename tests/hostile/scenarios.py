@@ -271,7 +271,7 @@ def exported(folder: Path) -> dict[str, Any]:
 
 
 PLAIN = {"train_handlers::pictures::_disabled_": True}  # two hundred writes to one more file
-LINEAR = {"mode": "linear", "class_names": ["even", "odd"]}
+LINEAR = {"mode": "linear", "class_names": ["even", "odd"], "val_fraction": 0}
 CPU = {"device": SMALL["device"]}
 SCENARIOS = {
     "evidence": Scenario(lambda folder: (folder / "in").mkdir(), add_runs, written_runs),
