@@ -138,3 +138,5 @@ def test_fewer_validation_volumes_than_ranks_name_the_key(tmp_path: Path, volume
     few = {"val_fraction": 0, "batch_size": 4}  # of 5 volumes a rank has 3
     code, log = train("seg-finetune", tmp_path / "run", volumes, **few)
     assert code == 0 and epochs(tmp_path / "run") == [1], log[-3000:]
+    code, log = train("seg-finetune", tmp_path / "other", volumes, val_fraction=0)
+    assert code == 0, log[-3000:]
