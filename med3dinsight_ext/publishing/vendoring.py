@@ -16,8 +16,8 @@ from med3dinsight_ext.publishing.zoo import (
     PACKAGE,
     PINS,
     imported,
-    imports,
     needed,
+    statements,
     texts,
 )
 
@@ -45,8 +45,8 @@ def reached_modules(configs: Iterable[Mapping[str, Any]]) -> list[str]:
     found: set[str] = set()
     while waiting:
         found.add(name := waiting.pop())
-        tree = ast.parse(module_file(name).read_text("utf-8"))
-        waiting |= {module for node in imports(tree) for module in _own(node)} - found
+        code = module_file(name).read_text("utf-8")
+        waiting |= {module for node in statements(code) for module in _own(node)} - found
     return sorted(found)
 
 

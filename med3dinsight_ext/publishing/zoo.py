@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 PACKAGE = "med3dinsight_ext"
@@ -50,10 +51,16 @@ def imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
             yield from imports(node)
 
 
+@cache
+def statements(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """The ``imports`` of Python code."""
+    return tuple(imports(ast.parse(source)))
+
+
 def imported(source: str) -> set[str]:
     """Modules that Python code imports, in full; none if it is not Python."""
     try:
-        found = list(imports(ast.parse(source)))
+        found = statements(source)
     except SyntaxError:
         return set()
     modules = {alias.name for node in found if isinstance(node, ast.Import) for alias in node.names}

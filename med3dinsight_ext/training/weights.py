@@ -32,7 +32,7 @@ def write_torch(path: Path, content: Any) -> None:
     """
 
     def write(draft: Path) -> None:
-        with draft.open("wb") as file:
+        with draft.open("wb", buffering=1 << 20) as file:  # torch.save writes hundreds of pieces
             torch.save(content, file)
 
     write_atomic(path, write)

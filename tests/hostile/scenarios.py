@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -207,10 +208,26 @@ def front_door(name: str, *words: str, **more: Any) -> Callable[[Path], Any]:
 
 
 def quickstart(folder: Path) -> None:
-    from med3dinsight_ext.quickstart import quickstart as run
+    """With a teacher and a network that take no seconds to load; PLAIN as in "pretrain"."""
+    import running
+
+    from med3dinsight_ext import quickstart as module
+    from med3dinsight_ext.training.launch import bundle_run
+
+    given = running.settings("pretrain", folder, folder)
+    kept = {key: given[key] for key in ("teacher", "patch_size", "device")}
+    small = kept | {"backbone": running.NETWORKS["pretrain"]["backbone"]}
+
+    def run(bundle: str, names: list[str], **more: Any) -> Any:
+        if names[0] == "train.json":
+            own = {"per_plane": 8, "slices": 4} | PLAIN
+        else:
+            own = {"grid_per_plane": 4}
+        return bundle_run(bundle, names, **small, **own, **more)
 
     os.chdir(folder)
-    run("in", out="out", max_epochs=1)
+    with mock.patch.object(module, "bundle_run", run):
+        module.quickstart("in", out="out", max_epochs=1)
 
 
 def scans(folder: Path) -> None:
