@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import gc
 import json
 import os
 import shutil
@@ -114,6 +115,7 @@ def undisturbed(name: str) -> Iterator[tuple[Scenario, Path, Callable[[], None],
         scenario.prepare(work)
         shutil.copytree(work, kept)
         scenario.run(work)  # children inherit what it imports
+        gc.freeze()  # and would copy its pages to look for garbage
         os.chdir(home)
         renew()
         alone = end(start(scenario.run, work))
