@@ -11,7 +11,7 @@ import pytest
 import torch
 from running import run, settings
 
-from med3dinsight_ext.training.origin import origin_text, scored
+from med3dinsight_ext.training.origin import origin_text, scored, without_images
 from med3dinsight_ext.training.record import state_hash
 
 UNET = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
@@ -84,6 +84,21 @@ def test_without_a_record_nothing_is_known(tmp_path: Path) -> None:
     assert scored(["a.nii"], weights)["cases_from"] is None
     assert scored(["a.nii"], None)["cases_from"] is None
     assert "is not recorded" in origin_text(None)
+
+
+def test_validation_cases_chose_the_epoch() -> None:
+    text = origin_text({"training": 0, "validation": 2, "others": 1})
+    assert text.startswith("Of the 3 cases 2 were held out for validation, which also chose")
+
+
+def test_a_published_record_names_no_image() -> None:
+    part = {"cases": 2, "images": "a b"}
+    data = {"training": part, "validation": part, "datalist": "list.json"}
+    bare = {"training": {"cases": 2}, "validation": {"cases": 2}, "datalist": "list.json"}
+    record = {"seed": 3, "data": data, "rounds": [{"epochs": 4, "data": data}]}
+    want = {"seed": 3, "data": bare, "rounds": [{"epochs": 4, "data": bare}]}
+    assert without_images(record) == want
+    assert without_images({"seed": 3}) == {"seed": 3, "data": {}, "rounds": []}
 
 
 @pytest.mark.parametrize(
