@@ -188,13 +188,14 @@ def _verdict(
 ) -> str:
     if first.state == "error" and not told(first.why):
         return "OPEN: the first error does not say what to do"
-    if second.state != "done" and not told(second.why):
+    refused = second.state != "done"
+    if refused and not told(second.why):
         return "OPEN: the second run fails"
-    refused = "the second run says what to do" if second.state != "done" else ""
-    if refused and first.state != "done":
-        return refused
-    found = compared(scenario, work, wanted)
-    return (refused or f"{first.state}, then equal") if found == "equal" else found
+    if not refused or first.state == "done":
+        found = compared(scenario, work, wanted)
+        if found != "equal":
+            return found
+    return "the second run says what to do" if refused else f"{first.state}, then equal"
 
 
 def compared(scenario: Scenario, work: Path, wanted: dict[str, Any]) -> str:
