@@ -107,7 +107,8 @@ def write_lists(root: Path, work: Path, draws: int, volumes: int | None) -> None
         picked = np.random.RandomState(draw).permutation(len(parts["pool"]))[:LABELLED]
         lists[f"draw{draw}"] = [item(parts["pool"][i], True) for i in picked]
         names = {Path(i["image"]).name for i in lists[f"draw{draw}"]}
-        lists[f"two{draw}"] = lists[f"draw{draw}"][:2]
+        for name, count in (("one", 1), ("two", 2)):
+            lists[f"{name}{draw}"] = lists[f"draw{draw}"][:count]
         lists[f"others{draw}"] = [
             i for i in lists["pretrain"] if Path(i["image"]).name not in names
         ]
@@ -446,12 +447,12 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                     f"{arm}_{steps}_d{draw}", "finetune", [init] if init else [], init=init,
                     labelled=f"draw{draw}", steps=steps,
                 )  # fmt: skip
-    for draw in range(3):
-        add(f"scratch_two{draw}", "finetune", labelled=f"two{draw}", steps=600)
+    for labelled in (f"{count}{draw}" for count in ("one", "two") for draw in range(3)):
+        add(f"scratch_{labelled}", "finetune", labelled=labelled, steps=600)
         for arm in ("recon", "dense"):
             add(
-                f"{arm}_p0_two{draw}", "finetune", [f"{arm}_p0"], init=f"{arm}_p0",
-                labelled=f"two{draw}", steps=600, lr=1e-3,
+                f"{arm}_p0_{labelled}", "finetune", [f"{arm}_p0"], init=f"{arm}_p0",
+                labelled=labelled, steps=600, lr=1e-3,
             )  # fmt: skip
     for draw in range(3):
         add(

@@ -25,6 +25,7 @@ from med3dinsight_ext.metrics.bootstrap import percentiles, resamples  # noqa: E
 from med3dinsight_ext.reports.figures import BLUE, STYLE, VERMILION  # noqa: E402
 
 DRAWS = ("draw0", "draw1", "draw2")
+ONE = ("one0", "one1", "one2")
 TWO = ("two0", "two1", "two2")
 LENGTHS = (150, 300)
 ORGANS = "Brainstem | SpinalCord | RightParotid | LeftParotid"
@@ -176,19 +177,19 @@ def finetuning(rows: Rows) -> str:
     arms = fine_tuned(rows)
     scratch = by_draw(arms["scratch"])
     reconstruction = by_draw([*arms["recon"], *arms["recon_1e-3"]])
-    five: list[list[str]] = []
-    two: list[list[str]] = []
-    for arm, name in FINE_TUNED.items():
-        if arm in arms:
-            draws = by_draw(arms[arm])
-            for names, lines in ((DRAWS, five), (TWO, two)):
-                if any(draw in draws for draw in names):
-                    gain = "" if arm == "scratch" else above(draws, scratch, names)
-                    taught = arm.startswith(("both", "dense"))
-                    more = above(draws, reconstruction, names) if taught else ""
-                    lines.append([name, *cells(draws, names), gain, more])
     head = "draw 0 | draw 1 | draw 2 | points above scratch, 0.003 | above reconstruction"
-    parts = [table(f"{n} patients | {head}", lines) for n, lines in (("five", five), ("two", two))]
+    parts = []
+    for title, names in (("five patients", DRAWS), ("two patients", TWO), ("one patient", ONE)):
+        lines = []
+        for arm, name in FINE_TUNED.items():
+            draws = by_draw(arms[arm])
+            if any(draw in draws for draw in names):
+                gain = "" if arm == "scratch" else above(draws, scratch, names)
+                taught = arm.startswith(("both", "dense"))
+                more = above(draws, reconstruction, names) if taught else ""
+                lines.append([name, *cells(draws, names), gain, more])
+        if lines:
+            parts.append(table(f"{title} | {head}", lines))
     return "\n\n".join(parts)
 
 
@@ -202,7 +203,7 @@ def scratch_mean(rows: Rows, names: Sequence[str], steps: int) -> tuple[float, i
 def room(rows: Rows) -> str:
     """What more labels and more steps give from scratch: the room that teaching could use."""
     lines = []
-    for count, names in (("2", TWO), ("5", DRAWS), ("84", ("all",))):
+    for count, names in (("1", ONE), ("2", TWO), ("5", DRAWS), ("84", ("all",))):
         found = [scratch_mean(rows, names, steps) for steps in (600, 1200)]
         lines.append([count, *(f"{x[0]:.3f} ({x[1]})" if x else "–" for x in found)])
     return table("labelled patients | 600 steps (draws) | 1,200 steps (draws)", lines)
