@@ -264,8 +264,7 @@ def finetune(
     overlays = ["train.json"]
     more: dict[str, Any] = {}
     if soft:
-        others = f"others{labelled.removeprefix('draw')}.json"
-        more["unlabelled"] = str(work / "lists" / others)
+        more["unlabelled"] = str(work / "lists" / f"others{labelled[-1]}.json")  # of the same draw
     if soft == "mean_teacher":
         overlays.append("mean_teacher.yaml")
     elif soft:
@@ -454,6 +453,11 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 f"{arm}_p0_{labelled}", "finetune", [f"{arm}_p0"], init=f"{arm}_p0",
                 labelled=labelled, steps=600, lr=1e-3,
             )  # fmt: skip
+    for draw in range(3):
+        add(
+            f"soft_scratch_one{draw}", "finetune", [*filled["imagenet"], f"scratch_one{draw}"],
+            labelled=f"one{draw}", steps=600, soft="network", soft_weights=f"scratch_one{draw}",
+        )  # fmt: skip
     for draw in range(3):
         add(
             f"shuffled_p0_d{draw}", "finetune", ["shuffled_p0"], init="shuffled_p0",
