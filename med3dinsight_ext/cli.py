@@ -102,6 +102,15 @@ def parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
         option = flag.replace("__", "--", 1)
         if flag.startswith("__") and option not in (*known, "--help", "--") and not node.args.kwarg:
             stop(2, f"unknown flag {option}", advice(option, known, see))
+    kinds = {
+        argument.arg: ast.unparse(argument.annotation) if argument.annotation else ""
+        for argument in (*node.args.args, *node.args.kwonlyargs)
+    }
+    switches = {f"--{key}" for key, kind in kinds.items() if kind == "bool"}
+    words = list(arguments)
+    for n, word in enumerate(words):  # Fire takes the next word, as a file's name, for their value
+        if word in switches and words[n + 1 : n + 2] not in (["True"], ["False"]):
+            words[n] = f"{word}=True"
     given: list[dict[str, Any]] = []
     scope: dict[str, Any] = {"given": given}
     node.body = [*node.body[:1], *ast.parse("given.append(locals())").body]
@@ -113,7 +122,7 @@ def parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
         with redirect_stderr(text):
             help_asked = {"-h", "--help"} & {*arguments}
             command = SetParseFn(str)(scope[node.name])
-            Fire(command, ["--", "--help"] if help_asked else list(arguments), name)
+            Fire(command, ["--", "--help"] if help_asked else words, name)
     except FireExit as ended:
         if not ended.code:
             print("NAME" + text.getvalue().partition("NAME")[2].rstrip())
@@ -123,10 +132,6 @@ def parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
         stop(2, fault[:1].lower() + fault[1:], see)
     found = given[-1]
     more = found.pop(node.args.kwarg.arg) if node.args.kwarg else {}
-    kinds = {
-        argument.arg: ast.unparse(argument.annotation) if argument.annotation else ""
-        for argument in (*node.args.args, *node.args.kwonlyargs)
-    }
     for key, kind in kinds.items():
         found[key] = valued(found[key], kind)
     return found | {key: valued(value, "") for key, value in more.items()}

@@ -101,5 +101,5 @@ def _inferred(
     path = Path(volume)
     if not path.exists():
         raise ValueError(f"volume must exist, got {volume}; correct the path")
-    infer(home, bundle, overlays, [str(path.absolute())], folder, overrides, quiet)
+    infer(home, bundle, overlays, [{"image": str(path.absolute())}], folder, overrides, quiet)
     return folder / volume_stem(path)

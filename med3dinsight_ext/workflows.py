@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ from med3dinsight_ext.planning.run_folder import (
 from med3dinsight_ext.reports.predictions import write_predictions
 from med3dinsight_ext.training.launch import launch
 
-PAGE, REPORT, INPUTS = "predictions.html", "report.html", "inputs.json"
+PAGE, REPORT, INPUTS = "predictions.html", "report.html", "inputs-{}.json"
 PREDICTED = {
     "segmentation": "{}_seg.nii.gz", "pretraining": "{}_tokens.safetensors",
     "classification": "cases.csv",
@@ -206,7 +207,8 @@ def predict(
         ValueError: a file is missing, or would be overwritten.
     """
     home, bundle, overlays = trained(model)
-    images = [str(i["image"]) for file in files for i in _images(Path(str(file)))]
+    items = [item for file in files for item in _images(Path(str(file)))]
+    images = [str(item["image"]) for item in items]
     if not images:
         raise ValueError(f"files must be given, got none; like {PROGRAM} predict {model} a.nii.gz")
     stems = [volume_stem(image) for image in images]
@@ -227,18 +229,19 @@ def predict(
             f"{len(there) - 1} more; name another with --out, or move them away"
         )
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*")}
-    used = infer(home, bundle, overlays, images, folder, overrides, quiet, verbose)
+    used = infer(home, bundle, overlays, items, folder, overrides, quiet, verbose)
     written = sorted(
         path
         for path in folder.iterdir()
-        if path.name != INPUTS and before.get(path) != path.stat().st_mtime_ns
+        if not path.match(INPUTS.format("*")) and before.get(path) != path.stat().st_mtime_ns
     )
     if kind_of(bundle) == "segmentation":
         config = home / PLAN if overlays else bundle / "configs" / "inference.json"
         names = (read_plan(config) | used)["label_names"]  # JSON is YAML
         found = {image: folder / name for image, name in due.items()}
         write_predictions(folder / PAGE, found, names)
-        written.append(folder / PAGE)
+        own = {*found.values()}  # beside what another process writes
+        written = [*(path for path in written if path in own), folder / PAGE]
     if not quiet:
         print(f"\nwrote {len(written)} files to {folder}; look at {written[-1]}")
     return written
@@ -248,7 +251,7 @@ def infer(
     home: Path,
     bundle: Path,
     overlays: list[str],
-    images: Sequence[str],
+    items: Sequence[Mapping[str, Any]],
     folder: Path,
     overrides: Mapping[str, Any],
     quiet: bool,
@@ -262,8 +265,8 @@ def infer(
         home: folder of the network; with ``bundle`` and ``overlays`` from ``trained``.
         bundle: its bundle.
         overlays: of the config.
-        images: paths.
-        folder: to write.
+        items: images, and their modality where it is known.
+        folder: to write; several processes may.
         overrides: keys of the config.
         quiet: print warnings and errors alone.
         verbose: print the messages of ignite and MONAI too.
@@ -271,8 +274,9 @@ def infer(
     Returns:
         The overrides of the config.
     """
-    listed = folder / INPUTS
-    text = json.dumps([{"image": image} for image in images], indent=1)
+    rows = [{"image": i["image"], "modality": i.get("modality", "auto")} for i in items]
+    text = json.dumps(rows, indent=1)
+    listed = folder / INPUTS.format(hashlib.sha256(text.encode()).hexdigest()[:12])
     write_atomic(listed, lambda draft: draft.write_text(text))
     settings = {"bundle_root": str(home), "output_dir": str(folder), "datalist": str(listed)}
     # A file, which no image is below: so there are no subfolders.

@@ -128,6 +128,16 @@ def test_values_are_python_literals_by_position_and_by_name() -> None:
     assert found == {"weights": "a.pt", "network": "b.json", "spacing": [1, 2, 3]}
 
 
+@pytest.mark.parametrize("switch", ["--quiet", "--quiet=True"])
+def test_a_switch_takes_no_word_that_follows(switch: str) -> None:
+    for words in (["m", switch, "a.nii", "b.nii"], [switch, "m", "a.nii", "b.nii"]):
+        found = parsed("predict", words)
+        assert (found["model"], found["files"]) == ("m", ("a.nii", "b.nii"))
+        assert found["quiet"] is True and found["verbose"] is False
+    assert parsed("ask", ["m", "v.nii", switch, "the liver"])["texts"] == ("the liver",)
+    assert parsed("predict", ["m", "--quiet", "False", "a.nii"])["files"] == ("a.nii",)
+
+
 def test_names_of_files_are_no_literals() -> None:
     found = parsed("predict", ["2024", "data#2", "1_2", "a,b", "--out", "0x10", "--steps", "20"])
     assert found["model"] == "2024" and found["files"] == ("data#2", "1_2", "a,b")

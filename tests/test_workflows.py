@@ -306,6 +306,21 @@ def test_a_published_bundle_predicts_by_its_own_configs(
     assert pages[0][2] == ["background", "ball"]
 
 
+def test_calls_at_once_have_lists_of_their_own_with_the_modality_of_theirs(
+    scans: Path, lines: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflows, "write_predictions", lambda *words: None)
+    (Path("run") / "models").mkdir(parents=True)
+    (Path("run") / "models" / "model.pt").touch()
+    Path("run/plan.yaml").write_text("label_names: [background, ball]\n")
+    Path("new.csv").write_text("image,modality\nscans/v1.nii.gz,CT\n")
+    workflows.predict("run", "scans/v0.nii.gz")
+    workflows.predict("run", "new.csv")
+    rows = [json.loads(Path(line[2]["datalist"]).read_text()) for line in lines]
+    shown = [(Path(row["image"]).name, row["modality"]) for (row,) in rows]
+    assert shown == [("v0.nii.gz", "auto"), ("v1.nii.gz", "CT")]
+
+
 def test_predictions_are_found_by_their_exact_names_and_those_of_this_call_are_returned(
     scans: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

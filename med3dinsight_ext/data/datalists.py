@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from med3dinsight_ext.data.modalities import modality_name
-from med3dinsight_ext.data.patients import name_series
+from med3dinsight_ext.data.patients import MISSING, name_series
 from med3dinsight_ext.data.splits import split_items
 from med3dinsight_ext.io.claims import npz_array
 from med3dinsight_ext.io.errors import told
@@ -23,7 +23,6 @@ from med3dinsight_ext.io.reading import read_json, read_rows, readable
 from med3dinsight_ext.io.remote import check_servers, is_remote, local_path
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes, real_path
 
-MISSING = ("na", "n/a", "nan")  # texts of tables that stand for no label
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
 

@@ -124,7 +124,7 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
         for item in items:
             image = item["image"]
             path = image if is_remote(image) else os.path.relpath(image, root)
-            item["patient"] = patient_name(item, _subject(Path(path).parts) or path)
+            item["patient"] = patient_name(item, bids_subject(Path(path).parts) or path)
     else:
         kinds = _modalities(described) if described.is_file() else {}
         items = folder_items(source, Path(labels) if labels else None, notes, kinds, twice)
@@ -260,7 +260,7 @@ def _name_patients(
     taken = set()
     for item in items:
         folders, stem = keys[item["image"]]
-        if subject := _subject(folders):
+        if subject := bids_subject(folders):
             name = subject
         elif by_folder and folders:
             name = "/".join(folders)
@@ -272,7 +272,7 @@ def _name_patients(
         notes.append(f"{len(taken)} folders are taken for patients; write a list if they are not")
 
 
-def _subject(folders: Sequence[str]) -> str | None:
+def bids_subject(folders: Sequence[str]) -> str | None:
     """The subject's folder in BIDS."""
     return next((part for part in folders if part.startswith("sub-")), None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from med3dinsight_ext.data.datalists import datalist
-from med3dinsight_ext.data.layouts import folder_items
+from med3dinsight_ext.data.layouts import bids_subject, folder_items
 from med3dinsight_ext.data.patients import joined, patient_name, place
 from med3dinsight_ext.data.splits import FEW
 from med3dinsight_ext.io.console import Bar
@@ -43,7 +44,7 @@ def split(
         raise ValueError(f"test_share must be in (0, 1), got {test_share}; 0.2 is a fifth")
     items, folder = datalist(data), Path(out)
     if Path(data).is_dir():
-        _add_labels(items, Path(data))
+        _add_labels_and_subjects(items, Path(data))
     contents, unreadable = hashed(items, HashMemo(Path(hashes or out) / "files.jsonl"))
     items = [item for item in items if item["image"] in contents]
     given = [patient_name(item, contents[item["image"]][:32]) for item in items]
@@ -72,8 +73,14 @@ def split(
     _print(report, patients, folder)
 
 
-def _add_labels(items: list[dict[str, Any]], folder: Path) -> None:
-    """The labels that a folder has for its images; not its patients, which new volumes may move."""
+def _add_labels_and_subjects(items: list[dict[str, Any]], folder: Path) -> None:
+    """The labels that a folder has for its images, and its BIDS subjects.
+
+    Other folders may become patients, or cease to be, with new volumes.
+    """
+    for item in items:
+        subject = bids_subject(Path(os.path.relpath(item["image"], folder)).parts)
+        item |= {"patient": patient_name(item, subject)} if subject else {}
     try:
         labels = {i["image"]: i["label"] for i in folder_items(folder, None, []) if "label" in i}
     except ValueError as error:

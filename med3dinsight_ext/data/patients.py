@@ -11,6 +11,7 @@ from med3dinsight_ext.io.dicom import patient_id
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 
 log = logging.getLogger(__name__)
+MISSING = ("na", "n/a", "nan")  # texts of tables that stand for nothing
 CONTENT = ("content", "targets", "prepared", "grids")  # a volume's hash, or entries named by it
 
 
@@ -44,9 +45,9 @@ def joined(names: Sequence[str], contents: Sequence[str | None]) -> list[str]:
 
 
 def patient_name(item: dict[str, Any], default: str) -> str:
-    """The ``patient`` of an item; tables have an empty text where there is none."""
+    """The ``patient`` of an item; tables have an empty text or NA where there is none."""
     given = item.get("patient")
-    return default if given in (None, "") else str(given)
+    return default if given in (None, "") or str(given).lower() in MISSING else str(given)
 
 
 def name_series(items: Sequence[dict[str, Any]]) -> None:

@@ -37,7 +37,9 @@ from med3dinsight_ext.data.chunks import (
 from med3dinsight_ext.data.labels import label_values
 from med3dinsight_ext.data.settings import described
 from med3dinsight_ext.data.volumes import good_ones
+from med3dinsight_ext.io.claims import ClaimError
 from med3dinsight_ext.io.console import Bar
+from med3dinsight_ext.io.errors import causes
 from med3dinsight_ext.io.files import HashMemo, keyed_path
 from med3dinsight_ext.io.packages import NotHere
 from med3dinsight_ext.io.reading import whole_lines
@@ -183,6 +185,8 @@ class PreparedCopy:
             return record | {"fault": str(error)}
         except ValueError as error:
             record["fault"] = str(error)
+            if any(map(_of_the_machine, causes(error))):
+                return record  # and not its content: it is tried again
         else:
             for key in reversed(self.keys):  # the image marks the entry complete
                 with writing(self.root):
@@ -233,6 +237,12 @@ def _content(file: Any, hash_of: Callable[[str], str | None]) -> list[Any]:
         return [hash_of(path), member]
     except ValueError:  # no file: its verdict says so
         return ["", str(file)]
+
+
+def _of_the_machine(error: BaseException) -> bool:
+    """Whether a limit, the memory or the disk is the cause; a broken gzip has no ``errno``."""
+    limits = (ClaimError, MemoryError)
+    return isinstance(error, limits) or (isinstance(error, OSError) and error.errno is not None)
 
 
 class _Makers(Dataset):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from med3dinsight_ext.data.patients import patients_of
+from med3dinsight_ext.data.patients import patient_name, patients_of
 from med3dinsight_ext.io.errors import told
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.reading import read_json
@@ -49,7 +49,7 @@ def split_items(
     count = Counter(id_ for ids in lists.values() for id_ in ids)
     if twice := [id_ for id_, times in count.items() if times > 1]:
         raise ValueError(f"split must name each id once, got {told(twice)} again in {split}")
-    chosen, found = [], set()
+    chosen, found, people = [], set(), dict[str, set[str]]()
     for item in items:
         ids = count.keys() & item_ids(item, root)
         found |= ids
@@ -58,12 +58,18 @@ def split_items(
             raise ValueError(
                 f"split must keep an image in one list, got {path} in {told(sorted(homes))}"
             )
+        people.setdefault(patient_name(item, item["image"]), set()).update(homes)
         if subset in homes:
             chosen.append({"patient": min(ids), **item})
     if whole and (lost := sorted(count.keys() - found)):
         raise ValueError(
             f"split must name ids of the source, got {told(lost)} of {split} that match no "
             "patient, file name or folder; correct the split"
+        )
+    if torn := sorted(name for name, homes in people.items() if len(homes) > 1):
+        logger.warning(
+            f"{len(torn)} patients are in two lists of {split}, like {told(torn[0])}: scores would "
+            "be of cases that the network knows; name the patients there, not their images"
         )
     return chosen
 

@@ -9,10 +9,11 @@ from typing import Any
 
 SHARED = {"train.json": "sampler", "finetune.json": "trainer"}  # a key of ``train`` in each file
 EVALUATED = ("$", "@", "%")  # how a text begins that a config would evaluate
+CHANGED = "#"  # MONAI writes :: in its place, in any text
 
 
 def check_plain(name: str, texts: Iterable[str], fix: str) -> None:
-    """Stop if a config would evaluate one of the texts, which may be code.
+    """Stop if a config would evaluate one of the texts, which may be code, or change it.
 
     Args:
         name: of the texts, for the message.
@@ -20,9 +21,11 @@ def check_plain(name: str, texts: Iterable[str], fix: str) -> None:
         fix: end of the message.
     """
     for text in texts:
-        if text.startswith(EVALUATED):
+        if text.startswith(EVALUATED) or CHANGED in text:
             signs = ", ".join(EVALUATED)
-            raise ValueError(f"{name} must not begin with {signs}, got {text!r:.200}; {fix}")
+            raise ValueError(
+                f"{name} must not begin with {signs} or contain {CHANGED}, got {text!r:.200}; {fix}"
+            )
 
 
 def missing_shared(config: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 
-from med3dinsight_ext.io.configs import missing_shared
+from med3dinsight_ext.io.configs import CHANGED, EVALUATED, missing_shared
 from med3dinsight_ext.io.errors import advice
 from med3dinsight_ext.io.remote import COPY, is_remote
 
@@ -28,6 +28,7 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
     Lists need lists, and sizes as many numbers, also in overlays: ``--patch_size 64`` would fail
     hours later.
     A folder that is written to is no address, which pathlib takes for a folder named ``s3:``.
+    MONAI writes ``::`` for ``#`` in any text, so that a folder ``run#3`` would be another one.
 
     Args:
         arguments: of ``python -m monai.bundle run``; default: this process's.
@@ -76,6 +77,11 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
                 hint = advice(part, known, "see the config's first lines")
                 raise SystemExit(f"override must name a key of the config, got --{name}; {hint}")
         else:
+            if CHANGED in str(value) and not str(value).startswith(EVALUATED):
+                raise SystemExit(
+                    f"--{name} must not contain {CHANGED}, for which MONAI writes ::, got {value}; "
+                    "rename or reword it"
+                )
             value = DefaultParseValue(value) if isinstance(value, str) else value
             _check_list("override", f"--{name} {value}", name, value, node)
             if name in FOLDERS and is_remote(value):

@@ -43,7 +43,7 @@ def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
                 folders.clear()
                 continue
             seen.add(real)
-            folders.sort()
+            folders[:] = sorted(name for name in folders if name[0] != ".")
             paths = (os.path.join(folder, name) for name in folders)
             waiting += filter(os.path.islink, paths)
             yield folder, names

@@ -37,6 +37,7 @@ TASK = (
     "mirror_pairs",
     "patches_per_volume",
     "ema_decay",
+    "modality",  # of the volumes at hand
 )
 
 
@@ -112,8 +113,11 @@ def make_plan(
 
     if labelled:
         _put_classes(put, dataset)
-    put("modality", found.modality, "told by the datalist or the intensities")
-    if found.ct_range and found.modality == "CT":
+    reason = "told by the datalist or the intensities"
+    if found.modality == "auto":
+        reason = "each volume's own: told by the datalist or its intensities"
+    put("modality", found.modality, reason)
+    if found.ct_range:
         put("ct_range", list(found.ct_range), "HU of the labelled voxels, 0.5 to 99.5 %")
     whole = bool(labelled) and not dataset.segments()
     _put_grid(put, plan, found, device, whole)
@@ -141,8 +145,7 @@ def _seen(dataset: Dataset, found: Survey) -> list[str]:
         else f"{len(dataset.items)} images without labels",
         f"median {_times(shape)} voxels of {_times(mm)} mm; from {_times(found.spacings.min(0))} "
         f"to {_times(found.spacings.max(0))} mm",
-        f"voxels of {found.sampled} images read: "
-        + (f"modality {found.modality}" if found.modality != "auto" else "several modalities"),
+        f"voxels of {found.sampled} images read: " + f"modality {' and '.join(found.kinds)}",
     ]
     return [*lines, *dataset.notes]
 

@@ -37,7 +37,7 @@ def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> list[float]:
     if coarse and shape[worst] * ANISOTROPIC < shape[others].min():
         spacing[worst] = max(np.percentile(spacings[:, worst], 10), spacing[others].max())
     spacing = np.where(spacing < 2 * spacing.min(), spacing.min(), spacing)
-    return [round(float(mm), 2) for mm in spacing]
+    return [_short(mm) for mm in spacing]
 
 
 def fitting_patch(
@@ -91,7 +91,12 @@ def covering_spacing(
     while voxels < cover * size.prod():
         finer = mm < 2 * mm.min()
         size, mm = np.where(finer, size / 1.03, size), np.where(finer, mm * 1.03, mm)
-    return [round(float(x), 2) for x in mm]
+    return [_short(x) for x in mm]
+
+
+def _short(mm: float) -> float:
+    """Hundredths of a millimetre, or three digits of less: micro-CT has spacings of 0.004 mm."""
+    return round(float(mm), 2) if mm >= 0.1 else float(f"{mm:.3g}")
 
 
 def unet(

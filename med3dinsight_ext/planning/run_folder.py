@@ -107,7 +107,7 @@ def write_items(dataset: Dataset, folder: Path, keys: Sequence[str], run: Path) 
         run: folder of a training, whose list says the patients of the images that it had: what is
             held out hangs on them.
     """
-    check_plain("data", [str(dataset.root)], "give its absolute path")
+    check_plain("data", [str(dataset.root)], "give its absolute path, without #")
     fields = ("image", "modality", "patient", *keys)
     items = [{key: item[key] for key in fields} for item in dataset.items]
     known = {real_path(row["image"]): row.get("patient") for row in _listed(run)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,8 @@ class Survey(NamedTuple):
 
     spacings: (n, 3) mm along x, y, z in RAS.
     shapes: (n, 3) voxels.
-    modality: of all items; "auto" if they differ.
+    modality: of all items; "auto" if they differ, or some are neither told nor read.
+    kinds: the modalities that were told or seen.
     ct_range: HU range of the labelled voxels (0.5th to 99.5th percentile, to the outer 50); None
         without CT or labelled voxels in the sample.
     sampled: volumes whose voxels were read.
@@ -33,6 +33,7 @@ class Survey(NamedTuple):
     spacings: np.ndarray
     shapes: np.ndarray
     modality: str
+    kinds: tuple[str, ...]
     ct_range: tuple[float, float] | None
     sampled: int
 
@@ -54,15 +55,19 @@ def survey(items: Sequence[dict[str, Any]]) -> Survey:
     sample = [pool[i] for i in chosen]
     voxels = check_each(_voxels, sample, "a sample of the voxels", None)
     seen = [voxels[id(item)] for item in sample]
-    given = {str(item["modality"]) for item in items} - {"auto"}
-    kinds = Counter(given or (guess for guess, _ in seen))
-    modality = next(iter(kinds)) if len(kinds) == 1 else "auto"
+    untold = [item for item in items if item["modality"] == "auto"]
+    read = {id(item): guess for item, (guess, _) in zip(sample, seen, strict=True)}
+    kinds = {str(item["modality"]) for item in items} - {"auto"}
+    kinds |= {read[id(item)] for item in untold if id(item) in read}
+    known = len(kinds) == 1 and all(id(item) in read for item in untold)
+    modality = next(iter(kinds)) if known else "auto"
     inside = [values for guess, values in seen if values is not None and guess == "CT"]
     ct_range = None
-    if modality == "CT" and any(len(values) for values in inside):
+    if kinds == {"CT"} and any(len(values) for values in inside):
         low, high = np.percentile(np.concatenate(inside), [0.5, 99.5])
         ct_range = (float(np.floor(low / 50) * 50), float(np.ceil(high / 50) * 50))
-    return Survey(found[:, 0], found[:, 1], modality, ct_range, len(sample))
+    shown = tuple(sorted(kinds))
+    return Survey(found[:, 0], found[:, 1], modality, shown, ct_range, len(sample))
 
 
 def _grid(path: str) -> tuple[np.ndarray, np.ndarray]:

@@ -467,3 +467,10 @@ def test_a_number_is_a_name_where_all_names_are_numbers(
             class_items(items, names)
     else:
         assert class_items(items, names)[0]["label"] == index
+
+
+def test_hidden_folders_are_not_searched(tmp_path: Path) -> None:
+    for name in ("a.nii.gz", ".Trash-1000/files/b.nii.gz", ".git/annex/c.nii.gz"):
+        nifti(tmp_path / name)
+    assert [Path(item["image"]).name for item in datalist(tmp_path)] == ["a.nii.gz"]
+    assert len(datalist(tmp_path / ".Trash-1000")) == 1

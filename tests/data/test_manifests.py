@@ -218,3 +218,15 @@ def test_a_folders_labels_are_listed_and_do_not_move_a_volume(
     shutil.move("v0_seg.nii.gz", "other_seg.nii.gz")
     split(tmp_path / "in", tmp_path / "mismatched")
     assert "the lists have no labels: labels must belong to the images" in caplog.text
+
+
+def test_sessions_of_a_subject_stay_together(tmp_path: Path) -> None:
+    for n in range(12):
+        folder = tmp_path / f"bids/sub-{n:02}"
+        for session in ("ses-1", "ses-2"):
+            (folder / session / "anat").mkdir(parents=True)
+            fakes.volume(folder / session / "anat/T1w.nii.gz", 2 * n + (session == "ses-2"))
+    development, test, report = split(tmp_path / "bids", tmp_path / "out", test_share=0.4)
+    subjects = [{item["patient"] for item in part} for part in (development, test)]
+    assert subjects[0].isdisjoint(subjects[1]) and len(subjects[0] | subjects[1]) == 12
+    assert report["without_patient"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from volume_writers import write_dicom
@@ -46,3 +47,9 @@ def test_copies_are_one_patients(caplog: pytest.LogCaptureFixture) -> None:
     assert "1 of 5 volumes are copies of others" in caplog.text
     caplog.clear()
     assert patients_of(items[2:]) == ["3", "d.nii", "e.nii"] and not caplog.text
+
+
+@pytest.mark.parametrize("missing", ["NA", "n/a", "nan", "", None, float("nan")])
+def test_a_missing_patient_is_no_patient(missing: Any) -> None:
+    items = [{"image": f"{n}.nii", "patient": missing} for n in range(2)]
+    assert patients_of(items) == ["0.nii", "1.nii"]

@@ -127,6 +127,29 @@ def test_a_second_start_reads_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
         check_labels([items, val], NAMES, copy=again)
 
 
+def test_a_limit_of_the_machine_is_no_verdict_on_the_volume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item, load = case(tmp_path, "a"), images()
+    monkeypatch.setenv("MED3D_MAX_VOXELS", "1000")
+    with pytest.raises(ValueError, match="MED3D_MAX_VOXELS"):
+        prepared_copy(tmp_path / "copy", load, 0).check([item])
+    monkeypatch.delenv("MED3D_MAX_VOXELS")
+    for error in (MemoryError(), OSError(5, "Input/output error")):
+        with monkeypatch.context() as patch:
+            patch.setattr("med3dinsight_ext.data.volumes.load_volume", raises(error))
+            with pytest.raises(ValueError, match=type(error).__name__):
+                prepared_copy(tmp_path / "copy", load, 0).check([item])
+    assert prepared_copy(tmp_path / "copy", load, 0).check([item])
+
+
+def raises(error: Exception) -> Any:
+    def call(*_: Any, **__: Any) -> None:
+        raise error
+
+    return call
+
+
 def test_what_changes_a_value_changes_the_entry(tmp_path: Path) -> None:
     item = case(tmp_path, "a")
     copies = [PreparedCopy(tmp_path, segmentation(mm)[:3]) for mm in (1.5, 1.5, 2.0)]

@@ -198,3 +198,19 @@ def test_long_ids_do_not_hide_the_file(tmp_path: Path, lists: dict[str, list[str
     with pytest.raises(ValueError, match=r"split\.json") as caught:
         datalist(decathlon(tmp_path), split=split(tmp_path, **lists), subset="test")
     assert len(str(caught.value)) < 500
+
+
+def test_a_patient_in_two_lists_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "abc":
+        nifti(tmp_path / f"{name}.nii.gz")
+    rows = [{"image": f"{name}.nii.gz", "patient": "P" if name < "c" else "Q"} for name in "abc"]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    file = split(tmp_path, development=["a", "c"], test=["b"])
+    datalist(tmp_path / "list.json", split=file, subset="test")
+    assert "1 patients are in two lists" in caplog.text and "'P'" in caplog.text
+    caplog.clear()
+    file = split(tmp_path, development=["a", "b"], test=["c"])
+    datalist(tmp_path / "list.json", split=file, subset="test")
+    assert not caplog.text

@@ -9,7 +9,7 @@ import pytest
 from monai.bundle import ConfigParser
 from running import BUNDLES, ROOT, configs, merged
 
-from med3dinsight_ext.io.configs import missing_shared, with_shared
+from med3dinsight_ext.io.configs import check_plain, missing_shared, with_shared
 from med3dinsight_ext.io.overrides import check_overrides
 
 FILES = {
@@ -74,3 +74,10 @@ def test_shared_files_in_front_of_the_training_config_are_named(bundle: str) -> 
     files = [*with_shared(configs(bundle) / "train.json")[::-1]]
     with pytest.raises(SystemExit, match="config_file must name bundles/shared/train.json"):
         check_overrides(["run", "--config_file", str(files)])
+
+
+@pytest.mark.parametrize("text", ["$exec('')", "@key", "%key", "met #1"])
+def test_a_text_that_a_config_would_not_leave_alone_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="labels must not begin with .* or contain #, got .*;"):
+        check_plain("labels", ["good 1", text], "mend it")
+    check_plain("labels", ["a $ b @ c % d"], "mend it")

@@ -17,6 +17,7 @@ def config(tmp_path: Path) -> str:
         "patch_size": [96, 96, 96],
         "label_names": ["background", "foreground"],
         "prompts": [],
+        "bundle_root": ".",
         "train": {"trainer": {"_target_": "X", "max_epochs": 1}, "channels": [16, 32]},
     }
     path = tmp_path / "train.json"
@@ -44,6 +45,13 @@ def test_known_overrides_pass(config: str, argument: str) -> None:
 def test_a_mistyped_override_stops_the_run(config: str, argument: str, advice: str) -> None:
     with pytest.raises(SystemExit, match=f"override must name a key .*{advice}"):
         check_overrides(["run", "--config_file", config, argument, "1"])
+
+
+def test_a_sign_that_monai_replaces_stops_the_run(config: str) -> None:
+    for argument in ("--bundle_root=run#3", "--prompts=['grade #1']", "--label_names=['a#']"):
+        with pytest.raises(SystemExit, match="must not contain #, for which MONAI writes ::, got"):
+            check_overrides(["run", "--config_file", config, argument])
+    check_overrides(["run", "--config_file", config, "--learning_rate=@train#trainer#max_epochs"])
 
 
 def test_an_address_is_no_folder_to_write_to() -> None:

@@ -16,6 +16,7 @@ from running import BUNDLES, merged
 from med3dinsight_ext.data.layouts import read_dataset
 from med3dinsight_ext.planning import plan as planning
 from med3dinsight_ext.planning.plan import make_plan, read_plan, shown, write_plan
+from med3dinsight_ext.planning.run_folder import settle
 from med3dinsight_ext.planning.survey import survey
 
 CPU = torch.device("cpu")
@@ -158,3 +159,30 @@ def test_a_plan_that_is_no_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(["a"]))
     with pytest.raises(ValueError, match="plan must be readable, got .*p.yaml"):
         read_plan(tmp_path / "p.yaml")
+
+
+def test_a_modality_holds_for_all_volumes_or_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("med3dinsight_ext.planning.survey.SAMPLE", 3)
+    rng = np.random.default_rng(0)
+    items = []
+    for n in range(5):
+        image = 10 + rng.random((12, 12, 12)) if n == 1 else rng.uniform(-1000, 800, (12, 12, 12))
+        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), tmp_path / f"v{n}.nii.gz")
+        items.append({"image": str(tmp_path / f"v{n}.nii.gz"), "modality": "auto"})
+    found = survey(items)  # reads the first, third and fifth
+    assert (found.modality, found.kinds) == ("auto", ("CT",))
+    assert survey(items[2:]).modality == "CT"
+    told = [items[0] | {"modality": "CT"}, items[1]]
+    assert survey(told)[2:4] == ("auto", ("CT", "MR"))
+    assert survey([item | {"modality": "CT"} for item in items]).modality == "CT"
+
+
+@pytest.mark.usefixtures("small")
+def test_the_modality_of_a_pre_training_is_not_that_of_other_volumes(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "plan.yaml").write_text("modality: CT\nspacing: [2, 2, 2]\n")
+    settings = settle(read_dataset(folder), tmp_path / "new.yaml", str(tmp_path), quiet=True)
+    assert (settings["modality"], settings["spacing"]) == ("MR", [2, 2, 2])

@@ -78,3 +78,9 @@ def test_a_dry_step_costs_more_for_more_classes() -> None:
     networks = (build(backbone, torch.device("cpu"), patch, classes) for classes in (2, 50))
     few, many = (step_cost(network, patch, 1)[0] for network in networks)
     assert many > few
+
+
+def test_spacings_of_micro_ct_are_kept() -> None:
+    native = target_spacing(np.array([[0.00412] * 3]), np.array([[500] * 3]))
+    assert native == [0.00412] * 3
+    assert covering_spacing([500] * 3, native, 330_000)[0] == pytest.approx(0.0189, rel=0.1)
