@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from fakes import write_volumes
+from monai.bundle import ConfigParser
 from running import trains_in
 from volume_writers import write_dicom
 
@@ -22,6 +23,8 @@ import med3dinsight_ext
 from med3dinsight_ext import workflows
 from med3dinsight_ext.cli import main
 from med3dinsight_ext.data.datalists import datalist
+from med3dinsight_ext.io.bundles import bundles_dir
+from med3dinsight_ext.io.configs import with_shared
 from med3dinsight_ext.io.files import sha256
 from med3dinsight_ext.io.images import open_volume
 from med3dinsight_ext.planning.plan import read_plan
@@ -115,6 +118,26 @@ def test_the_printed_line_is_the_one_that_runs(
         assert str(overrides[key[2:]]) == value
     assert given["--steps"] == "7" and given["--patch_size"] == "[16, 16, 16]"
     assert overrides["workflow_type"] == "train"
+
+
+def test_a_training_in_the_folder_of_its_bundle_predicts_as_it_was_trained(
+    scans: Path, lines: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflows, "write_predictions", lambda *words: None)
+    for name in ("seg-finetune", "shared"):
+        shutil.copytree(bundles_dir() / name, Path("own") / name)
+    home = Path("own/seg-finetune")
+    (home / "models").mkdir(exist_ok=True)
+    (home / "models/model.pt").touch()
+    files = with_shared(home / "configs/train.json")
+    config = dict(ConfigParser.load_config_files(files)) | {"spacing": [3, 3, 3]}
+    record = home / "models/run.json"
+    record.write_text(json.dumps({"config": config, "command": ["python"]}))
+    workflows.predict(str(home), "scans/v0.nii.gz", out="a", quiet=True)
+    assert lines[-1][2]["spacing"] == [3, 3, 3]
+    record.write_text(json.dumps({"config": config}))  # as published: inference.json has it
+    workflows.predict(str(home), "scans/v0.nii.gz", out="b", quiet=True)
+    assert "spacing" not in lines[-1][2]
 
 
 def test_a_run_may_be_called_as_a_bundle_is(

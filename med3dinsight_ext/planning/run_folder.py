@@ -20,7 +20,7 @@ from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.io.volume_files import real_path
 from med3dinsight_ext.planning.nnunet import AXES, read_nnunet
 from med3dinsight_ext.planning.plan import TASK, make_plan, read_plan, shown, write_plan
-from med3dinsight_ext.training.record import FILE
+from med3dinsight_ext.training.record import FILE, config_trained_with
 
 PROGRAM = "python -m med3dinsight_ext"
 PLAN, DATALIST, WEIGHTS = "plan.yaml", "datalist.json", "models/model.pt"
@@ -64,7 +64,7 @@ def _kept(base: Path) -> dict[str, Any]:
         return read_plan(base)
     if (base / PLAN).is_file():
         return {k: v for k, v in read_plan(base / PLAN).items() if k not in TASK}
-    config = read_json(base / PUBLISHED, "config")
+    config = config_trained_with(base) or read_json(base / PUBLISHED, "config")
     return {key: config[key] for key in NETWORK if key in config}
 
 
@@ -232,13 +232,12 @@ def as_trained(home: Path, bundle: Path, overlays: list[str], config: str) -> di
     Args:
         home: folder of the network; with ``bundle`` and ``overlays`` from ``trained``.
         bundle: its bundle.
-        overlays: of the config; a published bundle has none, as its configs are those of its run.
+        overlays: of the config.
         config: file in the bundle's configs/, whose keys may be set.
     """
-    record = home / "models" / FILE
-    if not overlays or not record.is_file():
+    used = config_trained_with(home)
+    if used is None:
         return {}
-    used = read_json(record, "record")["config"]
     planned, known = (
         ConfigParser.load_config_files([*with_shared(bundle / "configs" / name), *overlays])
         for name in ("train.json", config)

@@ -27,6 +27,7 @@ PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretra
 MACHINE = ("device", "subset")
 RUN = ("imports", "initialize", "run", "finalize", "evaluator")  # differ between the configs
 DATA = ("train::dataset::data", "validate::dataset::data")  # lists of files by MONAI Label
+LOADING = "load_transforms"  # which inference repeats
 ATTACHED = ("CheckpointLoader", "MLFlowHandler", "med3dinsight_ext.training.tracking.Tracking")
 
 
@@ -120,6 +121,13 @@ def _as_trained(
     """Inference config with what a recorded training changed of the bundle's train config."""
     plain, inference = _load(config_files(bundle, "train")), merged["inference"]
     changed = {key: value for key, value in train.items() if value != plain.get(key)}
+    overlays = map(ConfigParser.load_config_file, bundle.glob("configs/*.yaml"))
+    own = (overlay.get(LOADING) for overlay in overlays)
+    if LOADING in changed and train[LOADING] not in own:
+        raise ValueError(
+            f"{LOADING} must be the bundle's own, got others in run.json: inference would read "
+            "volumes in another way; train with ct_range, modality and spacing in their place"
+        )
     for key, value in changed.items():
         if key not in RUN and (key in inference or key not in merged["train"]):
             inference[key] = value

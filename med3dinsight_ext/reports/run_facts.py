@@ -8,7 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from med3dinsight_ext.training.record import record_of
+from med3dinsight_ext.training.provenance import UNLABELLED
+from med3dinsight_ext.training.record import EARLIER, record_of
 from med3dinsight_ext.training.transfer_report import percent
 
 ROWS = ("epochs", "cases", "learning rate", "batch size", "seed", "device", "time (h:mm:ss)",
@@ -52,6 +53,10 @@ def _rows(record: Mapping[str, Any]) -> dict[str, str]:
         f"; after a round of {row['epochs'] or 'unrecorded'} epochs" for row in record["rounds"]
     )
     held = data.get("validation", {"cases": 0})["cases"]
+    soft, volumes = data["training"].get(UNLABELLED), data.get(UNLABELLED, {}).get("cases")
+    taught = f", {soft} of them with soft labels" if soft else ""
+    taught += f" and {volumes} volumes without labels" if volumes else ""
+    others = "; others before it was resumed" if record.get(EARLIER) else ""
     rate, several = record["learning_rate"], record["processes"] > 1
     seconds = record["seconds"]
     machine = record["device"] + (f" × {record['processes']}" if several else "")
@@ -60,8 +65,8 @@ def _rows(record: Mapping[str, Any]) -> dict[str, str]:
     changed = " with changes" if code and code["changed"] else ""
     return {
         "epochs": f"{epochs}{kept}{again}",
-        "cases": f"{data['training']['cases']} for training (fingerprint {fingerprint}), {held} "
-        "for validation",
+        "cases": f"{data['training']['cases']} for training{taught} (fingerprint {fingerprint}), "
+        f"{held} for validation{others}",
         "learning rate": "none" if rate is None else f"{rate:g}",
         "batch size": f"{record['batch_size']}{' a process' if several else ''}",
         "seed": str(record["seed"]),

@@ -18,7 +18,8 @@ from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.training.weights import not_finite, write_torch
 
 logger = logging.getLogger(__name__)
-POSITION, SCALER, SETTINGS = OPTIONAL = "position", "scaler", "settings"  # not in all checkpoints
+# Not in all checkpoints:
+POSITION, SCALER, SETTINGS, VALIDATED = OPTIONAL = "position", "scaler", "settings", "validated"
 
 
 class KeepingDiskSaver(DiskSaver):

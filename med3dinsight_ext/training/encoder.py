@@ -13,7 +13,7 @@ from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.models.features import pyramid_of
 from med3dinsight_ext.models.pyramid import find_pyramid
 from med3dinsight_ext.training.checkpoints import load_weights
-from med3dinsight_ext.training.record import FILE
+from med3dinsight_ext.training.record import FILE, config_trained_with
 
 
 class Encoder(nn.Module):
@@ -84,10 +84,7 @@ def trained_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             f"path must be the folder of a training or a published bundle, got {path} without "
             f"models/model.pt, or without models/{FILE} and configs/inference.json; name another"
         )
-    if published.is_file():
-        config: dict[str, Any] = read_json(published, "config")
-    else:
-        config = read_json(record, "record")["config"]
+    config = config_trained_with(home) or read_json(published, "config")
     parser = ConfigParser(config)
     load_weights(parser.get_parsed_content("network_def"), weights)
     return parser.get_parsed_content("backbone"), config

@@ -22,11 +22,18 @@ from med3dinsight_ext.io.errors import TRACEBACK, root_cause, wrong_input
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.folder_lock import only_training
 from med3dinsight_ext.training import incremental
-from med3dinsight_ext.training.checkpoints import POSITION, SCALER, SETTINGS, checkpoint, resume
+from med3dinsight_ext.training.checkpoints import (
+    POSITION,
+    SCALER,
+    SETTINGS,
+    VALIDATED,
+    checkpoint,
+    resume,
+)
 from med3dinsight_ext.training.history import scalar_metrics
 from med3dinsight_ext.training.origin import scored
 from med3dinsight_ext.training.position import EveryMinutes, Position
-from med3dinsight_ext.training.provenance import FixedSettings
+from med3dinsight_ext.training.provenance import FixedSettings, image_names
 from med3dinsight_ext.training.record import recorded
 from med3dinsight_ext.training.weights import not_finite
 
@@ -134,6 +141,27 @@ class Scaler:
             self.trainer.scaler.load_state_dict(self.saved)
 
 
+class Validated:
+    """Which cases and metric have chosen the best epoch so far; of others none is the best yet."""
+
+    def __init__(self, evaluator: Engine | None) -> None:
+        metric = getattr(evaluator.state, "key_metric_name", None) if evaluator else None
+        items = getattr(evaluator.data_loader.dataset, "data", ()) if evaluator else ()
+        names = sorted(Path(name).name for name in image_names(items))  # folders may be moved
+        self.content = json.dumps([metric, names])
+        self.changed = False
+
+    def state_dict(self) -> dict[str, str]:
+        """Metric and cases as JSON."""
+        return {"json": self.content}
+
+    def load_state_dict(self, saved: Mapping[str, str]) -> None:
+        """Compare with those of a checkpoint."""
+        self.changed = saved["json"] != self.content
+        if self.changed and idist.get_rank() == 0:
+            logger.warning("validation is by other cases than before: the best epoch is of these")
+
+
 class Validation(ValidationHandler):
     """Validates every ``interval`` epochs and after the last one, which MONAI's may miss."""
 
@@ -211,7 +239,11 @@ def _run(
         )
     state = {SETTINGS: FixedSettings(), **state, SCALER: Scaler(trainer)}
     state[POSITION] = position = Position(trainer)
+    state[VALIDATED] = validated = Validated(evaluator)
     resume(path, state, trainer)
+    if validated.changed:
+        for saver in best:
+            saver._saved = []
     if trainer.state.epoch >= trainer.state.max_epochs:  # ignite would start again at epoch 0
         logger.info(
             f"{path} is trained for {trainer.state.epoch} epochs; raise max_epochs for more"
@@ -239,17 +271,16 @@ def _run(
     record.update(trainer.state.epoch)
     if idist.get_rank() == 0:
         names = ", ".join(str(Path(ckpt_dir) / saver.filename_pattern) for saver in best)
-        wrote = f"; wrote {names}{_best(evaluator)}" if best else ""
+        wrote = f"; wrote {names}{_best(record.content)}" if best else ""
         logger.info(f"trained for {trainer.state.epoch} epochs{wrote}")
 
 
-def _best(evaluator: Engine | None) -> str:
+def _best(record: Mapping[str, Any]) -> str:
     """The epoch that was kept, and its key metric if it has one."""
-    name = getattr(evaluator.state, "key_metric_name", None) if evaluator is not None else None
-    if evaluator is None or name is None or evaluator.state.best_metric_epoch < 0:
+    if not record["best_metric"]:
         return " of the last epoch"
-    found = evaluator.state.best_metric
-    return f" of epoch {evaluator.state.best_metric_epoch}, {name} {found:.4f}"
+    name, found = record["best_metric"]
+    return f" of epoch {record['best_epoch']}, {name} {found:.4f}"
 
 
 def evaluate(

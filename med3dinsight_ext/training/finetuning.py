@@ -11,6 +11,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from med3dinsight_ext.data.laterality import Mirror
+from med3dinsight_ext.training.provenance import image_names, running_values
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,11 @@ def log_start(train: Sequence[Any], val: Sequence[Any], mirror: Mirror) -> None:
     """Log the number of labelled cases and how volumes are mirrored."""
     if idist.get_rank() == 0:
         kept = "" if val else ", so the last epoch is kept"
-        cases = f"{len(train) + len(val)} labelled cases: {len(train)} for training"
+        soft = image_names(running_values().get("unlabelled_items") or ())
+        images = image_names(train)  # a case may be repeated
+        labelled, taught = len(images - soft), len(images & soft)
+        cases = f"{labelled + len(val)} labelled cases: {labelled} for training"
+        cases += f" beside {taught} with soft labels" if taught else ""
         logger.info(f"{cases}, {len(val)} for validation{kept}; {mirror.reason}")
 
 

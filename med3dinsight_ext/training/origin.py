@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from med3dinsight_ext.training.provenance import case_memo, image_key
-from med3dinsight_ext.training.record import record_of, weights_hash
+from med3dinsight_ext.training.provenance import UNLABELLED, case_memo, image_key
+from med3dinsight_ext.training.record import EARLIER, record_of, weights_hash
 
 TRAINED, HELD, OTHERS = "training", "validation", "others"
-KNOWN = (TRAINED, HELD)  # cases that a record has hashes of
+KNOWN = (TRAINED, HELD)
+# Cases that a record has hashes of. What a mean teacher learns from without labels is trained on.
+PARTS = {TRAINED: TRAINED, UNLABELLED: TRAINED, HELD: HELD}
 
 
 def scored(images: Iterable[str], weights: str | Path | None) -> dict[str, Any]:
@@ -32,8 +34,8 @@ def origin(images: Iterable[str], record: Mapping[str, Any], folder: Path) -> di
     """Number of scored images that a network was trained on, validated on, and has never had.
 
     Images are compared by the content of their files, so a copy counts and a resampled one does
-    not. Those of the rounds before, in incremental training, count too; those of pre-training do
-    not.
+    not. Those of the rounds before, in incremental training, and those that a training had before
+    it was resumed with others count too; those of pre-training do not.
 
     Args:
         images: files, or members of an .npz.
@@ -46,9 +48,10 @@ def origin(images: Iterable[str], record: Mapping[str, Any], folder: Path) -> di
     """
     known: dict[str, set[str]] = {name: set() for name in KNOWN}
     try:
-        for data in (record["data"], *(row["data"] for row in record.get("rounds", ()))):
-            for name in KNOWN if HELD in data else (TRAINED,):
-                known[name] |= set(data[name]["images"].split())
+        rounds = (row["data"] for row in record.get("rounds", ()))
+        for data in (record["data"], *record.get(EARLIER, ()), *rounds):
+            for name in {TRAINED, *data} & {*PARTS}:
+                known[PARTS[name]] |= set(data[name]["images"].split())
     except (KeyError, TypeError, AttributeError):
         return None
     memo = case_memo(folder)
@@ -63,12 +66,13 @@ def without_images(record: Mapping[str, Any]) -> dict[str, Any]:
 
     def stripped(data: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
-            name: {k: v for k, v in part.items() if k != "images"} if name in KNOWN else part
+            name: {k: v for k, v in part.items() if k != "images"} if name in PARTS else part
             for name, part in (data or {}).items()
         }
 
     rounds = [{**row, "data": stripped(row.get("data"))} for row in record.get("rounds", ())]
-    return {**record, "data": stripped(record.get("data")), "rounds": rounds}
+    more = {key: [stripped(data) for data in record[key]] for key in (EARLIER,) if key in record}
+    return {**record, "data": stripped(record.get("data")), "rounds": rounds, **more}
 
 
 def origin_text(found: Mapping[str, int] | None) -> str:

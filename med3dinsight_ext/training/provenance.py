@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ FIXED = (
     *("label_names", "class_names", "mode", "teacher", "captions", "min_similarity"),
     *("learning_rate", "weight_decay"),
 )
+UNLABELLED = "unlabelled"  # volumes of a mean teacher, or number of those with soft labels
 LONGEST = 1000  # characters of an evaluated config value that is recorded
 
 
@@ -168,20 +169,30 @@ def cases(
 ) -> dict[str, Any]:
     """Number of cases of each loader, a hash over their names and contents or None, and images.
 
-    ``images`` has the ``image_key`` of each, by which ``origin`` knows them again.
+    ``images`` has the ``image_key`` of each, by which ``origin`` knows them again. A case that is
+    repeated counts once.
     """
     memo = case_memo(folder, evaluated)
     split = evaluated.get("split")
     found: dict[str, Any] = {"split_sha256": sha256(Path(split)) if split else None}
     for name, loader in loaders.items():
         items = getattr(loader.dataset, "data", ())
+        distinct, soft = image_names(items), image_names(evaluated.get("unlabelled_items") or ())
         rows = sorted(_case(item, memo) for item in items) if hashed else []
         digest = hashlib.sha256("\n".join(rows).encode()).hexdigest() if hashed else None
-        found[name] = {"cases": len(items), "sha256": digest}
+        found[name] = {"cases": len(distinct) or len(items), "sha256": digest}
+        if distinct & soft:
+            found[name][UNLABELLED] = len(distinct & soft)
         if hashed:
             images = (item.get("image") for item in items if isinstance(item, Mapping))
             found[name]["images"] = " ".join(sorted(image_key(image, memo) for image in images))
     return found
+
+
+def image_names(items: Iterable[Any]) -> set[str]:
+    """Paths of the images of some items, each once."""
+    images = (item.get("image") if isinstance(item, Mapping) else item for item in items)
+    return {str(image) for image in images if isinstance(image, (str, os.PathLike))}
 
 
 def case_memo(folder: Path, evaluated: Mapping[str, Any] | None = None) -> HashMemo:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import ignite.distributed as idist
@@ -21,7 +22,9 @@ from ignite.handlers import Checkpoint
 from torch import Tensor
 
 from med3dinsight_ext.io.files import write_atomic
+from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.training.provenance import (
+    UNLABELLED,
     cases,
     machine,
     running_parser,
@@ -33,6 +36,7 @@ from med3dinsight_ext.training.weights import read_weights
 
 log = logging.getLogger(__name__)
 FILE = "run.json"
+EARLIER = "data_before_resuming"  # other cases than at the end
 ROUND = ("epochs", "best_epoch", "seconds", "data")  # of an earlier round of incremental training
 
 
@@ -143,6 +147,7 @@ class RunRecord:
         before = record_of(start) if start is not None else {}
         self._earlier_data = dict(earlier.get("data") or {})
         self._before = float(earlier.get("seconds") or 0)
+        others = [*earlier.get(EARLIER, ()), self._earlier_data]
         parser = running_parser()
         evaluated = running_values()
         listed = loaders, evaluated, Path(folder)
@@ -161,6 +166,7 @@ class RunRecord:
             "learning_rate": getattr(optimizer, "defaults", {}).get("lr"),
             "batch_size": getattr(loaders["training"], "batch_size", None),
             "data": cases(*listed, hashed=False),
+            EARLIER: [data for data in others if _hashes_of(data)],
             **machine(device),
             **settings(parser, evaluated),
             "weights_sha256": hashes if epoch else {},
@@ -206,7 +212,10 @@ class RunRecord:
 
     def write(self) -> None:
         if self._hashed.done():
-            self.content["data"] = self._hashed.result()
+            data = self.content["data"] = self._hashed.result()
+            others = {_hashes_of(row): row for row in self.content[EARLIER]}
+            others.pop(_hashes_of(data), None)
+            self.content[EARLIER] = list(others.values())
         text = json.dumps(self.content, indent=1, ensure_ascii=False, default=str) + "\n"
         write_atomic(self.path, lambda draft: draft.write_text(text, "utf-8"))
 
@@ -230,6 +239,8 @@ def recorded(
     loaders = {"training": trainer.data_loader}
     if evaluator is not None:
         loaders["validation"] = evaluator.data_loader
+    if unlabelled := running_values().get("train::unlabelled_dataset"):
+        loaders[UNLABELLED] = SimpleNamespace(dataset=unlabelled)
     names = [saver.filename_pattern for saver in savers]
     record = RunRecord(
         folder, names, loaders, trainer.state.device, trainer.optimizer, trainer.state.epoch, start
@@ -245,6 +256,12 @@ def recorded(
     trainer.add_event_handler(Events.EPOCH_COMPLETED, update)
     trainer.add_event_handler(Events.COMPLETED, record.finish)
     return record
+
+
+def _hashes_of(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """Hashes of the cases; none of a training that ended before they were made."""
+    parts = (data.get(name) or {} for name in ("training", "validation"))
+    return tuple(filter(None, (part.get("sha256") for part in parts)))
 
 
 def record_fit(folder: str | Path, loader: Any, device: Any) -> None:
@@ -271,6 +288,21 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def config_trained_with(home: Path) -> dict[str, Any] | None:
+    """Config of the training in a folder, with every override; None in one as it was published.
+
+    Args:
+        home: of a training, which may be the folder of the bundle itself.
+
+    Raises:
+        ValueError: its record cannot be read.
+    """
+    path = home / "models" / FILE
+    record = read_json(path, "record") if path.is_file() else {}
+    published = (home / "configs" / "inference.json").is_file() and "command" not in record
+    return None if published else record.get("config")
 
 
 def record_of(weights: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ arXiv:1911.04252), or are the mean of the two.
 from __future__ import annotations
 
 import copy
+import filecmp
 import logging
 import os
 from collections.abc import Sequence
@@ -50,19 +51,29 @@ def unlabelled_items(
         known: the items that must not be in it.
 
     Raises:
-        ValueError: there is no source, or it names a known image.
+        ValueError: there is no source, or it names a known image or a copy of one.
     """
     if not source:
         raise ValueError("unlabelled must be a datalist or folder, got none; --unlabelled DIR")
     listed = datalist(source, modality=modality)
     items = [{k: v for k, v in item.items() if k != "label"} for item in listed]
     used = {os.path.realpath(item["image"]) for part in known for item in part}
-    if both := [item["image"] for item in items if os.path.realpath(item["image"]) in used]:
+    if both := [item["image"] for item in items if _is_one_of(item["image"], used)]:
         raise ValueError(
             f"unlabelled must hold no labelled, validation or test case, got {len(both)}: "
             f"{', '.join(both[:5])}; take them out of that list"
         )
     return items
+
+
+def _is_one_of(image: str, used: set[str]) -> bool:
+    """Whether an image is one of these files, or a copy of one: only those of its size are read."""
+    path = os.path.realpath(image)
+    if path in used or not os.path.isfile(path):
+        return path in used
+    size = os.path.getsize(path)
+    alike = (file for file in used if os.path.isfile(file) and os.path.getsize(file) == size)
+    return any(filecmp.cmp(path, file, shallow=False) for file in alike)
 
 
 class NetworkLabels:

@@ -9,7 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from running import merged
 
 from med3dinsight_ext.data.saving import SaveSegmentationd
 
@@ -90,3 +92,20 @@ def test_another_fault_keeps_its_own_error(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(nib, "save", fail)
     with pytest.raises(RuntimeError, match="KeyError: 'header'"):
         saver(tmp_path)(data())
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(256, "uint8"), (257, "int16")])
+def test_a_saved_segmentation_holds_all_its_classes(
+    classes: int, dtype: str, tmp_path: Path
+) -> None:
+    config = merged("seg-finetune", "inference.json")
+    config |= {"label_names": [f"c{n}" for n in range(classes)], "output_dir": str(tmp_path)}
+    (save,) = [t for t in config["postprocessing"]["transforms"] if "output_dtype" in t]
+    config["save"] = save | {"root": str(tmp_path)}
+    meta = {"filename_or_obj": str(tmp_path / "x.nii.gz")}
+    label = torch.full((1, 4, 4, 4), classes - 1.0)
+    pred = MetaTensor(label, affine=torch.eye(4), meta=meta)
+    ConfigParser(config).get_parsed_content("save")({"pred": pred})
+    (found,) = tmp_path.rglob("*_seg.nii.gz")
+    image = nib.load(found)
+    assert image.get_data_dtype() == dtype and np.unique(image.get_fdata()) == [classes - 1]

@@ -67,6 +67,9 @@ def test_unlabelled_volumes_change_the_weights(
     taught: Path, plain: Path, volumes: Path, more: Path, tmp_path: Path
 ) -> None:
     assert not same(state(taught), state(plain))
+    data = json.loads((taught / "models" / "run.json").read_text())["data"]
+    assert (data["training"]["cases"], data["unlabelled"]["cases"]) == (4, 3)
+    assert len(data["unlabelled"]["images"].split()) == 3
     one = tmp_path / "one.json"
     one.write_text(json.dumps([{"image": str(more / "v0.nii.gz")}]))
     run("seg-finetune", OVERLAYS, **given(tmp_path / "run", volumes, unlabelled=str(one)))

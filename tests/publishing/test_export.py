@@ -197,3 +197,11 @@ def test_a_folder_that_is_no_bundle_and_weights_of_another_network_are_refused(
     with pytest.raises(ValueError, match="weights in .* must fit the network of this config"):
         export(str(tmp_path))
     assert not (tmp_path / "models" / "exports.json").exists()
+
+
+def test_a_nan_in_any_output_is_found() -> None:
+    good, bad = torch.ones(1, 2), torch.full((1, 2), float("nan"))
+    assert exports._apart([good, good], [good, good]) == 0
+    for found in ([good, bad], [bad, good]):
+        with pytest.raises(exports.Differs, match="differs from PyTorch by nan"):
+            exports._apart(found, [good, good])

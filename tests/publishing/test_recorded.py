@@ -276,6 +276,18 @@ def test_inference_takes_imports_and_new_keys_and_keeps_its_own_run(
     assert inference["imports"] == [*own["imports"], "$import math"]
 
 
+def test_volumes_read_in_another_way_than_inference_does_are_not_published(
+    training: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(training / "models", tmp_path / "models")
+    path = tmp_path / "models" / "run.json"
+    record = json.loads(path.read_text())
+    record["config"]["load_transforms"][1] = {"_target_": "NormalizeIntensityd", "keys": "image"}
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="load_transforms must be the bundle's own, got others"):
+        published(tmp_path, tmp_path / "out")
+
+
 def test_pretrained_weights_stand_in_the_card_without_their_place(
     training: Path, volumes: Path, tmp_path: Path
 ) -> None:

@@ -47,6 +47,20 @@ def test_an_encoder_has_the_trained_weights_and_a_pyramid_that_a_gradient_reache
     assert next(iter(encoder.network.parameters())).grad is not None
 
 
+def test_a_training_in_the_folder_of_its_bundle_is_read_as_it_ran(tmp_path: Path) -> None:
+    network = UNet(out_channels=2, **UNET)
+    for folder in ("models", "configs"):
+        (tmp_path / folder).mkdir()
+    torch.save(network.state_dict(), tmp_path / "models" / "model.pt")
+    (tmp_path / "configs/inference.json").write_text(json.dumps(CONFIG))
+    record: dict[str, Any] = {"config": CONFIG | {"patch_size": [8, 8, 8]}, "command": ["python"]}
+    (tmp_path / "models/run.json").write_text(json.dumps(record))
+    assert med3dinsight_ext.load_encoder(tmp_path).grids[-1] == (2, 2, 2)
+    del record["command"]  # as published
+    (tmp_path / "models/run.json").write_text(json.dumps(record))
+    assert med3dinsight_ext.load_encoder(tmp_path).grids[-1] == (4, 6, 2)
+
+
 def test_a_folder_without_weights_or_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="path must be the folder of a training or a published"):
         med3dinsight_ext.load_encoder(tmp_path)

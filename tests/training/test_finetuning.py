@@ -3,7 +3,9 @@ import torch
 from ignite.engine import Engine
 from monai.networks.nets import SegResNet, UNet
 
+from med3dinsight_ext.data.laterality import Mirror
 from med3dinsight_ext.models.features import encoder_parameters
+from med3dinsight_ext.training import finetuning
 from med3dinsight_ext.training.finetuning import FreezeEncoder, parameter_groups
 
 SIZE = (32, 32, 32)
@@ -46,3 +48,18 @@ def test_a_frozen_encoder_stays_for_its_epochs(epochs: int, moves: list[int]) ->
         moved.append(int(encoder[0] in changed))
         assert changed - set(encoder)
     assert moved == moves
+
+
+def test_cases_are_counted_once_and_soft_labels_apart(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    soft = [{"image": f"u{n}", "label": "soft"} for n in range(3)]
+    values = {"unlabelled_items": soft}
+    monkeypatch.setattr(finetuning, "running_values", lambda: values)
+    mirror = Mirror((0,), (), "no class lies on one side")
+    finetuning.log_start([{"image": "a"}] * 3 + soft, [{"image": "b"}], mirror)
+    assert "2 labelled cases: 1 for training beside 3 with soft labels, 1 for val" in caplog.text
+    values.clear()
+    finetuning.log_start([{"image": "a"}, {"image": "c"}], [], mirror)
+    assert "2 labelled cases: 2 for training, 0 for validation, so the last" in caplog.text

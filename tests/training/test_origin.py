@@ -77,6 +77,20 @@ def test_cases_of_earlier_rounds_count(trained: Path, tmp_path: Path) -> None:
     assert scored(images, weights)["cases_from"] is None
 
 
+def test_volumes_of_a_mean_teacher_and_cases_before_resuming_are_trained_on(
+    trained: Path, tmp_path: Path
+) -> None:
+    data = json.loads((trained / "models" / "run.json").read_text())["data"]
+    images = [str(trained / "data" / f"v{i}.nii.gz") for i in range(4)]
+    first, second = ({"images": data[name]["images"]} for name in ("training", "validation"))
+    none = {"training": {"images": ""}}
+    weights = weights_with(tmp_path, data=none | {"unlabelled": first}, rounds=[])
+    assert scored(images, weights)["cases_from"] == {"training": 1, "validation": 0, "others": 3}
+    earlier = [{"training": first}, {"training": second}]
+    weights = weights_with(tmp_path, data=none, data_before_resuming=earlier, rounds=[])
+    assert scored(images, weights)["cases_from"] == {"training": 2, "validation": 0, "others": 2}
+
+
 def test_without_a_record_nothing_is_known(tmp_path: Path) -> None:
     weights = weights_with(tmp_path, data={"training": {"images": ""}}, rounds=[])
     assert scored(["a.nii"], weights)["cases_from"] == {"training": 0, "validation": 0, "others": 1}
@@ -98,6 +112,9 @@ def test_a_published_record_names_no_image() -> None:
     record = {"seed": 3, "data": data, "rounds": [{"epochs": 4, "data": data}]}
     want = {"seed": 3, "data": bare, "rounds": [{"epochs": 4, "data": bare}]}
     assert without_images(record) == want
+    more = {"data": {"unlabelled": part}, "data_before_resuming": [data], "rounds": []}
+    bare_more = {"data": {"unlabelled": {"cases": 2}}, "data_before_resuming": [bare]}
+    assert without_images(more) == bare_more | {"rounds": []}
     assert without_images({"seed": 3}) == {"seed": 3, "data": {}, "rounds": []}
 
 

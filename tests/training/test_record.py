@@ -22,6 +22,7 @@ from med3dinsight_ext.data.laterality import Mirror
 from med3dinsight_ext.io.errors import wrong_input
 from med3dinsight_ext.teachers.teacher import Teacher
 from med3dinsight_ext.training.history import read_history
+from med3dinsight_ext.training.origin import scored
 from med3dinsight_ext.training.provenance import cases, running_parser
 from med3dinsight_ext.training.provenance import settings as recorded
 from med3dinsight_ext.training.record import check_text_teacher, read_record, state_hash
@@ -207,6 +208,33 @@ def test_other_cases_are_said_when_a_training_is_resumed(
     label.write_bytes((volumes / "labels" / "v1.nii.gz").read_bytes())
     train("seg-finetune", tmp_path / "run", volumes, val_fraction=0, max_epochs=3)
     assert "training cases are others than before the training was resumed" in caplog.text
+
+
+def test_cases_before_a_training_was_resumed_with_others_count(
+    volumes: Path, tmp_path: Path
+) -> None:
+    lists = [("v0", "v1"), ("v2", "v3"), ("v2", "v3"), ("v0", "v1")]
+    for epochs, names in enumerate(lists, 1):
+        split = {"development": names, "test": [f"v{i}" for i in range(4) if f"v{i}" not in names]}
+        (tmp_path / "split.json").write_text(json.dumps(split))
+        given = {"split": str(tmp_path / "split.json"), "val_fraction": 0, "max_epochs": epochs}
+        found = train("seg-finetune", tmp_path / "run", volumes, **given)
+        assert len(found["data_before_resuming"]) == (epochs > 1)
+        images = [str(volumes / f"{name}.nii.gz") for name in ("v0", "v1", "v2", "v3")]
+        known = scored(images, tmp_path / "run/models/model.pt")["cases_from"]
+        assert known == {
+            "training": min(2 * epochs, 4),
+            "validation": 0,
+            "others": 4 - known["training"],
+        }
+
+
+def test_a_repeated_case_counts_once_and_soft_labels_apart(tmp_path: Path) -> None:
+    items = [{"image": "a"}] * 5 + [{"image": name, "label": "soft"} for name in "bc"]
+    loader = SimpleNamespace(dataset=SimpleNamespace(data=items))
+    given = {"unlabelled_items": [{"image": "b"}, {"image": "c"}]}
+    found = cases({"training": loader}, given, tmp_path, hashed=False)
+    assert found["training"] == {"cases": 3, "sha256": None, "unlabelled": 2}
 
 
 def test_prompts_are_encoded_as_in_the_training(tmp_path: Path) -> None:

@@ -132,6 +132,30 @@ def test_a_run_goes_on_where_it_ended(tmp_path: Path, caplog: pytest.LogCaptureF
     assert (tmp_path / "last.ckpt").read_bytes() == before
 
 
+def test_the_epoch_that_was_kept_before_is_named_after_resuming(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Run(tmp_path, 2, [0.5, 0.9])()
+    caplog.clear()
+    Run(tmp_path, 4, [0.3, 0.4])()
+    assert f"trained for 4 epochs; wrote {tmp_path / 'model.pt'} of epoch 2, score" in caplog.text
+
+
+def test_other_validation_cases_choose_the_best_epoch_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Run(tmp_path, 2)()  # without any: the last epoch is kept
+    again = Run(tmp_path, 4, [0.6, 0.5])
+    again()
+    assert again.kept == 6 and "of epoch 3, score 0.6000" in caplog.text
+    assert caplog.text.count("validation is by other cases than before") == 1
+    for name, epochs, score, kept in (("a", 5, 0.1, 10), ("a", 6, 0.05, 10), ("b", 7, 0.02, 14)):
+        monkeypatch.setattr(engine, "image_names", lambda items, name=name: {f"/x/{name}.nii"})
+        run = Run(tmp_path, epochs, [score])
+        run()
+        assert run.kept == kept
+
+
 @pytest.mark.parametrize("incremental", [False, True])
 def test_a_second_training_in_a_folder_changes_nothing_there(
     incremental: bool, tmp_path: Path

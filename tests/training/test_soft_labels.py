@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -208,6 +209,11 @@ def test_known_cases_are_no_unlabelled_ones(tmp_path: Path) -> None:
     assert not any("label" in item for item in found)
     with pytest.raises(ValueError, match=r"no labelled, validation or test case, got 1: .*1.nii"):
         unlabelled_items(str(listed), "CT", [], cases[1:])
+    (tmp_path / "copies").mkdir()
+    shutil.copy(cases[0]["image"], tmp_path / "copies" / "other_name.nii.gz")
+    with pytest.raises(ValueError, match=r"test case, got 1: .*other_name.nii.gz"):
+        unlabelled_items(str(tmp_path / "copies"), "CT", cases[:1])
+    assert unlabelled_items(str(tmp_path / "copies"), "CT", cases[1:])
     with pytest.raises(ValueError, match="unlabelled must be a datalist or folder, got none"):
         unlabelled_items(None, "CT")
 
