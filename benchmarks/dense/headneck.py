@@ -454,10 +454,12 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 labelled=labelled, steps=600, lr=1e-3,
             )  # fmt: skip
     for draw in range(3):
-        add(
-            f"soft_scratch_one{draw}", "finetune", [*filled["imagenet"], f"scratch_one{draw}"],
-            labelled=f"one{draw}", steps=600, soft="network", soft_weights=f"scratch_one{draw}",
-        )  # fmt: skip
+        for name, before in (("soft_scratch", "scratch"), ("soft_again", "soft_scratch")):
+            weights = f"{before}_one{draw}"
+            add(
+                f"{name}_one{draw}", "finetune", [*filled["imagenet"], weights],
+                labelled=f"one{draw}", steps=600, soft="network", soft_weights=weights,
+            )  # fmt: skip
     for draw in range(3):
         add(
             f"shuffled_p0_d{draw}", "finetune", ["shuffled_p0"], init="shuffled_p0",

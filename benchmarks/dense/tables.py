@@ -44,6 +44,7 @@ FINE_TUNED = {
     "dense_adapted": "dense teaching alone by a teacher adapted to these volumes",
     "soft_mean_teacher": "from scratch, with a mean teacher on the other volumes",
     "soft_network": "from scratch, with soft labels of the network from scratch",
+    "soft_again": "from scratch, with soft labels of the network of the line above",
     "soft_head": "from scratch, with soft labels of a head on the teacher's codes",
     "soft_both": "from scratch, with soft labels of that network and that head",
 }
@@ -66,7 +67,8 @@ def arm_of(row: dict[str, Any]) -> str:
     """Which line of the table of fine-tuning a run belongs to."""
     rate = {0.0003: "_3e-4", 0.001: "_1e-3"}.get(row["lr"], "")
     if row.get("soft"):
-        return f"soft_{row['soft']}"
+        again = row.get("soft_weights", "").startswith("soft_")
+        return "soft_again" if again else f"soft_{row['soft']}"
     return row.get("init", "").split("_p")[0] + rate if row.get("init") else f"scratch{rate}"
 
 
