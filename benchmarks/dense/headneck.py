@@ -454,11 +454,11 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 labelled=labelled, steps=600, lr=1e-3,
             )  # fmt: skip
     for draw in range(3):
-        for name, before in (("soft_scratch", "scratch"), ("soft_again", "soft_scratch")):
-            weights = f"{before}_one{draw}"
+        for again, first in (("soft_scratch", "scratch"), ("soft_again", "soft_scratch")):
+            start = f"{first}_one{draw}"
             add(
-                f"{name}_one{draw}", "finetune", [*filled["imagenet"], weights],
-                labelled=f"one{draw}", steps=600, soft="network", soft_weights=weights,
+                f"{again}_one{draw}", "finetune", [*filled["imagenet"], start],
+                labelled=f"one{draw}", steps=600, soft="network", soft_weights=start,
             )  # fmt: skip
     for draw in range(3):
         add(

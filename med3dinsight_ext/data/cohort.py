@@ -196,7 +196,7 @@ def read_labels(path: str, image: str) -> Labels:
     voxel = float(min(own.header.get_zooms()[:3]))
     grids = [(x.shape[:3], x.affine) for x in (own, label)]
     check_label(grids[0], grids[1], voxel, (), (), f"{path} of {image}")
-    whole = np.rint(array).clip(0, LARGEST).astype(np.int32)
+    whole = np.nan_to_num(np.rint(array)).clip(0, LARGEST).astype(np.int32)
     odd = np.unique(array[array != whole])
     size = int(whole.max()) + 1
     profile = np.stack([np.bincount(slab.ravel(), minlength=size) for slab in whole])  # (x, class)

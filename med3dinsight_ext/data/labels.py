@@ -20,6 +20,20 @@ TOLERANCE = 0.5  # voxels between the same corner of image and label
 Grid = tuple[tuple[int, ...], np.ndarray]  # shape and affine
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise an error if class names differ in capitals alone: clicks and segments do not tell them.
+
+    Args:
+        names: of the classes.
+    """
+    plain = [name.strip().lower() for name in names]
+    if twice := [name for name in names if plain.count(name.strip().lower()) > 1]:
+        raise ValueError(
+            f"class names must differ in more than capitals, got {', '.join(map(repr, twice[:4]))};"
+            " rename them"
+        )
+
+
 def check_label(
     image: Grid,
     label: Grid,
@@ -143,6 +157,7 @@ def check_labels(
     """
     if len(names) < 2:
         raise ValueError(f"label_names must name the background and a class, got {list(names)}")
+    check_names(names)
     items = [item for part in parts for item in part]
     values: dict[int, Any]
     if copy is None:

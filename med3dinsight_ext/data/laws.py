@@ -53,6 +53,8 @@ def usable_files(cohort: Cohort) -> list[Finding]:
     found = []
     for name, message in cohort.faults.items():
         text, _, remedy = message.rpartition("; ")
+        if not text:
+            text, remedy = message, "repair it, or leave it out"
         remedy = f"{remedy[:1].upper()}{remedy[1:]}."
         found.append(Finding("error", "usable files", text, [name], remedy))
     if cohort.lost:

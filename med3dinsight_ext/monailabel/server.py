@@ -18,6 +18,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from med3dinsight_ext import __version__
+from med3dinsight_ext.data.labels import check_names
 from med3dinsight_ext.io.reading import read_json, readable
 from med3dinsight_ext.monailabel.app import compatibility
 
@@ -110,7 +111,9 @@ def class_names(bundle: Path) -> list[str]:
     with readable("metadata", path, "take the bundle's own"):
         metadata = read_json(path, "metadata")
         names = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
-        return [names[str(i)] for i in range(len(names))]
+        found = [names[str(i)] for i in range(len(names))]
+        check_names(found)
+        return found
 
 
 def requirements() -> tuple[list[str], list[str]]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import yaml
 
+from med3dinsight_ext.data.labels import check_names
 from med3dinsight_ext.data.laterality import mirror
 from med3dinsight_ext.data.layouts import Dataset, class_numbers
 from med3dinsight_ext.io.configs import check_plain
@@ -174,6 +175,7 @@ def _put_classes(put: Any, dataset: Dataset) -> None:
         names = ["background", *(f"class_{i}" for i in range(1, count))]
         reason = "label values; edit the names: left and right pair up"
     check_plain("labels", names, f"rename this class in the dataset.json of {dataset.root}")
+    check_names(names)
     put("label_names", names, reason)
     flips = mirror(names, labelled)
     put("mirror_axes", list(flips.axes), flips.reason)

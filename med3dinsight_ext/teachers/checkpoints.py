@@ -71,8 +71,11 @@ def image_settings(model: str, revision: str | None = None) -> tuple[int, list[f
     with readable("preprocessor settings", path, "copy the model's files again"):
         settings = read_json(path, "preprocessor settings")
         settings = settings[part] if part else settings
-        size: Any = settings.get("crop_size") or settings.get("size") or 224
+        crop = settings.get("crop_size") if settings.get("do_center_crop", True) else None
+        size: Any = crop or settings.get("size") or 224
         if isinstance(size, dict):
             size = size.get("height") or size.get("shortest_edge") or max(size.values())
+        if settings.get("do_normalize") is False:  # mean and deviation may be there all the same
+            return int(size), [0.0] * 3, [1.0] * 3
         mean, std = ([float(x) for x in settings[key]] for key in ("image_mean", "image_std"))
         return int(size), mean, std

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from med3dinsight_ext.teachers.checkpoints import image_settings, model_fingerprint
 from med3dinsight_ext.teachers.towers import ImageTower, TextTower
 
-LOADING = 2  # raise it when loading or pooling changes the embeddings of images
+LOADING = 3  # raise it when loading or pooling changes the embeddings of images
 
 
 class HuggingFaceModel:

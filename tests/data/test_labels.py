@@ -180,3 +180,8 @@ def test_five_unknown_values_are_shown(tmp_path: Path) -> None:
     items = [case(tmp_path, "a", (0, 3, 4, 5, 6, 7)), case(tmp_path, "b", (0, 3, 4, 5, 6, 7, 8))]
     with pytest.raises(ValueError, match=r"(?s)the value 3, 4, 5, 6, 7 in.*3, 4, 5, 6, 7 … in"):
         check_labels([items, []], NAMES)
+
+
+def test_classes_that_differ_in_capitals_alone_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="more than capitals, got 'LV', 'lv '; rename them"):
+        check_labels([[case(tmp_path, "a")], []], ["background", "LV", "lv "])

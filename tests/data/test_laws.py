@@ -328,3 +328,14 @@ def test_findings_are_sorted_by_level(folder: Path) -> None:
     change(folder / "labels" / "3.nii", lambda label: (3 - label) * (label > 0))
     levels = [finding.level for finding in findings(cohort(folder))]
     assert levels == sorted(levels, key=laws.LEVELS.index) and len(set(levels)) > 1
+
+
+def test_a_label_with_nan_is_named_and_every_fault_has_its_text(folder: Path) -> None:
+    change(folder / "labels/0.nii", lambda label: np.where(label == 1, np.nan, label))
+    change(folder / "labels/1.nii", lambda label: label.astype(np.float32))
+    found = cohort(folder)
+    (named,) = laws.named_values(found)
+    assert "label value nan is not one of" in named.text and named.files == ["images/0.nii"]
+    assert not laws.usable_files(found)
+    (fault,) = laws.usable_files(found._replace(faults={"x.nii": "no semicolon"}))
+    assert (fault.text, fault.remedy) == ("no semicolon", "Repair it, or leave it out.")

@@ -492,6 +492,52 @@ def a_label_of_background_alone_is_refused_for_dicom(folder: Path) -> None:
     store.save_label(series[0], str(path), "original", {})
 
 
+def folder_store(folder: Path) -> Any:
+    from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore
+
+    return CheckedDatastore(str(folder), ["background", "a", "b", "c"])
+
+
+@check
+def a_name_that_is_taken_is_another_images_alone(folder: Path) -> None:
+    import fakes
+    from fastapi import HTTPException
+
+    for name in ("first", "second"):
+        (folder / name).mkdir()
+        fakes.volume(folder / name / "T1.nii.gz", len(name))
+    store = folder_store(folder / "studies")
+    store.add_image("T1", str(folder / "first/T1.nii.gz"), {})
+    store.add_image("T1", str(folder / "first/T1.nii.gz"), {})  # once more
+    before = Path(store.get_image_uri("T1")).read_bytes()
+    for name in ("T1", ""):
+        found = raised(lambda name=name: store.add_image(name, f"{folder}/second/T1.nii.gz", {}))
+        assert isinstance(found, HTTPException) and found.status_code == 400, found
+        assert "image must have a new name, got 'T1'" in str(found.detail)
+    assert Path(store.get_image_uri("T1")).read_bytes() == before
+    store.add_image("T2", f"{folder}/second/T1.nii.gz", {})
+
+
+@check
+def a_label_with_another_ending_replaces_the_file(folder: Path) -> None:
+    import fakes
+    import nibabel as nib
+    import numpy as np
+
+    fakes.volume(folder / "T1.nii.gz", 0)
+    affine, shape = image_affine(f"{folder}/T1.nii.gz"), nib.load(folder / "T1.nii.gz").shape
+    store = folder_store(folder / "studies")
+    store.add_image("T1", str(folder / "T1.nii.gz"), {})
+    for value, ending in enumerate((".nii.gz", ".nii", ".nii.gz"), 1):
+        save(np.full(shape, value, np.uint8), affine, folder / f"label{ending}")
+        store.save_label("T1", str(folder / f"label{ending}"), "final", {})
+        kept = list((folder / "studies/labels/final").iterdir())
+        assert [path.name for path in kept] == [f"T1{ending}"]
+    store.remove_label("T1", "final")
+    store.refresh()
+    assert store.get_labeled_images() == []
+
+
 def main(out: str) -> None:
     found: dict[str, str] = {}
     for name, function in CHECKS.items():

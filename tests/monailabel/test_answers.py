@@ -145,3 +145,8 @@ def test_weights_without_a_record_never_get_that_of_others(tmp_path: Path) -> No
     adopt_round(models)
     go_back(models)
     assert (models / "model.pt").read_text() == "old" and not (models / "run.json").exists()
+
+
+def test_an_annotator_that_is_no_text_breaks_no_page() -> None:
+    rows = effort([answer(1, 0, annotator=["anna", 3]), answer(2, 1, annotator={"a": 1})])
+    assert [row["annotator"] for row in rows] == ["['anna', 3]", "{'a': 1}"]

@@ -80,3 +80,9 @@ def test_a_class_is_found_by_its_name_whatever_its_capitals() -> None:
         None,
         None,
     ]
+
+
+def test_more_than_256_classes_keep_their_values(tmp_path: Path) -> None:
+    names = [f"c{n}" for n in range(301)]
+    assert renumber(label(tmp_path, 0, 1), segments("c300"), names, tmp_path / "out.nii.gz")
+    assert np.unique(nib.load(tmp_path / "out.nii.gz").dataobj).tolist() == [0, 300]

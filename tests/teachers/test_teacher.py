@@ -3,6 +3,7 @@ import gc
 import json
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from med3dinsight_ext.teachers import teacher as teachers
 from med3dinsight_ext.teachers.adapted import write_adapted
+from med3dinsight_ext.teachers.checkpoints import image_settings
 from med3dinsight_ext.teachers.hugging_face import HuggingFaceImages, HuggingFaceModel
 from med3dinsight_ext.teachers.open_clip import import_open_clip
 from med3dinsight_ext.teachers.teacher import Teacher, sentences
@@ -192,6 +194,24 @@ def test_the_fingerprint_needs_no_model_and_changes_with_the_weights(
 
 def test_the_input_size_comes_from_the_checkpoint(dino: str) -> None:
     assert HuggingFaceImages(HuggingFaceModel(dino)).size == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (32, [0.5] * 3, [0.25] * 3)),
+        ({"do_normalize": False}, (32, [0.0] * 3, [1.0] * 3)),
+        ({"crop_size": 24}, (24, [0.5] * 3, [0.25] * 3)),
+        ({"crop_size": 24, "do_center_crop": False}, (32, [0.5] * 3, [0.25] * 3)),
+    ],
+)
+def test_steps_that_a_checkpoint_leaves_out_are_left_out(
+    changes: dict[str, Any], expected: tuple[Any, ...], tmp_path: Path
+) -> None:
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": 32} | changes
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text("{}")
+    assert image_settings(str(tmp_path)) == expected
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def effort(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     begun: dict[tuple[Any, Any], tuple[dict[str, Any], datetime]] = {}  # row, its last event
     for event in sorted(events, key=lambda event: str(event["time"])):
-        case = event["image"], event.get("annotator")
+        known = event.get("annotator")  # whatever a request says
+        case = str(event["image"]), None if known is None else str(known)
         time = datetime.fromisoformat(str(event["time"]))
         waited = float(event.get("seconds") or 0)
         if case in begun:

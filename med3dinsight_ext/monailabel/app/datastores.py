@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import json
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from watchdog.events import FileSystemMovedEvent
 from med3dinsight_ext.data.labels import read_label
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.monailabel.app.answers import NAME, AnswerLog
-from med3dinsight_ext.monailabel.app.requests import check_extension, check_name
+from med3dinsight_ext.monailabel.app.requests import STORED, check_extension, check_name
 from med3dinsight_ext.monailabel.app.segments import described, renumber
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -146,10 +147,31 @@ class CheckedDatastore(LabelChecks, LocalDatastore):
             self._config_ts = path.stat().st_mtime
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
-        """Save an image; answer 400 where its name is not a plain one."""
+        """Save an image; answer 400 where its name is not a plain one, or another image's."""
         with refused():
             check_extension(image_filename, "image")
             if image_id:
                 check_name(image_id, "image")
+        name = image_id or self._to_id(Path(image_filename).name)[0]
         with self.changes:
+            self._init_from_datastore_file()
+            there = self.get_image_uri(name)
+            if there and not filecmp.cmp(there, image_filename, shallow=False):
+                raise HTTPException(
+                    400,
+                    f"image must have a new name, got {name!r}, which is another image here; "
+                    "nothing was saved, choose another name",
+                )
             return super().add_image(image_id, image_filename, image_info)
+
+    def save_label(
+        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]
+    ) -> str:
+        """As ``LabelChecks.save_label``; it replaces a file with another ending, too."""
+        found = super().save_label(image_id, label_filename, label_tag, label_info)
+        with self.changes:
+            saved = Path(self.get_label_uri(image_id, label_tag))
+            for ending in STORED:
+                if (other := saved.with_name(f"{image_id}{ending}")) != saved:
+                    other.unlink(missing_ok=True)
+        return found

@@ -228,9 +228,10 @@ class Inference(BundleInferTask):
             if ending not in (".nii", ".nii.gz"):
                 return super().writer(data, extension, dtype)
             mask = data[self.output_label_key]
+            array = mask.array.astype(np.uint8 if mask.array.max() < 256 else np.int16)
             file, path = tempfile.mkstemp(suffix=ending)
             os.close(file)
-            nib.save(nib.Nifti1Image(mask.array.astype(np.uint8), mask.affine.numpy()), path)
+            nib.save(nib.Nifti1Image(array, mask.affine.numpy()), path)
         return path, {**data.get(self.output_json_key, {}), "weights": self.versions.weights}
 
 

@@ -85,7 +85,7 @@ def renumber(label: str | Path, segments: Any, names: Sequence[str], target: Pat
         values[int(value)] = found
     if all(value == found for value, found in values.items()):
         return False
-    table: np.ndarray = np.zeros(max(values) + 1, np.uint8)
+    table: np.ndarray = np.zeros(max(values) + 1, np.min_scalar_type(len(names) - 1))
     table[list(values)] = list(values.values())
     nib.save(nib.Nifti1Image(table[array.astype(int)], stored.affine), target)
     return True
