@@ -77,12 +77,13 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
                 hint = advice(part, known, "see the config's first lines")
                 raise SystemExit(f"override must name a key of the config, got --{name}; {hint}")
         else:
-            if CHANGED in str(value) and not str(value).startswith(EVALUATED):
+            given_text, value = value, DefaultParseValue(value) if isinstance(value, str) else value
+            texts = value if isinstance(value, (list, tuple)) else [given_text]
+            if not isinstance(value, dict) and any(map(_changes, texts)):
                 raise SystemExit(
-                    f"--{name} must not contain {CHANGED}, for which MONAI writes ::, got {value}; "
-                    "rename or reword it"
+                    f"--{name} must not contain {CHANGED}, for which MONAI writes ::, got "
+                    f"{given_text}; rename or reword it"
                 )
-            value = DefaultParseValue(value) if isinstance(value, str) else value
             _check_list("override", f"--{name} {value}", name, value, node)
             if name in FOLDERS and is_remote(value):
                 raise SystemExit(f"--{name} must be a path on this machine, got {value}; {COPY}")
@@ -134,6 +135,11 @@ def _check_list(what: str, given: str, name: str, value: Any, default: Any) -> N
         return
     shown = str(default).replace(" ", "") if numbers else default or [value]
     raise SystemExit(f"{what} must {rule}, got {given}; write it like {shown}")
+
+
+def _changes(text: Any) -> bool:
+    """Whether MONAI writes something else for a text that is no reference."""
+    return isinstance(text, str) and CHANGED in text and not text.startswith(EVALUATED)
 
 
 def _is_expression(value: Any) -> bool:

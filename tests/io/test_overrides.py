@@ -51,7 +51,8 @@ def test_a_sign_that_monai_replaces_stops_the_run(config: str) -> None:
     for argument in ("--bundle_root=run#3", "--prompts=['grade #1']", "--label_names=['a#']"):
         with pytest.raises(SystemExit, match="must not contain #, for which MONAI writes ::, got"):
             check_overrides(["run", "--config_file", config, argument])
-    check_overrides(["run", "--config_file", config, "--learning_rate=@train#trainer#max_epochs"])
+    for argument in ("--learning_rate=@train#trainer#max_epochs", "--train={'a': '@train#b'}"):
+        check_overrides(["run", "--config_file", config, argument])
 
 
 def test_an_address_is_no_folder_to_write_to() -> None:
