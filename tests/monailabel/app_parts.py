@@ -492,6 +492,25 @@ def a_label_of_background_alone_is_refused_for_dicom(folder: Path) -> None:
     store.save_label(series[0], str(path), "original", {})
 
 
+LAST = """
+import threading
+from med3dinsight_ext.monailabel.app.rounds import end, last_words
+def log():
+    while True:
+        print("a line of the log", flush=True)
+threading.Thread(target=log, daemon=True).start()
+last_words("the cause")
+threading.Event().wait(0.2)
+end()
+"""
+
+
+@check
+def the_cause_of_an_end_is_the_last_line(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LAST], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "the cause" and done.returncode == 1, done.stderr
+
+
 def folder_store(folder: Path) -> Any:
     from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore
 

@@ -66,13 +66,20 @@ def end_above(limit: float) -> None:
     process = psutil.Process()
     while (used := memory(process)) <= limit * GIB:
         time.sleep(1)
-    print(
+    last_words(
         f"ValueError: memory of a training must be at most {limit:g} GiB, got "
         f"{used / GIB:.1f}; lower batch_size in the bundle's train.json, or raise memory_gb in the "
-        "training's options; the model stays as it was",
-        flush=True,
+        "training's options; the model stays as it was"
     )
     end()
+
+
+def last_words(text: str) -> None:
+    """Print a line that no other follows, as a server keeps a training's last 20 alone."""
+    out, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # the training itself still runs and logs
+        os.dup2(nowhere, stream)
+    os.write(out, f"\n{text}\n".encode())
 
 
 class Training(BundleTrainTask):
