@@ -454,10 +454,10 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 labelled=labelled, steps=600, lr=1e-3,
             )  # fmt: skip
     for draw in range(3):
-        for again, first in (("soft_scratch", "scratch"), ("soft_again", "soft_scratch")):
+        for arm, first in (("soft_scratch", "scratch"), ("soft_again", "soft_scratch")):
             start = f"{first}_one{draw}"
             add(
-                f"{again}_one{draw}", "finetune", [*filled["imagenet"], start],
+                f"{arm}_one{draw}", "finetune", [*filled["imagenet"], start],
                 labelled=f"one{draw}", steps=600, soft="network", soft_weights=start,
             )  # fmt: skip
     for draw in range(3):

@@ -146,7 +146,7 @@ def _seen(dataset: Dataset, found: Survey) -> list[str]:
         else f"{len(dataset.items)} images without labels",
         f"median {_times(shape)} voxels of {_times(mm)} mm; from {_times(found.spacings.min(0))} "
         f"to {_times(found.spacings.max(0))} mm",
-        f"voxels of {found.sampled} images read: " + f"modality {' and '.join(found.kinds)}",
+        f"voxels of {found.sampled} images read: modality {' and '.join(found.kinds)}",
     ]
     return [*lines, *dataset.notes]
 

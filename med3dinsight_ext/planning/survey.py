@@ -56,10 +56,9 @@ def survey(items: Sequence[dict[str, Any]]) -> Survey:
     voxels = check_each(_voxels, sample, "a sample of the voxels", None)
     seen = [voxels[id(item)] for item in sample]
     untold = [item for item in items if item["modality"] == "auto"]
-    read = {id(item): guess for item, (guess, _) in zip(sample, seen, strict=True)}
     kinds = {str(item["modality"]) for item in items} - {"auto"}
-    kinds |= {read[id(item)] for item in untold if id(item) in read}
-    known = len(kinds) == 1 and all(id(item) in read for item in untold)
+    kinds |= {voxels[id(item)][0] for item in untold if id(item) in voxels}
+    known = len(kinds) == 1 and all(id(item) in voxels for item in untold)
     modality = next(iter(kinds)) if known else "auto"
     inside = [values for guess, values in seen if values is not None and guess == "CT"]
     ct_range = None

@@ -71,8 +71,10 @@ def without_images(record: Mapping[str, Any]) -> dict[str, Any]:
         }
 
     rounds = [{**row, "data": stripped(row.get("data"))} for row in record.get("rounds", ())]
-    more = {key: [stripped(data) for data in record[key]] for key in (EARLIER,) if key in record}
-    return {**record, "data": stripped(record.get("data")), "rounds": rounds, **more}
+    found = {**record, "data": stripped(record.get("data")), "rounds": rounds}
+    if EARLIER in record:
+        found[EARLIER] = [stripped(data) for data in record[EARLIER]]
+    return found
 
 
 def origin_text(found: Mapping[str, int] | None) -> str:

@@ -174,10 +174,11 @@ def cases(
     """
     memo = case_memo(folder, evaluated)
     split = evaluated.get("split")
+    soft = image_names(evaluated.get("unlabelled_items") or ())
     found: dict[str, Any] = {"split_sha256": sha256(Path(split)) if split else None}
     for name, loader in loaders.items():
         items = getattr(loader.dataset, "data", ())
-        distinct, soft = image_names(items), image_names(evaluated.get("unlabelled_items") or ())
+        distinct = image_names(items)
         rows = sorted(_case(item, memo) for item in items) if hashed else []
         digest = hashlib.sha256("\n".join(rows).encode()).hexdigest() if hashed else None
         found[name] = {"cases": len(distinct) or len(items), "sha256": digest}

@@ -11,7 +11,7 @@ import copy
 import filecmp
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,9 @@ def unlabelled_items(
         raise ValueError("unlabelled must be a datalist or folder, got none; --unlabelled DIR")
     listed = datalist(source, modality=modality)
     items = [{k: v for k, v in item.items() if k != "label"} for item in listed]
-    used = {os.path.realpath(item["image"]) for part in known for item in part}
+    used: dict[int | None, set[str]] = {}
+    for path in {os.path.realpath(item["image"]) for part in known for item in part}:
+        used.setdefault(_size(path), set()).add(path)
     if both := [item["image"] for item in items if _is_one_of(item["image"], used)]:
         raise ValueError(
             f"unlabelled must hold no labelled, validation or test case, got {len(both)}: "
@@ -66,13 +68,18 @@ def unlabelled_items(
     return items
 
 
-def _is_one_of(image: str, used: set[str]) -> bool:
-    """Whether an image is one of these files, or a copy of one: only those of its size are read."""
+def _size(path: str) -> int | None:
+    """Bytes of a file; None for a folder or an address."""
+    return os.path.getsize(path) if os.path.isfile(path) else None
+
+
+def _is_one_of(image: str, used: Mapping[int | None, set[str]]) -> bool:
+    """Whether an image is one of these, by their size, or a copy of one of those files."""
     path = os.path.realpath(image)
-    if path in used or not os.path.isfile(path):
-        return path in used
-    size = os.path.getsize(path)
-    alike = (file for file in used if os.path.isfile(file) and os.path.getsize(file) == size)
+    size = _size(path)
+    alike = used.get(size, set())
+    if path in alike or size is None:
+        return path in alike
     return any(filecmp.cmp(path, file, shallow=False) for file in alike)
 
 

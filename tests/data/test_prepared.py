@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -137,17 +138,10 @@ def test_a_limit_of_the_machine_is_no_verdict_on_the_volume(
     monkeypatch.delenv("MED3D_MAX_VOXELS")
     for error in (MemoryError(), OSError(5, "Input/output error")):
         with monkeypatch.context() as patch:
-            patch.setattr("med3dinsight_ext.data.volumes.load_volume", raises(error))
+            patch.setattr("med3dinsight_ext.data.volumes.load_volume", mock.Mock(side_effect=error))
             with pytest.raises(ValueError, match=type(error).__name__):
                 prepared_copy(tmp_path / "copy", load, 0).check([item])
     assert prepared_copy(tmp_path / "copy", load, 0).check([item])
-
-
-def raises(error: Exception) -> Any:
-    def call(*_: Any, **__: Any) -> None:
-        raise error
-
-    return call
 
 
 def test_what_changes_a_value_changes_the_entry(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -259,18 +260,26 @@ def test_clicks_are_published_from_the_record(volumes: Path, tmp_path: Path) -> 
     assert check_record(PublishedFolder(found)) == "1 epochs, 5 cases"
 
 
+def changed(training: Path, folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of the training's weights whose record has another config."""
+    shutil.copytree(training / "models", folder / "models")
+    path = folder / "models" / "run.json"
+    record = json.loads(path.read_text())
+    change(record["config"])
+    path.write_text(json.dumps(record))
+    return folder
+
+
 def test_inference_takes_imports_and_new_keys_and_keeps_its_own_run(
     training: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(training / "models", tmp_path / "models")
-    path = tmp_path / "models" / "run.json"
-    record = json.loads(path.read_text())
+    def change(config: dict[str, Any]) -> None:
+        config["run"].append("$print(1)")
+        config["imports"].append("$import math")
+        config["width"] = 3
+
     own = json.loads((ROOT / "bundles/seg-finetune/configs/inference.json").read_text())
-    record["config"]["run"].append("$print(1)")
-    record["config"]["imports"].append("$import math")
-    record["config"]["width"] = 3
-    path.write_text(json.dumps(record))
-    found = published(tmp_path, tmp_path / "out")
+    found = published(changed(training, tmp_path, change), tmp_path / "out")
     inference = json.loads((found / "configs" / "inference.json").read_text())
     assert inference["run"] == own["run"] and inference["width"] == 3
     assert inference["imports"] == [*own["imports"], "$import math"]
@@ -279,11 +288,10 @@ def test_inference_takes_imports_and_new_keys_and_keeps_its_own_run(
 def test_volumes_read_in_another_way_than_inference_does_are_not_published(
     training: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(training / "models", tmp_path / "models")
-    path = tmp_path / "models" / "run.json"
-    record = json.loads(path.read_text())
-    record["config"]["load_transforms"][1] = {"_target_": "NormalizeIntensityd", "keys": "image"}
-    path.write_text(json.dumps(record))
+    def change(config: dict[str, Any]) -> None:
+        config["load_transforms"][1] = {"_target_": "NormalizeIntensityd", "keys": "image"}
+
+    changed(training, tmp_path, change)
     with pytest.raises(ValueError, match="load_transforms must be the bundle's own, got others"):
         published(tmp_path, tmp_path / "out")
 
