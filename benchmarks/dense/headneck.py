@@ -453,12 +453,12 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 f"{arm}_p0_{labelled}", "finetune", [f"{arm}_p0"], init=f"{arm}_p0",
                 labelled=labelled, steps=600, lr=1e-3,
             )  # fmt: skip
-    for draw in range(3):
+    for labelled in (f"{count}{draw}" for count in ("one", "two") for draw in range(3)):
         for arm, first in (("soft_scratch", "scratch"), ("soft_again", "soft_scratch")):
-            start = f"{first}_one{draw}"
+            start = f"{first}_{labelled}"
             add(
-                f"{arm}_one{draw}", "finetune", [*filled["imagenet"], start],
-                labelled=f"one{draw}", steps=600, soft="network", soft_weights=start,
+                f"{arm}_{labelled}", "finetune", [start], labelled=labelled, steps=600,
+                soft="network", soft_weights=start,
             )  # fmt: skip
     for draw in range(3):
         add(
@@ -486,8 +486,8 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 labelled=f"draw{draw}", steps=600, backbone="resenc",
             )  # fmt: skip
     networks = [f"{arm}_p{seed}" for arm in arms for seed in range(3)]
-    codes = {"codes": filled["imagenet"], "untrained": []}
-    codes |= {f"{tag}_codes": filled[tag] for tag in ("random", "adapted")}
+    codes = {"codes": ["fill_imagenet_0"], "untrained": []}  # they fill what else they read
+    codes |= {f"{tag}_codes": [f"fill_{tag}_0"] for tag in ("random", "adapted")}
     for init in (*codes, "shuffled_p0", *networks):
         for draw in range(3):
             add(
