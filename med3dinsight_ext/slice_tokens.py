@@ -28,8 +28,8 @@ def embed(model: str, volume: str, quiet: bool = True, **overrides: Any) -> dict
         overrides: keys of the inference config, as ``grid_per_plane``, the slices of a plane (32).
 
     Returns:
-        plane (n,), position (n,) as a fraction of the extent, and (n, d) tokens of unit length for
-        each space: image and text, or joint.
+        plane (n,), position (n,) as a fraction of the file's extent in RAS, and (n, d) tokens of
+        unit length for each space: image and text, or joint.
 
     Raises:
         ValueError: the model is no pre-training, or the file is missing or bad.
@@ -63,8 +63,8 @@ def ask(
         overrides: keys of the inference config.
 
     Returns:
-        For each text and plane the positions as fractions of the extent, the scores (cosine of
-        slice token and text), and the position of the best slice.
+        For each text and plane the positions as fractions of the file's extent in RAS, the scores
+        (cosine of slice token and text), and the position of the best slice.
 
     Raises:
         ValueError: the model is no pre-training with captions, or the file is missing or bad.

@@ -88,11 +88,12 @@ class SlidingTokens(Inferer):
 class SliceGridd(MapTransform):
     """Adds an even grid of slices, then pads the volume to at least one patch.
 
-    ``grid`` (3 * per_plane,) holds positions in the input volume, ``position`` those of the same
-    slices in the padded one.
+    ``grid`` (3 * per_plane,) holds positions in the volume as the file has it, turned to RAS;
+    ``position`` those of the same slices in the padded one. They differ even without padding:
+    resampled slices reach less far beyond their centres than thick ones.
 
     Args:
-        keys: the image, a MetaTensor (1, x, y, z).
+        keys: the image, a MetaTensor (1, x, y, z), in RAS.
         per_plane: slices a plane.
         patch_size: (x, y, z) in voxels.
     """
@@ -111,7 +112,26 @@ class SliceGridd(MapTransform):
         _, position = map_positions(
             plane, grid, size, image.affine, padded.affine, padded.shape[1:]
         )
-        return {**data, self.keys[0]: padded, "plane": plane, "position": position, "grid": grid}
+        return {
+            **data,
+            self.keys[0]: padded,
+            "plane": plane,
+            "position": position,
+            "grid": _in_file(plane, grid, image),
+        }
+
+
+def _in_file(plane: Tensor, position: Tensor, image: MetaTensor) -> Tensor:
+    """Positions (s,) of slices in the file that an image in RAS was read from, as if in RAS."""
+    source, shape = image.meta.get("original_affine"), image.meta.get("spatial_shape")
+    if source is None or shape is None:
+        return position
+    size = torch.tensor(image.shape[1:])
+    first, found, last = (
+        map_positions(plane, at, size, image.affine, torch.as_tensor(source), tuple(shape))[1]
+        for at in (torch.zeros_like(position), position, torch.ones_like(position))
+    )
+    return torch.where(last > first, found, 1 - found).clamp(0, 1)
 
 
 def prepare_grid(

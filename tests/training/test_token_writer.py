@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor, list_data_collate
+from monai.transforms import Compose, LoadImaged, Orientationd, Spacingd
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -57,6 +59,29 @@ def test_the_grid_is_even_and_stays_in_place_when_the_volume_is_padded() -> None
     assert found["grid"].tolist() == 3 * [0.125, 0.375, 0.625, 0.875]
     along_x = [(4 + 8 * p) / 16 for p in (0.125, 0.375, 0.625, 0.875)]  # 4 voxels on either side
     assert found["position"].tolist() == pytest.approx(along_x + 2 * found["grid"][:4].tolist())
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SAR"])
+def test_positions_are_those_of_the_file_however_it_is_resampled(
+    codes: str, tmp_path: Path
+) -> None:
+    thick = nib.Nifti1Image(np.random.default_rng(0).random((8, 6, 3)), np.diag([1, 1, 5, 1.0]))
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes)
+    )
+    nib.save(thick.as_reoriented(turn), tmp_path / "thick.nii.gz")
+    read = Compose(
+        [
+            LoadImaged("image", reader="NibabelReader", ensure_channel_first=True),
+            Orientationd("image", "RAS", labels=None),
+            Spacingd("image", (1.0, 1.0, 1.5)),
+        ]
+    )
+    image = read({"image": tmp_path / "thick.nii.gz"})["image"]
+    found = SliceGridd("image", 4, (8, 6, 8))({"image": image})
+    height = np.array([0.125, 0.375, 0.625, 0.875]) * image.shape[3] * 1.5 - 0.75  # of the grid, mm
+    assert found["grid"][8:].tolist() == pytest.approx(((height / 5 + 0.5) / 3).tolist())
+    assert found["grid"][:8].tolist() == pytest.approx(2 * [0.125, 0.375, 0.625, 0.875])
 
 
 def test_a_batch_of_the_grid_is_what_the_student_takes() -> None:
