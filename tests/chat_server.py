@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
     "first": -1,  # so many requests meet the fault; -1 is all
     "numbers": None,  # or these alone, counted from 0
     "headers": {},  # sent beside a status
+    "finish": "stop",  # the reason that is given with an answer
     "message": "as was asked",  # of a status, or the whole body of the fault "body"
 }
 LOCK = threading.Lock()
@@ -121,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         text = answer(body)
         wait = state.set.delay * (1 + state.set.jitter * random.Random(number).uniform(-1, 1))
         time.sleep(max(0.0, begin + wait - time.monotonic()))
-        self.complete({"role": "assistant", "content": text})
+        self.complete({"role": "assistant", "content": text}, state.set.finish)
 
     def reply(self, answer: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send(json.dumps(answer).encode(), status, headers)
@@ -141,8 +142,9 @@ class Handler(BaseHTTPRequestHandler):
     def fail(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         self.reply({"error": {"message": message, "code": status}}, status, headers)
 
-    def complete(self, message: dict[str, Any]) -> None:
-        self.reply({"choices": [{"message": message}], "usage": {"total_tokens": 100}})
+    def complete(self, message: dict[str, Any], finish: str = "stop") -> None:
+        choice = {"message": message, "finish_reason": finish}
+        self.reply({"choices": [choice], "usage": {"total_tokens": 100}})
 
     def send_html(self) -> None:
         self.send(b"<html>Welcome to the ward's network</html>")

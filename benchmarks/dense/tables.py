@@ -27,6 +27,7 @@ from med3dinsight_ext.reports.figures import BLUE, STYLE, VERMILION  # noqa: E40
 DRAWS = ("draw0", "draw1", "draw2")
 ONE = ("one0", "one1", "one2")
 TWO = ("two0", "two1", "two2")
+PATIENTS = {"five patients": DRAWS, "two patients": TWO, "one patient": ONE}
 LENGTHS = (150, 300)
 ORGANS = "Brainstem | SpinalCord | RightParotid | LeftParotid"
 Rows = list[dict[str, Any]]
@@ -35,12 +36,12 @@ FINE_TUNED = {
     "scratch_1e-3": "from scratch, 0.001",
     "scratch": "from scratch, 0.003",
     "recon": "masked reconstruction",
+    "recon_1e-3": "masked reconstruction, 0.001",
     "both": "dense teaching and reconstruction",
     "both_1e-3": "dense teaching and reconstruction, 0.001",
     "random": "the same by a teacher with random weights",
     "dense": "dense teaching alone",
     "dense_1e-3": "dense teaching alone, 0.001",
-    "recon_1e-3": "masked reconstruction, 0.001",
     "dense_adapted": "dense teaching alone by a teacher adapted to these volumes",
     "soft_mean_teacher": "from scratch, with a mean teacher on the other volumes",
     "soft_network": "from scratch, with soft labels of the network from scratch",
@@ -159,27 +160,37 @@ def fine_tuned(rows: Rows) -> dict[str, Rows]:
 
 
 def gains(rows: Rows) -> Figure:
-    """Points above scratch with five patients, and above reconstruction, with intervals."""
-    arms = fine_tuned(rows)
-    shown = [arm for arm in FINE_TUNED if arm in arms and arm != "scratch" and "e-" not in arm]
-    figure = Figure((8.4, 0.34 * len(shown) + 0.9), layout="constrained")
-    axes = figure.subplots()
-    for other, name, color, shift in (
-        ("scratch", "above training from scratch", BLUE, -0.12),
-        ("recon", "above masked reconstruction", VERMILION, 0.12),
-    ):
-        for n, arm in enumerate(shown):
-            if other == "scratch" or arm in ("both", "dense"):
-                found = difference(by_draw(arms[arm]), by_draw(arms[other]))
-                if found:
-                    axes.plot(found[1:], [n + shift] * 2, color=color)
-                    axes.plot(found[0], n + shift, "o", color=color, label=name)
+    """Points above scratch and above reconstruction, with intervals, by number of patients."""
+    arms = {arm: by_draw(part) for arm, part in fine_tuned(rows).items()}
+    reconstruction = by_draw([*fine_tuned(rows)["recon"], *fine_tuned(rows)["recon_1e-3"]])
+    panels = {}
+    for title, names in PATIENTS.items():
+        found = [arm for arm in FINE_TUNED if any(draw in arms.get(arm, ()) for draw in names)]
+        # with few patients a lower rate was used after all pre-trainings
+        panels[title] = [a for a in found if a != "scratch" and (names != DRAWS or "e-" not in a)]
+    counts = [len(shown) for shown in panels.values()]
+    figure = Figure((8.4, 0.34 * sum(counts) + 0.6 * len(counts) + 0.6), layout="constrained")
+    all_axes = figure.subplots(len(panels), sharex=True, height_ratios=counts)
+    for axes, (title, shown) in zip(all_axes, panels.items(), strict=True):
+        for others, name, color, shift in (
+            (arms["scratch"], "above training from scratch", BLUE, -0.12),
+            (reconstruction, "above masked reconstruction", VERMILION, 0.12),
+        ):
+            for n, arm in enumerate(shown):
+                if color == VERMILION and not arm.startswith(("both", "dense")):
+                    continue
+                if gain := difference(arms[arm], others, PATIENTS[title]):
+                    axes.plot(gain[1:], [n + shift] * 2, color=color)
+                    axes.plot(gain[0], n + shift, "o", color=color, label=name)
                     name = ""
-    axes.axvline(0, color="gray", linewidth=0.8)
-    axes.set_yticks(range(len(shown)), [FINE_TUNED[arm] for arm in shown])
-    axes.invert_yaxis()
-    axes.set_xlabel("points of Dice with five labelled patients, 95 % intervals")
-    figure.legend(loc="outside upper right", ncols=2)
+        axes.axvline(0, color="gray", linewidth=0.8)
+        axes.set_yticks(range(len(shown)), [FINE_TUNED[arm].split(", 0.")[0] for arm in shown])
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        draws = sum(draw in arms["scratch"] for draw in PATIENTS[title])
+        axes.set_title(f"{title}, {draws} draw{'s' * (draws > 1)} of them at most", loc="left")
+    all_axes[-1].set_xlabel("points of Dice, 95 % intervals")
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2)
     return figure
 
 
@@ -190,7 +201,7 @@ def finetuning(rows: Rows) -> str:
     reconstruction = by_draw([*arms["recon"], *arms["recon_1e-3"]])
     head = "draw 0 | draw 1 | draw 2 | points above scratch, 0.003 | above reconstruction"
     parts = []
-    for title, names in (("five patients", DRAWS), ("two patients", TWO), ("one patient", ONE)):
+    for title, names in PATIENTS.items():
         lines = []
         for arm, name in FINE_TUNED.items():
             draws = by_draw(arms[arm])

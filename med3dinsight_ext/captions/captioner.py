@@ -97,12 +97,11 @@ class Captioner(ABC):
         """
         return None
 
-    def max_calls(self, slices: Sequence[int], answers: Path | None = None) -> int:
+    def max_calls(self, slices: Sequence[int]) -> int:
         """Upper bound of the model calls that one volume takes; 0 by default.
 
         Args:
             slices: number of embedded slices in each plane.
-            answers: file of earlier answers, which need no call.
         """
         return 0
 

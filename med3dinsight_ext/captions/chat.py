@@ -20,6 +20,8 @@ from urllib3 import Retry
 from urllib3.exceptions import HTTPError, LocationParseError
 from urllib3.util import Url, parse_url
 
+from med3dinsight_ext.captions.cleaning import CUT
+
 FIRST_WAIT = 1.0  # seconds: upper bound before the second try; doubles with each further one
 LONGEST_WAIT = 60.0  # seconds: upper bound before any try, also for what a server requests
 LONGEST_RESPONSE = 1_000_000  # bytes
@@ -142,6 +144,8 @@ def _proxy(base: Url) -> str | None:
 def complete(client: Any, body: dict[str, Any]) -> tuple[str, int]:
     """Text of one completion, and its number of tokens (0 where the server reports none).
 
+    A text that was cut at the limit of tokens ends with ``CUT``.
+
     Raises:
         RequestFailed: no connection, an error status, or a response without a message.
     """
@@ -158,11 +162,14 @@ def complete(client: Any, body: dict[str, Any]) -> tuple[str, int]:
     except (ValueError, RecursionError) as error:  # no JSON
         raise RequestFailed("malformed answer", str(getattr(error, "doc", error))) from None
     try:
-        message = answer.choices[0].message
+        choice = answer.choices[0]
+        message = choice.message
         content = message.content
         if isinstance(content, list):
             content = "".join(part.get("text") or "" for part in content)
         text = str(content or getattr(message, "refusal", None) or "")
+        if text and getattr(choice, "finish_reason", None) == "length":
+            text += CUT
         tokens = getattr(answer.usage, "total_tokens", 0)
     except (LookupError, TypeError, AttributeError):
         raise RequestFailed("malformed answer", error_message(answer)) from None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from med3dinsight_ext.captions.cleaning import CUT
 from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest, check_least
 from med3dinsight_ext.io.errors import first_line
 from med3dinsight_ext.teachers.checkpoints import model_fingerprint
@@ -219,7 +220,12 @@ class TransformersCaptions(MllmCaptions):
         )
         new = output[:, inputs["input_ids"].shape[1] :]
         self.tokens += int(inputs["attention_mask"].sum() + (new != tokenizer.pad_token_id).sum())
-        return tokenizer.batch_decode(new, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        ends = self.network.generation_config.eos_token_id
+        ends = {tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
+        full = new.shape[1] == self.max_tokens
+        cut = [full and last not in ends for last in new[:, -1].tolist()]
+        return [text + CUT if c else text for text, c in zip(texts, cut, strict=True)]
 
 
 class GumbelSampler:

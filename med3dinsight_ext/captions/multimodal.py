@@ -8,7 +8,6 @@ import logging
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -164,10 +163,9 @@ class MllmCaptions(Captioner):
         """Hash of the answers' settings, and the number of captioned slices."""
         return f"{self.answer_fingerprint(item)}:{self.per_plane}"
 
-    def max_calls(self, slices: Sequence[int], answers: Path | None = None) -> int:
+    def max_calls(self, slices: Sequence[int]) -> int:
         """See ``Captioner``."""
-        done = len(AnswerLog(answers, {}).answers) if answers else 0
-        return max(sum(min(n, self.per_plane or n) for n in slices) - done, 0)
+        return sum(min(n, self.per_plane or n) for n in slices)
 
     def selected_rows(self, plane: Tensor) -> list[int]:
         """Rows of ``plane`` (s,), sorted, whose slices are captioned."""

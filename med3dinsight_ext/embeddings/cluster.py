@@ -35,10 +35,16 @@ class Filler:
     """
 
     def __init__(self, build: Callable[[], Store], folder: str) -> None:
-        with suppress(OSError):
+        here = os.path.isdir(folder)
+        if here:
             os.chdir(folder)
         os.environ.pop("WORLD_SIZE", None)  # of the job that started Ray
         self.store = build()
+        if not here and not self.store.root.is_absolute():
+            raise ValueError(
+                f"store_dir must be absolute where a node has no {folder}, got {self.store.root}; "
+                "give the path that all nodes share"
+            )
 
     def fill(self, items: Sequence[dict[str, Any]]) -> str:
         """Make the entries of these items; the message of what is wrong, if anything is."""

@@ -10,15 +10,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.data import slicing
 from med3dinsight_ext.data.volumes import check_straight, modality_of, read_volume
 from med3dinsight_ext.embeddings.shards import (
+    check_unchanged,
     merge_ranks,
     paths_of,
     rank_share,
@@ -35,6 +38,7 @@ from med3dinsight_ext.teachers.teacher import Teacher
 logger = logging.getLogger(__name__)
 FORMAT = 2  # raise it when slicing, windows, whitening or this file change what is stored
 FIT_VOLUMES = 64  # at most, for the whitening
+CLIPPED = 1 / 16  # of the codes; no distribution has more beyond four standard deviations
 FIT_CELLS = 2000  # of each of them and each layer
 
 
@@ -214,11 +218,17 @@ class GridStore:
         if missing:
             self._check_size(len(items))
             logger.info(f"{len(missing)} of {len(own)} volumes have no feature grids: making them")
+        clipped: list[float] = []
         for item, path in Bar(missing, "feature grids", unit="volume", disable=not missing):
             try:
-                self._write(item, path)
+                clipped.append(self._write(item, path))
             except ValueError as error:
                 bad[item["image"]] = str(error)
+        if clipped and (share := fmean(clipped)) > CLIPPED:
+            logger.warning(
+                f"{share:.0%} of the codes are clipped: their whitening was fitted on unlike "
+                f"volumes; remove {self._whitening_path} to fit it on these"
+            )
         self.teacher.free()
         good = without(items, merge_ranks(bad), skip_bad)
         found = ((items[n], path) for n, path in paths.items())
@@ -250,8 +260,12 @@ class GridStore:
             voxels = slices.voxels(maps[layer].shape[2])
             yield layer, features, (voxels + 0.5) / torch.tensor(slices.size)
 
+    @property
+    def _whitening_path(self) -> Path:
+        return self.root / "grids" / f"whitening-{key_of(self._made)}.safetensors"
+
     def _load_whitening(self, sample: Sequence[dict[str, Any]]) -> None:
-        path = self.root / "grids" / f"whitening-{key_of(self._made)}.safetensors"
+        path = self._whitening_path
         if not path.exists() and rank_share(1):  # of a group, the first rank
             fitted = self._fit(sample)
             tensors = {
@@ -260,8 +274,16 @@ class GridStore:
                 for field, value in fitted[layer]._asdict().items()
             }
             if not path.exists():  # another job's, which its codes hang on
-                write_atomic(path, lambda draft: save_file(tensors, draft))
+                about = {"volumes": str(len(sample))}
+                write_atomic(path, lambda draft: save_file(tensors, draft, about))
         wait_for_ranks()
+        with safe_open(path, "pt") as file:
+            fitted_on = int((file.metadata() or {}).get("volumes", FIT_VOLUMES))
+        if fitted_on < len(sample) and rank_share(1):
+            logger.warning(
+                f"the codes are whitened by {fitted_on} volumes of an earlier run, instead of "
+                f"{len(sample)} of these; remove {path} to fit it anew"
+            )
         stored = load_file(path)
         self._whitening_hash = sha256(path)
         self._whitening = {
@@ -297,8 +319,10 @@ class GridStore:
             )
         return fitted
 
-    def _write(self, item: dict[str, Any], path: Path) -> None:
+    def _write(self, item: dict[str, Any], path: Path) -> float:
+        """Write the grids of an item; the share of their codes that were clipped."""
         slices = self._slices(item)
+        check_unchanged(item, path, self.path)
         tensors = {
             "plane": slices.plane.to(torch.uint8),
             "position": slices.position.float(),
@@ -308,6 +332,7 @@ class GridStore:
             "picture": torch.tensor(slices.pictures.shape[-1]),
             "modality": torch.tensor(slicing.MODALITIES.index(slices.modality)),
         }
+        clipped = []
         for number, (layer, features, fraction) in enumerate(self._cells(slices)):
             s, cells, _ = features.shape
             plane = slices.plane[:, None].expand(s, cells).flatten()
@@ -315,4 +340,7 @@ class GridStore:
                 features.flatten(0, 1), plane, fraction.flatten(0, 1)
             )
             tensors[f"codes.{number}"] = codes.view(s, cells, -1).contiguous()
+            inside = ((fraction >= 0) & (fraction <= 1)).all(-1).flatten()
+            clipped.append(float((codes[inside].abs() == 127).float().mean()))
         write_atomic(path, lambda draft: save_file(tensors, draft))
+        return fmean(clipped)

@@ -65,6 +65,21 @@ def paths_of(
     return found
 
 
+def check_unchanged(
+    item: dict[str, Any], path: Path, path_of: Callable[[dict[str, Any]], Path]
+) -> None:
+    """That a volume which has been read is the one that its entry is named after.
+
+    Raises:
+        ValueError: the file has changed since ``path`` was made.
+    """
+    if path_of(item) != path:
+        raise ValueError(
+            f"image must stay as it is while it is read, got a change of {item['image']}; start "
+            "again when it is whole"
+        )
+
+
 def without(items: Sequence[dict[str, Any]], bad: Mapping[str, str], skip_bad: bool) -> set[str]:
     """Images of the good items; bad ones, of whatever rank, are an error or a warning.
 

@@ -20,12 +20,20 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 
+from med3dinsight_ext.captions.answer_log import AnswerLog
 from med3dinsight_ext.captions.captioner import Captioner, SlicedVolume
 from med3dinsight_ext.captions.sources import shape_of
 from med3dinsight_ext.data.costs import measure
 from med3dinsight_ext.data.slicing import PLANES, plane_number
 from med3dinsight_ext.embeddings.entry import EntryMaker, SliceChoice
-from med3dinsight_ext.embeddings.shards import merge_ranks, part_of, paths_of, rank_share, without
+from med3dinsight_ext.embeddings.shards import (
+    check_unchanged,
+    merge_ranks,
+    part_of,
+    paths_of,
+    rank_share,
+    without,
+)
 from med3dinsight_ext.embeddings.usable_captions import caption_statuses, shown
 from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
 from med3dinsight_ext.io.reading import read_json
@@ -205,7 +213,9 @@ class Store:
 
         def cut(path: Path) -> SlicedVolume:
             item = copies[path][0]
-            return self.entries.cut(item, path, self.answers_path(item))
+            volume = self.entries.cut(item, path, self.answers_path(item))
+            check_unchanged(item, path, self.path)
+            return volume
 
         def volumes() -> Iterator[SlicedVolume]:
             for path, result in read_ahead(cut, missing, self.readers):
@@ -242,15 +252,16 @@ class Store:
             shard: as in ``fill``.
 
         Returns:
-            Numbers of ``volumes``, ``missing`` ones, ``slices`` and model ``calls``; ``gigabytes``;
-            ``hours`` without the model's calls, and gigabytes of ``memory`` of a reader.
+            Numbers of ``volumes``, ``missing`` ones, ``slices``, model ``calls``, and ``logged``
+            answers about these volumes, each of which saves a call if its slice is still chosen;
+            ``gigabytes``; ``hours`` without the model's calls; gigabytes of ``memory`` of a reader.
         """
         self.captioner.check_items(items)
         items = part_of(items, shard)
         hashed = {item["image"]: self._hashes.get(_file(item)) is not None for item in items}
         missing = [i for i in items if not hashed[i["image"]] or not self.path(i).exists()]
         sample = missing[:: -(-len(missing) // 200) or 1]
-        slices = calls = unreadable = 0
+        slices = calls = logged = unreadable = 0
         for item in sample:
             try:
                 shape = shape_of(item["image"])
@@ -261,8 +272,9 @@ class Store:
             sums = torch.bincount(required, minlength=3) + torch.tensor(self.choice.counts())
             counts = [min(n, size) for n, size in zip(sums.tolist(), shape, strict=True)]
             slices += sum(counts)
-            answers = self.answers_path(item) if hashed[item["image"]] else None
-            calls += self.captioner.max_calls(counts, answers)
+            calls += self.captioner.max_calls(counts)
+            if hashed[item["image"]] and (answers := self.answers_path(item)):
+                logged += len(AnswerLog(answers, {}).answers)
         scale = len(missing) / max(len(sample), 1)
         dims = self.embedding_dims
         width = 2 * dims["joint"] if "joint" in dims else sum(dims.values())
@@ -276,13 +288,16 @@ class Store:
             "missing": len(missing),
             "slices": round(scale * slices),
             "calls": round(scale * calls),
+            "logged": round(scale * logged),
             "gigabytes": size / 1e9,
             "hours": len(missing) * seconds / 3600,
             "memory": reading.gigabytes,
         }
         print(
             f"{found['volumes']:,} volumes, {found['missing']:,} of them not in {self.root}: "
-            f"at most {found['slices']:,} slices, {found['calls']:,} model calls, "
+            f"at most {found['slices']:,} slices, {found['calls']:,} model calls"
+            + (f" ({found['logged']:,} answers are logged)" if logged else "")
+            + f", "
             f"{found['gigabytes']:.3g} GB; {found['hours']:.2g} hours beside the model's with "
             f"{self.readers} readers of {found['memory']:.2g} GB, as {reading.volumes} volumes "
             f"took {reading.seconds:.2g} s to read and {embedding.seconds:.2g} s to embed; nothing "

@@ -14,6 +14,7 @@ from monai.transforms import MapTransform, Randomizable
 from safetensors import safe_open
 from torch import Tensor
 
+from med3dinsight_ext.data.patients import patient_name
 from med3dinsight_ext.data.volumes import STRAIGHT, UNSHEAR, shear
 from med3dinsight_ext.embeddings.entry import read_entry
 
@@ -215,12 +216,14 @@ class SampleTargetsd(MapTransform, Randomizable):
     def _entry(self, data: dict[str, Any]) -> dict[str, Tensor]:
         """The volume's entry, with shuffled and without dissimilar captions."""
         entry = read_entry(data["targets"])
+        good = torch.ones(len(entry["text_row"]), dtype=torch.bool)
+        if self.min_similarity is not None and len(good):  # of its own caption, not another's
+            image = entry["image"][entry["text_row"].long()].float()
+            good = (image * entry["text"].float()).sum(1) >= self.min_similarity
         for row, (path, other) in data.get("texts_from", {}).items():
             with safe_open(path, "pt") as file:
                 entry["text"][row] = file.get_slice("text")[other]
-        if self.min_similarity is not None and len(entry["text_row"]):
-            image = entry["image"][entry["text_row"].long()].float()
-            good = (image * entry["text"].float()).sum(1) >= self.min_similarity
+        if not good.all():
             entry["text"], entry["text_row"] = entry["text"][good], entry["text_row"][good]
         return entry
 
@@ -234,7 +237,7 @@ class SampleTargetsd(MapTransform, Randomizable):
 
 def patient_index(data: dict[str, Any], file: str) -> Tensor:
     """Number of an item's patient, the same in every process; without one, of its ``file``."""
-    name = str(data.get("patient", data[file]))
+    name = patient_name(data, str(data[file]))
     digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).digest()
     return torch.tensor(int.from_bytes(digest[:8], "big", signed=True))
 

@@ -156,7 +156,7 @@ def _identity(file: str | Path) -> tuple[str, int, int]:
     path = os.path.abspath(file)
     try:
         stat = os.stat(file)
-        if S_ISREG(stat.st_mode) and not str(file).endswith(".mhd"):  # the most, of many
+        if S_ISREG(stat.st_mode) and not str(file).endswith((".mhd", ".hdr")):  # of many
             return path, stat.st_size, stat.st_mtime_ns + stat.st_ctime_ns
         files = files_of(str(file))
         stats = [os.stat(part) for part in files]

@@ -86,7 +86,14 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     with readable("source", path), open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             table = csv.DictReader(_lines(file, path))
-            yield from ((f"{path} line {table.line_num}", row) for row in table)
+            for row in table:
+                where = f"{path} line {table.line_num}"
+                if None in row:
+                    raise ValueError(
+                        f"{where} must have {len(table.fieldnames or ())} cells, got more; put "
+                        "texts with commas into double quotes"
+                    )
+                yield where, row
             return
         for number, line in enumerate(_lines(file, path), 1):
             where = f"{path} line {number}"

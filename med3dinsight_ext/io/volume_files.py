@@ -79,9 +79,12 @@ def series_files(folder: str) -> list[str]:
 
 
 def files_of(path: str) -> list[str]:
-    """All files that a volume consists of: several for a DICOM series and for .mhd."""
+    """All files that a volume consists of: several for a DICOM series, .mhd, and .hdr."""
     if os.path.isdir(path):
         return series_files(path) or [path]
+    if path.endswith(".hdr"):
+        voxels = path.removesuffix("hdr") + "img"
+        return [path, voxels] if os.path.isfile(voxels) else [path]
     if path.endswith(".mhd") and os.path.isfile(path):
         with open(path, "rb") as file:
             named = DATA_FILE.search(file.read(MHD_HEADER))

@@ -99,6 +99,8 @@ class Summary:
         self.texts: Counter[int] = Counter()  # by hash of source and text
         self.again: dict[int, tuple[str, str]] = {}  # source and text of repeated ones
         self.skipped = 0
+        self.repeats = 0  # entries of a volume and source that have one already
+        self._entries: set[int] = set()
         self._kept: dict[tuple[str, int, str], list[tuple[int, float, int, SliceRecord]]] = {}
         self._order = count()  # so that no two slices tie
         self._seen: Counter[tuple[str, int, str]] = Counter()
@@ -106,6 +108,9 @@ class Summary:
     def add(self, rows: Sequence[SliceRecord]) -> None:
         """Count the slices of one entry, and sample some."""
         self.images.add(rows[0].image)
+        entry = hash((rows[0].image, rows[0].source))
+        self.repeats += entry in self._entries
+        self._entries.add(entry)
         self.captions_each[sum(row.caption is not None for row in rows)] += 1
         for row in rows:
             groups = self.planes[PLANES[row.plane]], self.modalities[row.modality]

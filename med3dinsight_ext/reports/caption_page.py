@@ -97,6 +97,11 @@ def headline(summary: Summary) -> dict[str, str]:
     }
     if len(summary.sources) > 1:
         facts["Captioners, teachers"] = f"{len(summary.sources)}, shown separately below"
+    if summary.repeats:
+        facts["Earlier entries"] = (
+            f"{summary.repeats:,}, with other slices or captions of the same volumes; they are "
+            "counted and shown too"
+        )
     if summary.skipped:
         facts["Skipped JSON files"] = f"{summary.skipped} that are no entries"
     return facts

@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from med3dinsight_ext.data.settings import described
-from med3dinsight_ext.embeddings.shards import merge_ranks, paths_of, rank_share, without
+from med3dinsight_ext.embeddings.shards import (
+    check_unchanged,
+    merge_ranks,
+    paths_of,
+    rank_share,
+    without,
+)
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.errors import causes
 from med3dinsight_ext.io.files import HashMemo, keyed_path, write_atomic
@@ -94,5 +100,6 @@ class VolumeTargets:
     @torch.no_grad()
     def _write(self, item: dict[str, Any], path: Path) -> None:
         volume = self.load(item)["image"].as_subclass(Tensor).to(self.device)
+        check_unchanged(item, path, self._path)
         found = {"features": self.features(volume[None])[0].float().cpu().contiguous()}
         write_atomic(path, lambda draft: save_file(found, draft))

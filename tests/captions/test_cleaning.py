@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from med3dinsight_ext.captions.cleaning import Reply, clean_caption
+from med3dinsight_ext.captions.cleaning import CUT, Reply, clean_caption
 
 LIVER = "The liver and both kidneys are visible."
 LESION = "A dark lesion lies in the right lobe."
@@ -54,9 +54,16 @@ LESION = "A dark lesion lies in the right lobe."
         (f"{LIVER} As an AI, I cannot provide medical advice.", LIVER),
         # repeats and loose ends
         (f"{LIVER} {LESION} {LIVER} {LIVER.upper()}", f"{LIVER} {LESION}"),
-        (f"{LIVER} A dark lesion lies in the", LIVER),
+        (f"{LIVER} A dark lesion lies in the{CUT}", LIVER),
+        (f"{LIVER} A dark lesion", f"{LIVER} A dark lesion"),
+        ("- Liver: normal\n- Lesion in segment VI", "Liver: normal. Lesion in segment VI"),
+        (f"- Liver: normal\n- Lesion in seg{CUT}", "Liver: normal."),
+        (f"The image shows:\n\n1. Liver\n2. A mass{CUT}", "The image shows: Liver."),
         ("A mass of approx. 3 cm in the liver", "A mass of approx. 3 cm in the liver"),
-        ("肝脏可见。肝脏可见。右肾", "肝脏可见。"),
+        (f"肝脏可见。肝脏可见。右肾{CUT}", "肝脏可见。"),
+        ("肝脏可见。右肾有3厘米囊肿", "肝脏可见。 右肾有3厘米囊肿"),
+        ("A mass of 3 * 4 cm, 2*3 before.", "A mass of 3 × 4 cm, 2 × 3 before."),
+        ("Here is the liver with a mass: dark.", "Here is the liver with a mass: dark."),
         ("Half a letter: liv�", "Half a letter: liv"),
     ],
 )
@@ -83,6 +90,18 @@ def test_an_answer_is_cleaned(raw: str, text: str) -> None:
         ("As an AI language model, I have no eyes.", "refused"),
         ("I can't see the image.", "refused"),
         ("No image was provided.", "refused"),
+        ("I'm unable to describe this image.", "refused"),
+        ("Unfortunately, I cannot describe this medical image.", "refused"),
+        ("I'm not able to evaluate medical scans.", "refused"),
+        ("I can't make a medical diagnosis.", "refused"),
+        ("I am an AI assistant and cannot make medical diagnoses.", "refused"),
+        ("I'm not able to determine what is in this picture.", "refused"),
+        ("I don't have the ability to view images.", "refused"),
+        ("It is not possible for me to interpret this image.", "refused"),
+        ("Es tut mir leid, aber ich kann keine Bilder interpretieren.", "refused"),
+        ("Lo siento, no puedo ayudar con eso.", "refused"),
+        ("Je suis désolé, je ne peux pas interpréter cette image.", "refused"),
+        ("申し訳ありませんが、画像を分析できません。", "refused"),
         ("Sure! I'm sorry, but I can't.", "refused"),
         ("抱歉，我无法分析这张图像。", "refused"),
         ("作为一个AI，我没有眼睛。", "refused"),
@@ -104,6 +123,8 @@ def test_an_unusable_answer_has_its_reason(raw: str, status: str) -> None:
         "No abnormality can be seen.",
         "One cannot exclude a fracture.",
         "I cannot see any fracture.",
+        "I cannot identify any abnormality in this image.",
+        "Segment I cannot view the portal vein.",
         "I cannot identify any abnormality in this slice.",
         "The left kidney is not able to be seen.",
         "The mass does not give rise to calcification.",

@@ -14,6 +14,7 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, processors
 
+from med3dinsight_ext.captions.cleaning import CUT
 from med3dinsight_ext.captions.local import GumbelSampler, TransformersCaptions
 from med3dinsight_ext.captions.multimodal import SliceRequest
 
@@ -69,7 +70,9 @@ def reference(folder: Path, request: SliceRequest) -> tuple[str, int]:
         pixels["mm_token_type_ids"] = (ids == tiny_mllm.IMAGE_PAD).int()
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
     output = model.generate(input_ids=ids, **pixels, max_new_tokens=12, do_sample=False)[0]
-    return tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True), len(output)
+    text = tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True)
+    ended = output[-1] == tokenizer.eos_token_id
+    return text if ended else text + CUT, len(output)
 
 
 def test_answers_equal_the_models_own(folder: Path) -> None:

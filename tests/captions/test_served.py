@@ -19,6 +19,7 @@ from PIL import Image
 
 from med3dinsight_ext.captions import chat
 from med3dinsight_ext.captions import served as served_captions
+from med3dinsight_ext.captions.cleaning import CUT
 from med3dinsight_ext.captions.multimodal import SliceRequest
 from med3dinsight_ext.captions.served import ServedCaptions
 
@@ -143,6 +144,13 @@ FAULTS = {
     "huge": "malformed answer .longer than 1000000 bytes", "hang": "ReadTimeout",
     "drip": "malformed answer .not complete within 0.3 s", "zipped": "malformed answer .compressed",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("finish", "end"), [("stop", ""), ("length", CUT)])
+def test_an_answer_that_reached_the_limit_is_marked(server: Served, finish: str, end: str) -> None:
+    server.set(finish=finish)
+    ((_, text),) = captioner(server).answers(requests(1))
+    assert text.endswith(CUT) == bool(end)
 
 
 @pytest.mark.parametrize("fault", ["429", "html", "half", "nothing", "huge", "hang", "drip"])

@@ -92,6 +92,12 @@ def test_a_csv_file_is_read(tmp_path: Path) -> None:
     assert FileCaptions(tmp_path / "c.csv").caption(item, [2], [0.3]) == ["One, two."]
 
 
+def test_a_comma_outside_quotes_cuts_no_caption(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text("image,plane,index,text\na.nii,2,1,Normal, but a cyst\n")
+    with pytest.raises(ValueError, match=r"c.csv line 2 must have 4 cells, got more; put texts"):
+        FileCaptions(tmp_path / "c.csv")
+
+
 def test_images_are_found_below_another_root(tmp_path: Path) -> None:
     item = image(tmp_path / "images" / "a.nii")
     (tmp_path / "c.jsonl").write_text(json.dumps(row()))

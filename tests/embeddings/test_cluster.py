@@ -46,6 +46,15 @@ def test_actors_together_make_the_store_of_one_process(
     assert "1 bad of 1" in fillers[0].fill(items[:1])
 
 
+def test_a_worker_without_the_folder_fills_no_store_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="store_dir must be absolute where a node has no /no/such"):
+        Filler(partial(build, Path("store")), "/no/such/folder")
+    assert Filler(partial(build, Path("store")), str(tmp_path)).store.root == Path("store")
+
+
 def test_without_ray_the_extra_is_named(
     items: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

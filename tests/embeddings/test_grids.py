@@ -271,3 +271,26 @@ def test_codes_on_a_voxel_grid_are_what_the_voxels_show(
     for code in decode_hu(codes.float()).flatten(1)[:, whole]:
         assert (code - seen).abs().max() / (300 / (SHAPE[axis] - 1)) < 0.6
     assert len(codes) == len(others)
+
+
+def test_a_whitening_of_fewer_or_of_unlike_volumes_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def noise(name: str, scale: float) -> dict:
+        array = scale * np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / name)
+        return {"image": str(tmp_path / name), "modality": "CT"}
+
+    few, many = noise("a.nii.gz", 10), noise("b.nii.gz", 200)
+    for items in ([few], [few, many]):
+        caplog.clear()
+        GridStore(tmp_path / "s", pooled_teacher(), ["1"], per_plane=4).fill(items)
+    (fewer, clipped) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "whitened by 1 volumes of an earlier run, instead of 2 of these; remove" in fewer
+    assert "of the codes are clipped: their whitening was fitted on unlike volumes" in clipped
+    for part in (fewer, clipped):
+        path = next(Path(word) for word in part.split() if "whitening-" in word)
+        path.unlink(missing_ok=True)
+    caplog.clear()
+    GridStore(tmp_path / "s", pooled_teacher(), ["1"], per_plane=4).fill([few, many])
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]

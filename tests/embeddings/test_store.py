@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -265,14 +266,50 @@ def test_a_plan_of_many_volumes_reads_two_hundred_headers(
     assert plan["gigabytes"] * 1e9 == pytest.approx(bytes_of_all)
 
 
-def test_a_plan_counts_only_the_answers_that_are_missing(
-    items: list[dict], teacher: Teacher, tmp_path: Path
+def test_a_plan_names_the_answers_that_are_logged(
+    items: list[dict], teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asking = Store(tmp_path / "s", teacher, FakeMllm(breaks_after=5), per_plane=4)
     assert asking.plan(items)["calls"] == 36
     with pytest.raises(ConnectionError, match="start the server"):
         asking.fill(items)
-    assert asking.plan(items)["calls"] == 31
+    assert "(5 answers are logged)" not in capsys.readouterr().out
+    plan = asking.plan(items)
+    assert (plan["calls"], plan["logged"]) == (36, 5)  # of slices that may not be chosen again
+    assert "36 model calls (5 answers are logged), " in capsys.readouterr().out
+    more = Store(tmp_path / "s", teacher, FakeMllm(), per_plane=5)
+    asked = more.plan(items)["calls"]
+    more.fill(items)
+    assert more.captioner.calls <= asked
+
+
+def test_a_volume_that_is_replaced_while_it_is_read_makes_no_entry(
+    items: list[dict], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = store.entries.cut
+
+    def replacing(item: dict, *rest: object) -> object:
+        if item["image"] == items[1]["image"]:
+            volume(Path(item["image"]), 7)
+        return cut(item, *rest)
+
+    monkeypatch.setattr(store.entries, "cut", replacing)
+    with pytest.raises(ValueError, match=r"got 1 bad of 3.*\n.*stay as it is while it"):
+        store.fill(items)
+    assert len(list(store.root.glob("??/*.safetensors"))) == 2
+
+
+def test_voxels_in_a_file_of_their_own_belong_to_the_key(store: Store, tmp_path: Path) -> None:
+    items = []
+    for seed, name in enumerate("ab"):
+        array = np.random.default_rng(seed).random(SIZE, np.float32)
+        nib.save(nib.Nifti1Pair(array, np.eye(4)), tmp_path / f"{name}.img")
+        items.append({"image": str(tmp_path / f"{name}.hdr"), "modality": "MR"})
+    assert (tmp_path / "a.hdr").read_bytes() == (tmp_path / "b.hdr").read_bytes()
+    first, other = (item["targets"] for item in store.fill(items))
+    assert first != other
+    shutil.copy(tmp_path / "b.img", tmp_path / "a.img")
+    assert store.fill(items)[0]["targets"] == other
 
 
 def test_a_plan_hashes_no_volume_and_measures_what_some_take(

@@ -19,6 +19,7 @@ from med3dinsight_ext.embeddings.targets import (
     PrepareSlices,
     SampleTargetsd,
     map_positions,
+    patient_index,
     shuffle_captions,
 )
 from med3dinsight_ext.teachers.teacher import Teacher
@@ -261,6 +262,12 @@ def test_volumes_of_one_patient_have_one_number(items: list[dict], store: Store)
         numbers.append([int(one[0]) for one in found])
     (a, again, b), alone = numbers
     assert a == again != b and len(set(alone)) == 3
+    unknown = [
+        {**item, "patient": name} for item, name in zip(items, ("", None, "NA"), strict=True)
+    ]
+    assert [int(patient_index(item, "image")) for item in unknown] == [
+        int(patient_index(item, "image")) for item in items
+    ]
 
 
 def test_a_prepared_batch_has_each_target_under_its_name(items: list[dict], store: Store) -> None:
@@ -393,6 +400,10 @@ def test_captions_unlike_their_slice_are_left_out(items: list[dict], tmp_path: P
     found = sample({**item, "image": read_volume(item["image"])})
     assert found["has_text"].tolist() == (similarity >= bar).tolist()
     assert 0 < found["has_text"].sum() < len(similarity)
+    [shuffled] = shuffle_captions([item], 1.0)  # the bar is for a slice's own caption
+    other = sample({**shuffled, "image": read_volume(item["image"])})
+    assert torch.equal(other["has_text"], found["has_text"])
+    assert not torch.equal(other["text_target"], found["text_target"])
 
 
 def test_a_similarity_bar_needs_one_space(store: Store) -> None:

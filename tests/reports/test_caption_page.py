@@ -67,6 +67,16 @@ def lines(text: str) -> dict[str, str]:
     return {line[:22].strip(): line[22:] for line in text.splitlines()}
 
 
+def test_entries_of_earlier_runs_are_told_apart(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write(store, tmp_path / "data" / "v0.nii.gz", [record(0, 3, "corrected")])
+    captions(str(store))
+    found = lines(capsys.readouterr().out)
+    assert found["Earlier entries"].startswith("1, with other slices or captions of the same vol")
+    assert found["Volumes"] == "3"
+
+
 def test_the_terminal_shows_the_counts(store: Path, capsys: pytest.CaptureFixture) -> None:
     assert captions(str(store)) == str(store / "captions.html")
     assert lines(capsys.readouterr().out) == {
