@@ -165,7 +165,7 @@ def features(items: list[dict[str, Any]], teacher: Teacher, path: Path) -> tuple
             config.get_parsed_content(key) for key in ("network_def", "probe_loader", "device")
         ]
         begin = perf_counter()
-        rows, _ = pooled_features(*parts)
+        rows, *_ = pooled_features(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"rows": rows, "seconds": perf_counter() - begin}, path)
     found = torch.load(path, weights_only=True)

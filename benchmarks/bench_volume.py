@@ -86,7 +86,7 @@ def network_features(items: list[dict[str, Any]], weights: Path | None) -> Tenso
     classifier = parser.get_parsed_content("network_def")
     if weights:
         classifier.network.load_state_dict(torch.load(weights, weights_only=True))
-    rows, _ = pooled_features(
+    rows, *_ = pooled_features(
         classifier, parser.get_parsed_content("probe_loader"), torch.device("cpu")
     )
     return rows

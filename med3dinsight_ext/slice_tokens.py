@@ -13,6 +13,7 @@ from torch import Tensor
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.configs import EVALUATED
 from med3dinsight_ext.io.files import volume_stem
+from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.planning.run_folder import PROGRAM, results, trained
 from med3dinsight_ext.workflows import infer
 
@@ -67,7 +68,8 @@ def ask(
         (cosine of slice token and text), and the position of the best slice.
 
     Raises:
-        ValueError: the model is no pre-training with captions, or the file is missing or bad.
+        ValueError: the model is no pre-training with captions, the file is missing or bad, or
+            ``out`` has answers about another volume of this name.
     """
     if not texts:
         raise ValueError(
@@ -77,6 +79,14 @@ def ask(
         raise ValueError(f"texts must begin with a letter or digit, got {wrong[0]!r}; reword it")
     folder = Path(out) if out else results(model, trained(model)[0], "answers")
     overrides["prompts"] = [str(text) for text in texts]
+    answered = folder / f"{volume_stem(volume)}_text.json"
+    if answered.is_file():
+        other = read_json(answered, "answer").get("image")
+        if other != (own := str(Path(volume).absolute())):
+            raise ValueError(
+                f"out must hold no answer about another volume of this name, got {answered} about "
+                f"{other}, not {own}; give --out another folder"
+            )
     stem = _inferred(model, volume, folder, quiet, overrides)
     found = json.loads(Path(f"{stem}_text.json").read_text("utf-8"))["prompts"]
     if not quiet:

@@ -48,6 +48,19 @@ def test_tokens_of_a_volume_are_unit_vectors_at_places(model: str, scans: Path) 
     assert not torch.allclose(tokens["image"], other["image"])
 
 
+def test_an_answer_about_a_volume_of_the_same_name_stays(
+    model: str, scans: Path, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    med3dinsight_ext.ask(model, str(scans / "v1.nii.gz"), "noise", out=out, device=CPU)
+    before = (tmp_path / "out" / "v1_text.json").read_bytes()
+    (tmp_path / "v1.nii.gz").write_bytes((scans / "v0.nii.gz").read_bytes())
+    with pytest.raises(ValueError, match="about another volume of this name, got .*v1_text.json"):
+        med3dinsight_ext.ask(model, str(tmp_path / "v1.nii.gz"), "noise", out=out, device=CPU)
+    assert (tmp_path / "out" / "v1_text.json").read_bytes() == before
+    med3dinsight_ext.ask(model, str(scans / "v1.nii.gz"), "a ball", out=out, device=CPU)
+
+
 def test_a_question_is_answered_by_places_and_a_page(
     model: str, scans: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

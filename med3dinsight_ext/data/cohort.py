@@ -123,7 +123,7 @@ def read_cohort(
             labelled = {item["image"]: item for item in dataset.items}
             names = names or dataset.names
     items = [(labelled.get(i["image"], i), lists) for i, lists in _listed(source, root, split)]
-    names = names or decathlon_names(source, [])
+    names = names or decathlon_names(source, [])[0]
     for item, lists in Bar(items, "Reading volumes", unit="volume"):
         name = os.path.relpath(item["image"], root)
         seen |= item_ids(item, root)

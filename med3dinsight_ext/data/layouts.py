@@ -52,6 +52,7 @@ class Dataset(NamedTuple):
     captions: Path | None
     notes: list[str]
     twice: Sequence[str] = ()  # labels that are of one image
+    partial: bool = False  # voxels of nnU-Net's ``ignore`` have no class
 
     def training(self) -> Dataset:
         """The dataset without the cases that a split.json keeps for tests."""
@@ -111,7 +112,7 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
     root = source if source.is_dir() else source.parent
     described = listed if listed and listed.suffix == ".json" else root / "dataset.json"
     notes: list[str] = []
-    names = decathlon_names(described, notes) if described.is_file() else None
+    names, partial = decathlon_names(described, notes) if described.is_file() else (None, False)
     twice: list[str] = []
     if listed:
         items = datalist(listed, root)
@@ -129,7 +130,7 @@ def read_dataset(source: str | Path, labels: str | Path | None = None) -> Datase
         kinds = _modalities(described) if described.is_file() else {}
         items = folder_items(source, Path(labels) if labels else None, notes, kinds, twice)
     split, captions = _beside(root, "split.json"), _beside(root, "captions.jsonl")
-    return Dataset(root, items, names, split, captions, notes, twice)
+    return Dataset(root, items, names, split, captions, notes, twice, partial)
 
 
 def _beside(root: Path, name: str) -> Path | None:
@@ -142,8 +143,10 @@ def _beside(root: Path, name: str) -> Path | None:
     return None
 
 
-def decathlon_names(source: Path, notes: list[str]) -> list[str] | None:
+def decathlon_names(source: Path, notes: list[str]) -> tuple[list[str] | None, bool]:
     """Class names of a ``dataset.json``, in either direction: number to name, name to number.
+
+    Also whether one of them is nnU-Net's ``ignore``.
 
     Args:
         source: file.
@@ -156,17 +159,18 @@ def decathlon_names(source: Path, notes: list[str]) -> list[str] | None:
     content = read_json(source, "dataset.json", fix) if source.suffix == ".json" else None
     known = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(known, dict):
-        return None
+        return None, False
+    partial = "ignore" in known or "ignore" in known.values()
     if regions := [name for name, number in known.items() if isinstance(number, list)]:
         notes.append(
             f"labels of {source.name} are not read, as {regions[0]!r:.100} is a region of several "
             "values: classes are named by number"
         )
-        return None
+        return None, partial
     pairs = known.items() if "0" in known else [(number, name) for name, number in known.items()]
     found = {str(number): str(name) for number, name in pairs}
     names = [found.get(str(i)) for i in range(len(found))]
-    return None if None in names else [str(name) for name in names]
+    return None if None in names else [str(name) for name in names], partial
 
 
 def folder_items(
@@ -319,7 +323,7 @@ def check_trainable(dataset: Dataset) -> None:
             f"{len(shared) - 1} more such; keep one channel in the folder, or name the images in a "
             "list with image and label"
         )
-    if "ignore" in (dataset.names or ()):
+    if dataset.partial:
         raise ValueError(
             f"labels must not be partial, got a label ignore in the dataset.json of {dataset.root};"
             " train on cases that are annotated completely"

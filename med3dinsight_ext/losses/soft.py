@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+MOST = 0.995  # of a soft label's probabilities, so that it is told from a hard one
+
 
 class SoftDiceCELoss(nn.Module):
     """Cross-entropy and Dice against class probabilities, weighted by their confidence.
@@ -13,7 +15,8 @@ class SoftDiceCELoss(nn.Module):
     person drew, 0 where the source of soft labels cannot decide or says nothing (all zero).
 
     Args:
-        soft_weight: factor on volumes that hold a probability strictly between 0 and 1.
+        soft_weight: factor on volumes without a certain voxel: those of soft labels, which end at
+            ``MOST``.
     """
 
     def __init__(self, soft_weight: float = 1.0) -> None:
@@ -39,7 +42,7 @@ class SoftDiceCELoss(nn.Module):
         entropy = -(goal * logits.log_softmax(1)).sum(1, keepdim=True)
         p = logits.softmax(1)
         found = []
-        soft = ((goal > 0.01) & (goal < 0.99)).flatten(1).any(1)
+        soft = goal.flatten(1).amax(1) <= MOST + 1e-3
         for rows, factor in ((~soft, 1.0), (soft, self.soft_weight)):
             if rows.any() and factor:
                 w = weight[rows]

@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from monai.visualize import GradCAM
 from torch import Tensor, nn
 
+from med3dinsight_ext.data.patients import patient_name
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.models.features import (
     dry_run,
@@ -140,8 +141,8 @@ def grad_cam(classifier: Classifier) -> Callable[[Tensor, int], Tensor] | None:
 
 def pooled_features(
     classifier: Classifier, loader: Iterable[dict[str, Any]], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Pooled features (n, 2 c) and labels (n,) of all cases on the CPU, in eval mode.
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Pooled features (n, 2 c), labels (n,) and patients of all cases on the CPU, in eval mode.
 
     Args:
         classifier: already on ``device``; stays in eval mode.
@@ -149,6 +150,7 @@ def pooled_features(
         device: to run on.
     """
     rows, labels = [], []
+    patients: list[str] = []
     classifier.eval()
     with torch.no_grad():
         for batch in Bar(loader, "features"):
@@ -161,8 +163,11 @@ def pooled_features(
                     "out, or give other weights"
                 )
             rows.append(found)
+            unknown = [f"case {idist.get_rank()} {len(patients) + n}" for n in range(len(found))]
+            named = zip(batch.get("patient", unknown), unknown, strict=True)
+            patients += [patient_name({"patient": name}, default) for name, default in named]
             labels.append(torch.as_tensor(batch["label"]).as_subclass(Tensor).long().flatten())
-    return torch.cat(rows), torch.cat(labels)
+    return torch.cat(rows), torch.cat(labels), patients
 
 
 def fit_head(
@@ -180,14 +185,17 @@ def fit_head(
         search: choose the penalty of the logistic regression by `select_l2`.
     """
     found = idist.all_gather(pooled_features(classifier.to(device), loader, device))
-    features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    features, labels = (torch.cat([part[n] for part in found]) for n in range(2))
+    patients = [name for part in found for name in part[2]]
     message = f"fitted the head to {len(labels)} cases with {features.shape[1]} features"
     if isinstance(classifier.head, KNNHead):
         classifier.head.set_cases(features, labels)
     elif isinstance(classifier.head, nn.Linear):
         classes = classifier.head.out_features
-        l2 = select_l2(features, labels, classes) if search else float(features.shape[1])
-        message += f" and C = {1 / l2:.2g}"
+        l2 = float(features.shape[1])
+        if search:
+            l2 = select_l2(features, labels, classes, patients=patients)
+        message += f" and C = {(2 if classes == 2 else 1) / l2:.2g}"
         layer = fit_linear(features, labels, l2, classes)
         for own, fitted in zip(classifier.head.parameters(), layer.parameters(), strict=True):
             # All processes must start from bit-equal weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def fit_linear(
 ) -> nn.Linear:
     """Logistic regression on standardised features, as a layer that takes them as they are.
 
-    Minimises the summed cross-entropy + l2 / 2 · ‖weight‖² (scikit-learn's C is 1 / l2).
+    Minimises the summed cross-entropy + l2 / 2 · ‖weight‖². scikit-learn's C is 1 / l2; of two
+    classes, for which it has one row of weights instead of two, 2 / l2.
 
     Args:
         train: (n, d) frozen features.
@@ -98,11 +100,16 @@ def _logistic(x: Tensor, labels: Tensor, l2: float, classes: int) -> tuple[Tenso
 
 
 def select_l2(
-    train: Tensor, labels: Tensor, classes: int | None = None, folds: int = 5, seed: int = 0
+    train: Tensor,
+    labels: Tensor,
+    classes: int | None = None,
+    folds: int = 5,
+    seed: int = 0,
+    patients: Sequence[str] | None = None,
 ) -> float:
     """The penalty of `fit_linear` with the least cross-entropy in cross-validation.
 
-    Every class has its cases spread over the folds, as many as its smallest class has cases.
+    Every class has its patients spread over the folds, as many as its smallest class has patients.
 
     Args:
         train: (n, d) frozen features.
@@ -110,25 +117,35 @@ def select_l2(
         classes: as in `fit_linear`.
         folds: at most.
         seed: of the folds.
+        patients: of the cases, (n,); those of one are in one fold. None: each case is one.
 
     Returns:
-        d times a power of ten of ``PENALTIES``; d if a class has one case.
+        d times a power of ten of ``PENALTIES``; d if a class has one patient.
     """
-    counts = labels.bincount()
+    whose = torch.arange(len(labels))
+    if patients is not None:
+        known = {name: n for n, name in enumerate(dict.fromkeys(patients))}
+        whose = torch.tensor([known[name] for name in patients])
+    first = torch.full((int(whose.max()) + 1,), len(labels)).scatter_reduce(
+        0, whose, torch.arange(len(labels)), "amin"
+    )
+    kind = labels[first]  # class of each patient's first case
+    counts = kind.bincount()
     folds = min(folds, int(counts[counts > 0].min()))
     if folds < 2:
         return float(train.shape[1])
     x = train.double() - train.double().mean(0)
     scale = x.std(0, correction=0)
     rows, _ = _rotated(x / torch.where(scale > 1e-6, scale, 1))
-    classes = classes or len(counts)
+    classes = classes or int(labels.max()) + 1
     generator = torch.Generator().manual_seed(seed)
     totals = dict.fromkeys((10.0**k * train.shape[1] for k in PENALTIES), 0.0)
     for _ in range(max(1, REPEATED // len(labels))):
-        order = torch.randperm(len(labels), generator=generator)
-        order = order[labels[order].argsort(stable=True)]
-        fold = torch.empty_like(labels)
-        fold[order] = torch.arange(len(labels)) % folds
+        order = torch.randperm(len(kind), generator=generator)
+        order = order[kind[order].argsort(stable=True)]
+        fold = torch.empty_like(kind)
+        fold[order] = torch.arange(len(kind)) % folds
+        fold = fold[whose]
         for held in range(folds):
             kept = fold != held
             for l2 in totals:

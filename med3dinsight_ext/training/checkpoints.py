@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
-from med3dinsight_ext.io.reading import readable
+from med3dinsight_ext.io.reading import read_json, readable
 from med3dinsight_ext.training.weights import not_finite, write_torch
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,27 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
         raise ValueError(
             f"weights must be finite, got NaN or infinity in {bad[:3]} of {path}; train again with "
             "a lower learning_rate"
+        )
+
+
+def check_names(key: str, names: Sequence[str], weights: str | Path) -> None:
+    """Stop if a network was trained for other classes, or for these in another order.
+
+    Args:
+        key: of the config that has the names.
+        names: of the classes, in the order of the network's output.
+        weights: of the training, with its run.json beside them.
+
+    Raises:
+        ValueError: run.json has other names.
+    """
+    path = Path(weights).with_name("run.json")
+    record = read_json(path, "record") if path.is_file() else {}
+    trained = (record.get("config") or {}).get(key)
+    if isinstance(trained, list) and list(trained) != list(names):
+        raise ValueError(
+            f"{key} must be as in the training of {weights}, {trained}, got {list(names)}; "
+            f'give --{key} "{trained}"'
         )
 
 

@@ -60,7 +60,8 @@ class MeanTeacher:
     """Adds to the loss how far the network is from the mean of its weights on unlabelled patches.
 
     Mean squared difference of the class probabilities. The mean sees the patch without noise, in
-    evaluation mode, and has no gradient. It takes no part in the first step, after which it begins.
+    evaluation mode, and has no gradient. It takes no part before the optimizer's first step, after
+    which it begins.
 
     Args:
         average: from ``ema.ema_of``.
@@ -76,7 +77,7 @@ class MeanTeacher:
                 f"consistency_weight must be >= 0 and rampup in [0, 1], got {weight} and {rampup}; "
                 "a weight of 0 leaves the unlabelled volumes out"
             )
-        self.mean, self.weight, self.rampup = average.module, weight, rampup
+        self.average, self.weight, self.rampup = average, weight, rampup
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
@@ -84,13 +85,13 @@ class MeanTeacher:
     def __call__(self, engine: Any) -> None:
         state = engine.state
         step = state.iteration - 1
-        if step == 0:
+        if not self.average.n_averaged:  # it holds no weights yet
             return
         noisy, clean = (
             torch.as_tensor(state.batch[key]).as_subclass(Tensor).to(state.device) for key in KEYS
         )
         with torch.no_grad():
-            target = _probabilities(self.mean.eval()(clean))
+            target = _probabilities(self.average.module.eval()(clean))
         found = _probabilities(engine.network(noisy))
         ramp = self.rampup * state.max_epochs * state.epoch_length  # steps
         weight = self.weight * (ramp_up(step / ramp) if ramp else 1.0)

@@ -40,8 +40,14 @@ def run(
         ckpt_dir: folder of model.pt and run.json.
 
     Raises:
-        ValueError: ``mode`` is another one, or does not fit the classifier's head.
+        ValueError: ``mode`` is another one, or does not fit the classifier's head; or the folder is
+            that of a fine-tuned network.
     """
+    if (last := Path(ckpt_dir) / "last.ckpt").exists():
+        raise ValueError(
+            f"ckpt_dir must hold no fine-tuned network, which a head would replace, got {last}; "
+            "give another bundle_root"
+        )
     if mode not in HEADS or not isinstance(classifier.head, HEADS[mode]):
         raise ValueError(
             f"mode must be finetune, linear (head pooled) or knn (head neighbours), got {mode!r} "

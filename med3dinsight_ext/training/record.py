@@ -36,6 +36,7 @@ from med3dinsight_ext.training.weights import read_weights
 
 log = logging.getLogger(__name__)
 FILE = "run.json"
+PARTS = ("training", "validation", UNLABELLED)  # of the data
 EARLIER = "data_before_resuming"  # other cases than at the end
 ROUND = ("epochs", "best_epoch", "seconds", "data")  # of an earlier round of incremental training
 
@@ -202,7 +203,7 @@ class RunRecord:
 
     def _check_cases(self, data: Mapping[str, Any]) -> None:
         """Warn if a resumed training went on with other cases or labels."""
-        for name in data.keys() & self._earlier_data.keys() & {"training", "validation"}:
+        for name in data.keys() & self._earlier_data.keys() & set(PARTS):
             before, now = self._earlier_data[name], data[name]
             if before.get("sha256") not in (None, now["sha256"]):
                 log.warning(
@@ -260,7 +261,7 @@ def recorded(
 
 def _hashes_of(data: Mapping[str, Any]) -> tuple[str, ...]:
     """Hashes of the cases; none of a training that ended before they were made."""
-    parts = (data.get(name) or {} for name in ("training", "validation"))
+    parts = (data.get(name) or {} for name in PARTS)
     return tuple(filter(None, (part.get("sha256") for part in parts)))
 
 

@@ -31,6 +31,7 @@ from med3dinsight_ext.embeddings.whitening import position_terms
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, keyed_path, sha256, write_atomic
 from med3dinsight_ext.io.remote import local_path
+from med3dinsight_ext.losses.soft import MOST
 from med3dinsight_ext.models.voxel_head import VoxelHead, fit_voxel_head
 from med3dinsight_ext.training.checkpoints import load_weights
 
@@ -269,7 +270,7 @@ class SoftLabeld(MapTransform):
                 share = onehot.float()
             elif label.shape[0] == self.classes:
                 share = self.resample(label.float(), data[self.image], mode="bilinear").as_tensor()
-                share = share / share.sum(0).clamp(min=255 / 2)
+                share = (share / share.sum(0).clamp(min=255 / 2)).clamp(max=MOST)
             else:
                 raise ValueError(
                     f"label must have 1 or {self.classes} channels, got {label.shape[0]}; "

@@ -291,6 +291,9 @@ def test_an_unknown_channel_is_of_any_modality_and_ignored_voxels_are_not_a_clas
     assert found.items[0]["modality"] == "auto"
     with pytest.raises(ValueError, match="must not be partial, got a label ignore in the dataset"):
         check_trainable(found)
+    described(tmp_path, ["zscore"], {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3})
+    with pytest.raises(ValueError, match="must not be partial, got a label ignore in the dataset"):
+        check_trainable(read_dataset(tmp_path))
 
 
 def test_class_numbers_must_count_up(tmp_path: Path) -> None:

@@ -145,11 +145,30 @@ def test_a_pooled_head_is_the_logistic_regression_on_frozen_features() -> None:
     classifier = Classifier(Net(), 2, SIZE)
     before = {k: v.clone() for k, v in classifier.network.state_dict().items()}
     fit_head(classifier, loader(6), torch.device("cpu"), search=True)
-    features, labels = pooled_features(classifier, loader(6), torch.device("cpu"))
+    features, labels, _ = pooled_features(classifier, loader(6), torch.device("cpu"))
     expected = fit_linear(features, labels, select_l2(features, labels))(features)
     scores = torch.cat([classifier.eval()(batch["image"]) for batch in loader(6)])
     assert torch.allclose(scores, expected, atol=1e-4)
     assert all(torch.equal(v, classifier.network.state_dict()[k]) for k, v in before.items())
+
+
+def test_the_penalty_is_chosen_with_a_patients_cases_in_one_fold(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    classifier, batches = Classifier(Net(), 2, SIZE), loader(6)
+    for batch in batches:
+        batch["patient"] = [f"p{int(label)}" for label in batch["label"]]
+    features, labels, patients = pooled_features(classifier, batches, torch.device("cpu"))
+    assert patients == [f"p{int(label)}" for label in labels]
+    fit_head(classifier, batches, torch.device("cpu"), search=True)
+    expected = fit_linear(features, labels)(features)  # one patient a class: nothing to choose by
+    c = 2 / features.shape[1]  # of two classes
+    assert caplog.messages[-1].endswith(f"with {features.shape[1]} features and C = {c:.2g}")
+    scores = torch.cat([classifier.eval()(batch["image"]) for batch in batches])
+    assert torch.allclose(scores, expected, atol=1e-4)
+    batches[0]["patient"] = ["", "NA"]
+    assert len(set(pooled_features(classifier, batches, torch.device("cpu"))[2])) == 4
 
 
 def test_fine_tuning_starts_from_the_probe_and_a_resumed_one_does_not() -> None:
@@ -165,7 +184,7 @@ def test_fine_tuning_starts_from_the_probe_and_a_resumed_one_does_not() -> None:
     assert all(torch.equal(v, classifier.state_dict()[k]) for k, v in before.items())
     trainer.state.epoch = trainer.state.iteration = 0
     trainer.run([0], max_epochs=1)
-    expected = fit_linear(*pooled_features(classifier, loader(6), torch.device("cpu")))
+    expected = fit_linear(*pooled_features(classifier, loader(6), torch.device("cpu"))[:2])
     assert torch.equal(classifier.head.weight, expected.weight)
     assert not torch.equal(classifier.head.weight, before["head.weight"])
 
@@ -201,7 +220,7 @@ def test_a_head_of_neighbours_carries_its_cases_in_the_weights() -> None:
     assert isinstance(other.head, KNNHead) and len(other.head.labels) == 12
     volume = loader(2)[1]["image"]
     vote = other(volume).softmax(1)
-    features, labels = pooled_features(other, loader(6), torch.device("cpu"))
+    features, labels, _ = pooled_features(other, loader(6), torch.device("cpu"))
     assert torch.allclose(vote[:, :2], knn_probe(features, labels, other.pooled(volume)), atol=1e-4)
     assert vote[:, 2].max() < 1e-6
 

@@ -109,3 +109,35 @@ def test_every_fold_trains_on_every_class(monkeypatch: pytest.MonkeyPatch) -> No
     select_l2(torch.rand(14, 5), labels)
     assert len(seen) == 2 * len(PENALTIES) * (probes.REPEATED // 14)
     assert all(classes == {0, 1, 2} for classes in seen)
+
+
+def test_the_volumes_of_a_patient_are_in_one_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    patients = [f"p{n // 5}" for n in range(100)]
+    labels = torch.arange(20).repeat_interleave(5) % 2
+    own = torch.randn(20, 100, generator=g) + 0.1 * (torch.arange(20) % 2)[:, None]
+    features = own.repeat_interleave(5, 0) + 0.01 * torch.randn(100, 100, generator=g)
+    assert select_l2(features, labels) == 1  # twins in both parts: the least penalty wins
+    assert select_l2(features, labels, patients=patients) >= 100
+    seen, fit = [], probes._logistic
+
+    def record(x: Tensor, y: Tensor, l2: float, classes: int) -> tuple[Tensor, Tensor]:
+        seen.append(len(y))
+        return fit(x, y, 100.0, classes)
+
+    monkeypatch.setattr(probes, "_logistic", record)
+    select_l2(features, labels, patients=patients)
+    assert set(seen) == {80}
+
+
+def test_c_of_scikit_learn_is_twice_as_large_for_two_classes() -> None:
+    linear = pytest.importorskip("sklearn.linear_model")
+    labels = torch.arange(40) % 2
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    features[:, 0] += labels
+    rows = (features - features.mean(0)) / features.std(0, correction=0)
+    model = linear.LogisticRegression(C=2 / 4.0, max_iter=1000, tol=1e-8)
+    model.fit(rows.double().numpy(), labels.numpy())
+    got = linear_probe(features, labels, features, l2=4.0)
+    expected = torch.from_numpy(model.predict_proba(rows.double().numpy())).float()
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=0)

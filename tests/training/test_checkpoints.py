@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import IO
 
@@ -8,6 +9,7 @@ from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
 from med3dinsight_ext.training.checkpoints import (
+    check_names,
     checkpoint,
     embedding_dims_of,
     load_weights,
@@ -189,3 +191,14 @@ def test_a_folder_may_hold_weights_already_and_resuming_is_logged(
     again = Engine(lambda *_: None)
     resume(tmp_path / "last.pt", {"trainer": again, "net": nn.Linear(1, 1)}, again)
     assert f"resumed from {tmp_path / 'last.pt'} after epoch 3" in caplog.text
+
+
+@pytest.mark.parametrize("names", [["malignant", "benign"], ["negative", "positive"]])
+def test_a_network_has_the_classes_of_its_training(names: list[str], tmp_path: Path) -> None:
+    weights = tmp_path / "model.pt"
+    check_names("class_names", names, weights)  # no record
+    record = {"config": {"class_names": ["benign", "malignant"]}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    check_names("class_names", ["benign", "malignant"], weights)
+    with pytest.raises(ValueError, match="--class_names \"\\['benign', 'malignant'\\]\"$"):
+        check_names("class_names", names, weights)

@@ -66,11 +66,14 @@ def test_the_ramp_ends_at_one_and_the_first_step_has_no_mean() -> None:
     average = ema_of(network, 0.9)
     patches = dict.fromkeys(("unlabelled", "unlabelled_clean"), torch.randn(1, 1, 2, 2, 2))
     losses = []
-    for step in (1, 2):
+    for step in (1, 2, 3):  # two batches share the first step of the optimizer
+        if step == 3:
+            average.update_parameters(network)
+            network.layer.weight.data += 1
         engine = state_of(network, step, patches)
         MeanTeacher(average, 1.0, 0)(engine)
         losses.append(float(engine.state.output["loss"].detach()))
-    assert losses[0] == 1 < losses[1]
+    assert losses[0] == losses[1] == 1 < losses[2]
 
 
 def test_it_acts_on_the_step_of_monais_trainer() -> None:
@@ -87,6 +90,7 @@ def test_it_acts_on_the_step_of_monais_trainer() -> None:
     )  # fmt: skip
 
     def note(_: Engine) -> None:
+        average.update_parameters(network)
         moved.append(network.layer.weight.detach().clone())
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, note)

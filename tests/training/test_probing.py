@@ -89,3 +89,11 @@ def test_a_mode_that_does_not_go_with_the_head_is_an_error(tmp_path: Path) -> No
         with pytest.raises(ValueError, match=f"mode must be finetune, linear .*, got '{mode}'"):
             probing.run(classifier, Batches(), CPU, mode, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_weights_of_a_fine_tuning_stay(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes(b"of a fine-tuning")
+    (tmp_path / "model.pt").write_bytes(b"its best epoch")
+    with pytest.raises(ValueError, match="must hold no fine-tuned network, .*last.ckpt; give ano"):
+        fit(tmp_path, "linear", Batches())
+    assert (tmp_path / "model.pt").read_bytes() == b"its best epoch"

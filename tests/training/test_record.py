@@ -20,12 +20,13 @@ from volume_writers import write_dicom
 
 from med3dinsight_ext.data.laterality import Mirror
 from med3dinsight_ext.io.errors import wrong_input
+from med3dinsight_ext.models import classifier
 from med3dinsight_ext.teachers.teacher import Teacher
 from med3dinsight_ext.training.history import read_history
 from med3dinsight_ext.training.origin import scored
 from med3dinsight_ext.training.provenance import cases, running_parser
 from med3dinsight_ext.training.provenance import settings as recorded
-from med3dinsight_ext.training.record import check_text_teacher, read_record, state_hash
+from med3dinsight_ext.training.record import RunRecord, check_text_teacher, read_record, state_hash
 
 UNET = {"_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
         "channels": [4, 8], "strides": [2]}  # fmt: skip
@@ -229,6 +230,21 @@ def test_cases_before_a_training_was_resumed_with_others_count(
         }
 
 
+def test_volumes_of_a_mean_teacher_before_it_was_resumed_with_others_count(tmp_path: Path) -> None:
+    for epoch, name in enumerate("bc"):
+        parts = {"training": "a", "unlabelled": name}
+        loaders = {
+            part: SimpleNamespace(dataset=SimpleNamespace(data=[{"image": image}]))
+            for part, image in parts.items()
+        }
+        record = RunRecord(tmp_path, ["model.pt"], loaders, "cpu", None, epoch)
+        torch.save({"weight": torch.full((1,), float(epoch))}, tmp_path / "model.pt")
+        record.update(epoch + 1)
+        record.finish()
+    known = scored(list("abcd"), tmp_path / "model.pt")["cases_from"]
+    assert known == {"training": 3, "validation": 0, "others": 1}
+
+
 def test_a_repeated_case_counts_once_and_soft_labels_apart(tmp_path: Path) -> None:
     items = [{"image": "a"}] * 5 + [{"image": name, "label": "soft"} for name in "bc"]
     loader = SimpleNamespace(dataset=SimpleNamespace(data=items))
@@ -267,6 +283,19 @@ def test_pretrained_weights_are_named_by_their_hash(
     start = found["pretrained"]
     assert start["file"] == "model.pt" and len(start["sha256"]) == 64
     assert start["encoder_share"] == 1 and start["loaded"] > 0 and start["skipped"] == 0
+
+
+def test_the_patients_of_the_list_reach_the_choice_of_the_penalty(
+    volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(classifier, "select_l2", lambda *_, **given: seen.update(given) or 1.0)
+    items = json.loads((volumes / "classification.json").read_text())
+    listed = [dict(item, patient=f"p{n // 2}") for n, item in enumerate(items)]
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    given = {"datalist": str(tmp_path / "list.json"), "mode": "linear"}
+    train("cls-finetune", tmp_path / "run", volumes, **given)
+    assert sorted(seen["patients"]) == ["p0", "p0", "p1", "p1"]
 
 
 @pytest.mark.parametrize("mode", ["linear", "knn"])

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from fakes import FakeTexts
+from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 from running import free_port
 from torch import nn
@@ -88,7 +89,7 @@ def one_rank(rank: int, port: int, folder: Path) -> None:
     store = GridStore(folder / "s", teacher, ["0"], per_plane=20)
     encoded: list[str] = []  # images whose grids or soft labels are made here
     store_write, fitted = store._write, store._fit
-    store._write = lambda item, path: (encoded.append(item["image"]), store_write(item, path))  # type: ignore[method-assign]
+    store._write = lambda item, path: (encoded.append(item["image"]), store_write(item, path))[1]  # type: ignore[method-assign]
     store._fit = lambda sample: (encoded.append("whitening"), fitted(sample))[1]  # type: ignore[method-assign]
     maker = SoftLabels(folder / "s", 2, (3.0, 3.0, 3.0), hidden=16)
     with_grids = store.fill(items)
@@ -198,6 +199,19 @@ def test_undecided_voxels_do_not_count() -> None:
     loss = SoftDiceCELoss()
     assert torch.allclose(loss(logits, goal), loss(changed, goal))
     assert SoftDiceCELoss(soft_weight=0.0)(logits, goal) == 0
+
+
+def test_a_soft_label_that_is_sure_everywhere_has_the_weight_of_soft_ones() -> None:
+    image = MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.eye(4))
+    sure = torch.zeros(2, 4, 4, 4)
+    sure[0] = 250  # 5 of 255 were below LEAST
+    logits = torch.randn(1, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    drawn = MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.eye(4))
+    for label, weight in ((sure, 0.0), (drawn, 1.0)):
+        data = {"image": image, "label": MetaTensor(label, affine=torch.eye(4))}
+        goal = SoftLabeld("label", "image", 2)(data)["label"][None]
+        whole = SoftDiceCELoss()(logits, goal)
+        assert SoftDiceCELoss(soft_weight=0.0)(logits, goal) == weight * whole
 
 
 def test_known_cases_are_no_unlabelled_ones(tmp_path: Path) -> None:
