@@ -188,6 +188,9 @@ class PreparedCopy:
             if any(map(_of_the_machine, causes(error))):
                 return record  # and not its content: it is tried again
         else:
+            if self.entry(item) != entry:  # named after what the file was before
+                changed = f"got a change of {item['image']}; start again when it is whole"
+                return record | {"fault": f"volume must stay as it is while it is read, {changed}"}
             for key in reversed(self.keys):  # the image marks the entry complete
                 with writing(self.root):
                     record |= self._write(self.path(entry, key), key, arrays[key])

@@ -22,7 +22,7 @@ from monai.transforms import (
     SpatialPadd,
 )
 
-from med3dinsight_ext.data import prepared
+from med3dinsight_ext.data import prepared, volumes
 from med3dinsight_ext.data.chunks import CannotWrite
 from med3dinsight_ext.data.labels import ReadCased, check_labels
 from med3dinsight_ext.data.prepared import PreparedCopy, ReadPreparedd, loading, prepared_copy
@@ -141,6 +141,24 @@ def test_a_limit_of_the_machine_is_no_verdict_on_the_volume(
             patch.setattr("med3dinsight_ext.data.volumes.load_volume", mock.Mock(side_effect=error))
             with pytest.raises(ValueError, match=type(error).__name__):
                 prepared_copy(tmp_path / "copy", load, 0).check([item])
+    assert prepared_copy(tmp_path / "copy", load, 0).check([item])
+
+
+def test_a_volume_that_is_replaced_while_it_is_read_makes_no_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item, load = case(tmp_path, "a"), images()
+    read = volumes.load_volume
+
+    def replacing(*given: Any, **options: Any) -> Any:
+        case(tmp_path, "a", seed=1)
+        return read(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(volumes, "load_volume", replacing)
+        with pytest.raises(ValueError, match="1 bad of 1.*\n.*stay as it is while it is read"):
+            prepared_copy(tmp_path / "copy", load, 0).check([item])
+    assert not list((tmp_path / "copy").glob("??/*.b2nd"))
     assert prepared_copy(tmp_path / "copy", load, 0).check([item])
 
 
