@@ -10,7 +10,7 @@ from shlex import quote
 from typing import Any
 
 from med3dinsight_ext.data.datalists import datalist
-from med3dinsight_ext.data.layouts import check_trainable, read_dataset
+from med3dinsight_ext.data.layouts import Dataset, check_trainable, read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
 from med3dinsight_ext.io.folder_lock import only_training
@@ -37,6 +37,8 @@ from med3dinsight_ext.planning.run_folder import (
 from med3dinsight_ext.reports.predictions import write_predictions
 from med3dinsight_ext.training.launch import launch
 
+UNLABELLED = "unlabelled.json"
+FEW = 5  # labelled cases
 PAGE, REPORT, INPUTS = "predictions.html", "report.html", "inputs-{}.json"
 PREDICTED = {
     "segmentation": "{}_seg.nii.gz", "pretraining": "{}_tokens.safetensors",
@@ -127,6 +129,7 @@ def finetune(
     data: str,
     labels: str | None = None,
     pretrained: str | None = None,
+    self_training: str | None = None,
     out: str | None = None,
     plan: str | None = None,
     quiet: bool = False,
@@ -142,8 +145,11 @@ def finetune(
         labels: as for ``plan``.
         pretrained: folder of a pre-training, owner/name of a repository of Hugging Face, or a
             weights file; without it training starts from scratch.
-        out: folder of the training; default: runs/<name of data>/finetune.
-        plan: file of the command plan; default: that of ``pretrained``, or one is made.
+        self_training: folder of a segmentation training on the same cases; its network gives the
+            images without labels soft labels, which are trained on too.
+        out: folder of the training; default: runs/<name of data>/finetune, or self-training.
+        plan: file of the command plan; default: that of ``pretrained`` or ``self_training``, or one
+            is made.
         quiet: print warnings and errors alone.
         verbose: print the messages of ignite and MONAI too.
         overrides: keys of the bundle, as in ``--steps 2000``.
@@ -161,24 +167,67 @@ def finetune(
             "their folder or list with --labels"
         )
     dataset.check_split()
+    others = [item for item in dataset.training().items if item not in labelled]
     dataset = dataset._replace(items=labelled)
     check_trainable(dataset)
-    folder = Path(out) if out else OUT / _name(data) / "finetune"
+    name = "self-training" if self_training else "finetune"
+    folder = Path(out) if out else OUT / _name(data) / name
     more: dict[str, Any] = {}
+    overlays = ["train.json"]
     weights = None
     if pretrained:
         weights, home = weights_of(pretrained)
         more["pretrained"] = str(weights)
         plan = plan or home
     bundle = "seg-finetune" if dataset.segments() else "cls-finetune"
+    if self_training:
+        more |= _soft_labels(self_training, dataset, others, folder)
+        overlays.append("unlabelled.yaml")
+        plan = plan or self_training
     with only_training(folder / "models"):
         settings = prepare(folder, dataset, plan, ["label"], quiet) | more
         check_start(folder, weights or read_plan(folder / PLAN).get("pretrained"))
-        launch(bundle, ["train.json", overlay(folder)], settings | overrides, quiet, verbose)
+        launch(bundle, [*overlays, overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
         shown = quote(str(folder))
         _close(folder, f"predict {shown} FILES", f"evaluate {shown} {quote(data)}")
+        if bundle == "seg-finetune" and others and len(labelled) <= FEW and not self_training:
+            print(f"with few labels: {PROGRAM} finetune {quote(data)} --self_training {shown}")
     return folder
+
+
+def _soft_labels(
+    model: str, dataset: Dataset, others: Sequence[Mapping[str, Any]], folder: Path
+) -> dict[str, Any]:
+    """Settings of unlabelled.yaml, whose list of images is written.
+
+    Args:
+        model: folder of the training whose network labels them.
+        dataset: with the labelled cases alone.
+        others: images without labels; none is kept for testing.
+        folder: of the training that learns from them.
+    """
+    if not dataset.segments():
+        raise ValueError("self_training must have label maps, got classes; leave it out")
+    if not others:
+        raise ValueError(
+            f"data must hold images without labels for self_training, got none in {dataset.root}"
+        )
+    cases = {str(item["image"]) for item in dataset.items}
+    if images_of(Path(model)) != cases or not (Path(model) / WEIGHTS).is_file():
+        raise ValueError(
+            f"self_training must be the folder of a training on these {len(cases)} cases, got "
+            f"{model}; run {PROGRAM} finetune without it first"
+        )
+    rows = [{key: str(item[key]) for key in ("image", "modality")} for item in others]
+    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(folder / UNLABELLED, lambda draft: draft.write_text(text, "utf-8"))
+    return {
+        "unlabelled": str(folder / UNLABELLED),
+        "soft_weights": str(Path(model) / WEIGHTS),
+        "soft_head": False,
+        "store_dir": str(folder / "store"),
+    }
 
 
 def predict(

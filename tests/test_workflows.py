@@ -91,6 +91,33 @@ def test_three_commands_lead_from_a_folder_to_predictions_and_a_page(
         med3dinsight_ext.evaluate("runs/scans/finetune", "scans")
 
 
+@pytest.mark.slow
+def test_images_without_labels_are_trained_on_with_labels_by_the_first_network(
+    scans: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu = SMALL["device"]
+    split = {"development": ["v0", "v1", "v3"], "test": ["v2", "v4"]}
+    (scans / "split.json").write_text(json.dumps(split))
+    with pytest.raises(ValueError, match="folder of a training on these 3 cases, got runs/scans/f"):
+        med3dinsight_ext.finetune("scans", self_training="runs/scans/finetune")
+    first = med3dinsight_ext.finetune("scans", device=cpu)
+    line = "with few labels: python -m med3dinsight_ext finetune scans --self_training runs/scans/"
+    assert line in capsys.readouterr().out
+    run = med3dinsight_ext.finetune("scans", self_training=str(first), device=cpu)
+    assert run == Path("runs/scans/self-training")
+    record = json.loads((run / "models" / "run.json").read_text())
+    assert record["data"]["training"]["unlabelled"] == 1  # v3; v4 is a test case
+    assert record["teacher"] is None
+    assert len(list((run / "store" / "soft").rglob("*.nii.gz"))) == 1
+    out = med3dinsight_ext.evaluate(str(run), "scans", device=cpu)
+    scores = json.loads((out / "metrics.json").read_text())
+    assert scores["cases_from"] == {"training": 0, "validation": 0, "others": 1}
+    for name in ("v3", "v4"):
+        shutil.copy(scans / "labels" / "v0.nii.gz", scans / "labels" / f"{name}.nii.gz")
+    with pytest.raises(ValueError, match="must hold images without labels for self_training, got"):
+        med3dinsight_ext.finetune("scans", self_training=str(first))
+
+
 def test_the_printed_line_is_the_one_that_runs(
     scans: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ LEFT = {"left", "links", "linke", "linker", "linkes", "gauche", "izquierda", "iz
         "sinistra", "sinistro", "sinister", "l", "lt", "lh"}  # fmt: skip
 RIGHT = {"right", "rechts", "rechte", "rechter", "rechtes", "droite", "droit", "derecha",
          "derecho", "destra", "destro", "dexter", "dextra", "r", "rt", "rh"}  # fmt: skip
+HEART = re.compile(r"atri(um|a|al)|auric|ventric|herzkammer|vorhof")  # no mirror images
 SHORT = {"l", "lt", "lh", "r", "rt", "rh"}  # name a side only if the other side is named alike
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-zà-ÿ]+|\d+")
 CASES = 20  # labels that are measured
@@ -66,15 +67,22 @@ def name_pairs(names: Sequence[str]) -> list[Pair]:
 
     Returns:
         Pairs (left, right) in the order of the left ones. Of several classes with one side and
-        the same other words, none is paired.
+        the same other words, none is paired; nor are the chambers of the heart, which no mirror
+        turns into each other. Lateral ventricles, of the brain, are.
     """
     sides = [side_words(name) for name in names]
     count = Counter(sides)
     return [
         (i, sides.index((1, rest)))
         for i, (side, rest) in enumerate(sides)
-        if side == -1 and count[-1, rest] == count[1, rest] == 1
+        if side == -1 and count[-1, rest] == count[1, rest] == 1 and not _of_the_heart(rest)
     ]
+
+
+def _of_the_heart(words: Sequence[str]) -> bool:
+    """Whether a class's words name a chamber of the heart."""
+    brain = any(word.startswith(("lat", "temporal", "inf", "brain")) for word in words)
+    return not brain and any(map(HEART.search, words))
 
 
 def offsets(path: str, classes: int) -> dict[int, float]:

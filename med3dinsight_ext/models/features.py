@@ -55,8 +55,10 @@ def dry_run(network: nn.Module, size: Sequence[int]) -> Any:
 
 
 def first_output(output: Any) -> Any:
-    """A network's output, or the first of several, as of MONAI's ViT."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+    """A network's output, or the first of several: MONAI's ViT lists them, DynUNet stacks them."""
+    if isinstance(output, (tuple, list)):
+        return output[0]
+    return output[:, 0] if isinstance(output, Tensor) and output.ndim == 6 else output
 
 
 def token_grid(tokens: int, size: Sequence[int]) -> tuple[int, ...] | None:

@@ -42,7 +42,7 @@ def block_mask(volume: Tensor, ratio: float, block: int) -> Tensor:
     b, _, *size = volume.shape
     grid = [-(-n // block) for n in size]
     score = torch.rand(b, math.prod(grid), device=volume.device)
-    hidden = score.argsort(1).argsort(1) < round(ratio * score.shape[1])
+    hidden = score.argsort(1).argsort(1) < max(1, round(ratio * score.shape[1]))
     mask = hidden.view(b, 1, *grid)
     for axis in (2, 3, 4):
         mask = mask.repeat_interleave(block, axis).narrow(axis, 0, size[axis - 2])

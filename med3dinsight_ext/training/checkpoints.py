@@ -64,7 +64,7 @@ def resume(path: str | Path, objects: Mapping[str, Any], trainer: Engine) -> Non
         path: written by ``checkpoint`` with the same ``objects``.
         objects: name to object, the trainer among them.
         trainer: keeps its own ``max_epochs``. A schedule of rates keeps its own length, too, so
-            that a run that is made longer ends at its lowest rate.
+            that a run that is made longer, or has epochs of another length, ends at its lowest.
 
     Raises:
         ValueError: the file is of another run's shape, or is no checkpoint.
@@ -91,8 +91,12 @@ def resume(path: str | Path, objects: Mapping[str, Any], trainer: Engine) -> Non
     except Exception as error:  # each object has its own
         raise ValueError(f"checkpoint must fit this run, got {path}: {error}; {advice}") from error
     trainer.state.max_epochs = epochs
+    was, now = trainer.state.epoch_length, len(getattr(trainer, "data_loader", None) or ())
     for schedule, length in lengths.items():
         vars(schedule).update(length)
+        by_steps = schedule.last_epoch == trainer.state.iteration and schedule.t_total > epochs
+        if by_steps and now not in (0, was):  # as ``Position.go_on`` counts steps then
+            schedule.last_epoch = trainer.state.epoch * now
         for group, rate, factor in zip(
             schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
         ):

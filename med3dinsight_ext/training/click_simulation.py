@@ -127,6 +127,11 @@ class SimulatedClicks:
         volume, label = engine.prepare_batch(
             batchdata, engine.state.device, engine.non_blocking, **engine.to_kwargs
         )
+        if label.shape[1] > 1:
+            raise ValueError(
+                f"labels must be class numbers (b, 1, x, y, z), got {tuple(label.shape)}; use "
+                "click.yaml without unlabelled.yaml"
+            )
         truth = label[:, 0].cpu().numpy().astype(np.int64)
         guidance = volume.new_zeros((len(volume), self.classes, *volume.shape[2:]))
         answer = torch.zeros_like(guidance) if self.earlier_answer else None

@@ -28,7 +28,7 @@ from med3dinsight_ext.io.remote import is_remote
 FIXED = (
     *("seed", "val_fraction", "max_cases", "modality", "spacing", "ct_range"),
     *("label_names", "class_names", "mode", "teacher", "captions", "min_similarity"),
-    *("learning_rate", "weight_decay"),
+    *("learning_rate", "weight_decay", "layer_decay"),
 )
 UNLABELLED = "unlabelled"  # volumes of a mean teacher, or number of those with soft labels
 LONGEST = 1000  # characters of an evaluated config value that is recorded

@@ -75,7 +75,7 @@ def _differ_in_inputs(theirs: torch.Size, ours: torch.Size) -> bool:
 
 
 def growing_inputs(network: nn.Module, source: Mapping[str, Tensor]) -> list[str]:
-    """Weights of a network's input convolutions, if it has more input channels than ``source``.
+    """Weights of a network's input convolutions, if it has more input channels than the image.
 
     The numbers of channels are those of the first convolution. Others that differ in the same way
     read the input too: residual branches, skip connections.
@@ -95,7 +95,7 @@ def growing_inputs(network: nn.Module, source: Mapping[str, Tensor]) -> list[str
         if name in source and _differ_in_inputs(source[name].shape, ours)
     }
     first = changes.get(next(iter(shapes), ""))
-    if first is None or first[0] >= first[1]:
+    if first is None or first[0] != 1 or first[1] == 1:  # clicks would come before earlier answers
         return []
     return [name for name, change in changes.items() if change == first]
 
@@ -117,8 +117,8 @@ def load_pretrained(
         min_match: share of the encoder's parameters that must be loaded, in (0, 1]; of all
             parameters if ``encoder`` is None.
         encoder: names of the encoder's parameters.
-        add_channels: the network may have more input channels than the file; the extra ones start
-            at zero weight, so that its output is the same as without them.
+        add_channels: the network may have more input channels than the one of the file; the extra
+            ones start at zero weight, so that its output is the same as without them.
 
     Raises:
         ValueError: less than ``min_match`` fits; names the likely cause.
@@ -127,8 +127,7 @@ def load_pretrained(
         raise ValueError(f"min_match must be in (0, 1], got {min_match}")
     source = renamed(read_weights(path), rename or {})
     target = network.state_dict()
-    if not any(name in target for name in source) and all(n.startswith("module.") for n in source):
-        source = {name.removeprefix("module."): value for name, value in source.items()}  # DDP's
+    source = _without_ddp(source, target)
     report = TransferReport(str(path), type(network).__name__)
     growing = growing_inputs(network, source) if add_channels else ()
     fitting = match(source, target, report, dict(network.named_parameters()), encoder, growing)
@@ -141,6 +140,13 @@ def load_pretrained(
         )
     network.load_state_dict({**target, **fitting})
     return report
+
+
+def _without_ddp(source: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without the prefix of ``DistributedDataParallel``, unless the network has it too."""
+    if any(name in target for name in source) or not all(n.startswith("module.") for n in source):
+        return source
+    return {name.removeprefix("module."): value for name, value in source.items()}
 
 
 def _cause(
@@ -257,5 +263,5 @@ def transfer_report(weights: str, network: str, **overrides: Any) -> None:
         return
     source, target = read_weights(weights), read_weights(network)
     report = TransferReport(weights, network)
-    match(source, target, report, target)
+    match(_without_ddp(source, target), target, report, target)
     print(report)

@@ -38,6 +38,9 @@ from med3dinsight_ext.losses.deep_supervision import DeepSupervision
         (["background", "rein_gauche", "rein_droit"], [(1, 2)]),
         (["background", "femur_lt", "femur_rt"], [(1, 2)]),
         (["background", "LeftLungUpper", "RightLungUpper", "LeftLungLower"], [(1, 2)]),
+        (["background", "left ventricle", "myocardium", "right ventricle"], []),
+        (["background", "heart_atrium_left", "heart_atrium_right"], []),
+        (["background", "Left-Lateral-Ventricle", "Right-Lateral-Ventricle"], [(1, 2)]),
         (["background", "anterior", "posterior"], []),
         (["background", "L", "S"], []),
         (["background", "leftover", "rightful"], []),
@@ -49,6 +52,12 @@ def test_names_that_differ_in_the_side_are_pairs(
     names: list[str], pairs: list[tuple[int, int]]
 ) -> None:
     assert name_pairs(names) == pairs
+
+
+def test_the_chambers_of_the_heart_are_not_mirrored() -> None:
+    names = ["background", "left ventricle", "myocardium", "right ventricle"]
+    assert mirror(names).axes == () and "left ventricle" in mirror(names).reason
+    assert mirror(names, pairs=[[1, 3]]).axes == (0,)
 
 
 def test_a_number_of_the_command_line_is_a_name() -> None:

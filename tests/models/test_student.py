@@ -141,6 +141,18 @@ def test_what_is_no_feature_map_has_no_grid() -> None:
 
 def test_the_output_is_the_first_of_several() -> None:
     assert first_output((1, 2)) == first_output([1, 2]) == first_output(1) == 1
+    stacked = torch.rand(2, 3, 1, 4, 4, 4)  # DynUNet's
+    assert torch.equal(first_output(stacked), stacked[:, 0])
+
+
+def test_a_network_that_stacks_its_levels_is_asked_to_reconstruct() -> None:
+    network = DynUNet(
+        3, 1, 1, [3] * 3, [1, 2, 2], [2, 2], filters=[4, 4, 8], deep_supervision=True,
+        deep_supr_num=1,
+    )  # fmt: skip
+    whole = Student(network, partial(PSAT, hidden=8, heads=2), {"image": 4}, SIZE)
+    found = whole(torch.rand(1, 1, *SIZE), torch.zeros(1, 1).long(), torch.full((1, 1), 0.5))
+    assert found.reconstruction is not None and found.reconstruction.shape == (1, 1, *SIZE)
 
 
 def test_gradient_reaches_the_encoder_through_tokens_alone() -> None:
@@ -171,6 +183,10 @@ def test_masks_hide_the_same_number_of_whole_blocks() -> None:
 
 def test_an_uneven_size_is_masked_to_its_border() -> None:
     assert block_mask(torch.zeros(1, 1, 5, 7, 9), 0.9, 4).shape == (1, 1, 5, 7, 9)
+
+
+def test_a_small_volume_hides_a_block() -> None:
+    assert block_mask(torch.zeros(2, 1, 8, 8, 16), 0.2, 8).flatten(1).float().mean(1).eq(0.5).all()
 
 
 def test_a_classifier_has_no_reconstruction() -> None:

@@ -15,6 +15,7 @@ from med3dinsight_ext.training.checkpoints import (
     load_weights,
     resume,
 )
+from med3dinsight_ext.training.position import Position
 
 
 def test_a_kill_while_saving_keeps_the_old_checkpoint(
@@ -142,6 +143,41 @@ def test_a_run_that_is_made_longer_ends_at_the_lowest_rate(tmp_path: Path) -> No
     longer = run(8)
     (tmp_path / "last.ckpt").unlink()
     assert longer == pytest.approx(run(8)[4:])
+
+
+@pytest.mark.parametrize("minutes", [False, True])
+def test_epochs_of_another_length_keep_their_place_in_the_schedule(
+    minutes: bool, tmp_path: Path
+) -> None:
+    def run(batches: int, epochs: int, stop: int) -> list[float]:
+        """The rates of the epochs' first steps, which are 1 of 20 epochs for warm-up."""
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        schedule = WarmupCosineSchedule(optimizer, batches, epochs * batches)
+        trainer = Engine(lambda *_: optimizer.step())
+        trainer.data_loader = list(range(batches))  # type: ignore[attr-defined]
+        trainer.state.max_epochs = epochs
+        position = Position(trainer)
+        state = {"trainer": trainer, "schedule": schedule, "position": position}
+        resume(tmp_path / "last.ckpt", state | {"optimizer": optimizer}, trainer)
+        if trainer.state.epoch_length is not None:
+            position.go_on()
+        rates = []
+        at = Events.ITERATION_STARTED
+        trainer.add_event_handler(at, lambda: rates.append(optimizer.param_groups[0]["lr"]))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: schedule.step())
+        end = Events.ITERATION_COMPLETED(once=stop * batches - minutes)
+        save = checkpoint(state | {"optimizer": optimizer}, tmp_path, "last.ckpt")
+        trainer.add_event_handler(end, save)
+        trainer.add_event_handler(end, trainer.terminate)
+        trainer.run(trainer.data_loader, max_epochs=epochs)
+        return rates[::batches]
+
+    run(4, 20, 10)
+    rest = run(2, 20, 20)
+    (tmp_path / "last.ckpt").unlink()
+    whole = run(2, 20, 20)
+    assert rest == pytest.approx(whole[9 if minutes else 10 :])
+    assert rest[-1] < 0.02 and rest == sorted(rest, reverse=True)
 
 
 def test_weights_that_are_missing_or_of_another_network_are_named(tmp_path: Path) -> None:

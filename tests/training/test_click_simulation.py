@@ -177,6 +177,12 @@ def test_the_earlier_answer_can_be_left_out() -> None:
     assert clicks(Engine(Obedient()), item)["image"].shape[1] == 3
 
 
+def test_soft_labels_are_no_truth_to_click_on() -> None:
+    item = {"image": torch.rand(1, 1, 8, 8, 8), "label": torch.ones(1, 2, 8, 8, 8)}
+    with pytest.raises(ValueError, match="class numbers .* use click.yaml without unlabelled.yaml"):
+        SimulatedClicks(NAMES)(Engine(Obedient()), item)
+
+
 @pytest.mark.parametrize(("share", "used"), [(1.0, {0.0}), (0.0, {1.0})])
 def test_the_share_without_clicks_is_what_was_asked(
     share: float, used: set[float], tmp_path: Path, volumes: Path

@@ -184,6 +184,7 @@ def test_a_resumed_training_keeps_the_best_epoch(volumes: Path, tmp_path: Path) 
     ("change", "message"),
     [
         ({"learning_rate": 0.5}, "learning_rate 0.5 after 0.002"),
+        ({"layer_decay": 0.5}, "layer_decay 0.5 after 1"),
         ({"seed": 4, "val_fraction": 0.5}, "seed 4 after 0, val_fraction 0.5 after"),
     ],
 )

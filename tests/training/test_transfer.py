@@ -206,6 +206,23 @@ def test_one_extra_channel_of_a_lone_convolution_and_none_where_the_sizes_agree(
     assert not load_pretrained(nn.Conv3d(1, 2, 1), path, add_channels=True).extended
 
 
+def test_clicks_for_fewer_labels_do_not_grow(tmp_path: Path) -> None:
+    path = saved(nn.Conv3d(5, 2, 1), tmp_path / "a.pt")  # image, two clicks, two earlier answers
+    with pytest.raises(ValueError, match="takes 5 input channels in the file and 7 in the network"):
+        load_pretrained(nn.Conv3d(7, 2, 1), path, add_channels=True)
+
+
+def test_a_report_on_weights_of_several_gpus_knows_their_prefix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = unet()
+    path = saved(network, tmp_path / "a.pt")
+    ddp = {f"module.{name}": value for name, value in network.state_dict().items()}
+    torch.save(ddp, tmp_path / "ddp.pt")
+    transfer_report(str(tmp_path / "ddp.pt"), str(path))
+    assert "100 %" in capsys.readouterr().out
+
+
 def test_a_networks_own_module_prefix_is_kept(tmp_path: Path) -> None:
     target = nn.ModuleDict({"module": nn.Linear(2, 3)})
     source = {f"module.{k}": v for k, v in nn.Linear(2, 3).state_dict().items()}
