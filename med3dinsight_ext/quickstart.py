@@ -15,6 +15,8 @@ from monai.bundle import ConfigWorkflow
 
 from med3dinsight_ext.data import datalists
 from med3dinsight_ext.data.demo_cohort import make_cohort
+from med3dinsight_ext.io.files import volume_stem
+from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.reports.pages import write_page
 from med3dinsight_ext.reports.retrieval import TASKS, gallery, retrieval_tasks, retrieved_slices
 from med3dinsight_ext.reports.segmentation_figures import dice_comparison
@@ -94,6 +96,13 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
         root = Path(data) if data else make_cohort(folder / "data")
         settings: dict[str, Any] = {"bundle_root": str(folder / "pretrain")}
         settings |= {"dataset_dir": str(root)}
+        record = folder / "pretrain" / "models" / "run.json"
+        before = read_json(record, "record")["config"]["dataset_dir"] if record.is_file() else root
+        if Path(before).absolute() != root.absolute():
+            raise ValueError(
+                f"out must be new or a quickstart on {root}, got {folder} on {before}; name "
+                "another with --out"
+            )
         files = {"split": root / "split.json", "captions": root / "captions.jsonl"}
         settings |= {key: str(file) for key, file in files.items() if file.exists()}
         if data:
@@ -110,7 +119,7 @@ def quickstart(data: str | None = None, out: str = "quickstart", max_epochs: int
     items = evaluated.parser.get_parsed_content("val_items")
     with timed(times, "text prompts"):
         score_prompts(folder / "pretrain" / "eval", items[0], settings)
-    values = pretrain_values(evaluated, folder / "pretrain" / "eval")
+    values = pretrain_values(evaluated, folder / "pretrain" / "eval", items[0]["image"])
     if not data:
         with timed(times, "fine-tune twice"):
             weights = folder / "pretrain" / "models" / "model.pt"
@@ -148,12 +157,13 @@ def score_prompts(folder: Path, item: dict[str, Any], settings: dict[str, Any]) 
     bundle_run("pretrain", files, **kept, datalist=str(datalist), prompts=list(PROMPTS))
 
 
-def pretrain_values(evaluated: ConfigWorkflow, results: Path) -> dict[str, Any]:
+def pretrain_values(evaluated: ConfigWorkflow, results: Path, prompted: str) -> dict[str, Any]:
     """Values of the page's section on pre-training.
 
     Args:
         evaluated: workflow of evaluate.json.
         results: folder of its files and of those of the inference.
+        prompted: image of the inference.
     """
     tables = json.loads((results / "retrieval.json").read_text())
     history = read_history(results / "history.jsonl")
@@ -167,6 +177,6 @@ def pretrain_values(evaluated: ConfigWorkflow, results: Path) -> dict[str, Any]:
         "tasks": retrieval_tasks(tables["student"]),
         "task_names": TASKS,
         "gallery": gallery(rows),
-        "text_scores": next(results.glob("*_text.png")),
+        "text_scores": results / f"{volume_stem(prompted)}_text.png",
         "dice": None,
     }

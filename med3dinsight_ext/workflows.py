@@ -14,6 +14,7 @@ from med3dinsight_ext.data.layouts import Dataset, check_trainable, read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
 from med3dinsight_ext.io.folder_lock import only_training
+from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, real_path
 from med3dinsight_ext.planning.plan import read_plan
 from med3dinsight_ext.planning.run_folder import (
@@ -288,12 +289,23 @@ def predict(
         config = home / PLAN if overlays else bundle / "configs" / "inference.json"
         names = (read_plan(config) | used)["label_names"]  # JSON is YAML
         found = {image: folder / name for image, name in due.items()}
-        write_predictions(folder / PAGE, found, names)
+        write_predictions(folder / PAGE, _earlier(folder, due) | found, names)
         own = {*found.values()}  # beside what another process writes
         written = [*(path for path in written if path in own), folder / PAGE]
     if not quiet:
         print(f"\nwrote {len(written)} files to {folder}; look at {written[-1]}")
     return written
+
+
+def _earlier(folder: Path, due: Mapping[str, str]) -> dict[str, Path]:
+    """Segmentations that earlier calls wrote into a folder, by image; the page shows them too."""
+    found = {}
+    for listed in sorted(folder.glob(INPUTS.format("*"))):
+        for row in read_json(listed, "list of inputs"):
+            path = folder / PREDICTED["segmentation"].format(volume_stem(row["image"]))
+            if row["image"] not in due and path.is_file() and Path(row["image"]).exists():
+                found[row["image"]] = path
+    return found
 
 
 def infer(

@@ -24,7 +24,8 @@ from med3dinsight_ext.io.remote import check_servers, is_remote, local_path
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS, find_volumes, real_path
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
-LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask")
+LABEL_ENDINGS = ("_gtv", "_seg", "_label", "_labels", "_mask", "-seg", "-label", "-labels", "-mask",
+                 ".seg")  # fmt: skip
 
 
 def datalist(
@@ -53,7 +54,7 @@ def datalist(
     Returns:
         Items with an absolute ``image`` (an address such as s3://… stays as it is), a ``modality``,
         and other fields as given. An image in an .npz is named ``file.npz::train_images::12``. A
-        DICOM series without a ``patient`` has its PatientID.
+        DICOM series has the patient and the modality of its header where the list says none.
     """
     source = local_path(source, "source", "name a local list of its volumes' addresses")
     root = Path(root or (source if source.is_dir() else source.parent))
@@ -200,7 +201,9 @@ def class_items(
         kinds = (int, float, str)
         numbers |= {float(name): i for i, name in enumerate(names)}
     else:
-        numbers = {key: i for i in range(len(names)) for key in (i, str(i))} | numbers
+        named = {int(name): i for i, name in enumerate(names) if NUMBER.fullmatch(name)}
+        indices = {key: i for i in range(len(names)) for key in (i, str(i))}
+        numbers = indices | named | numbers
     for item in items:
         label = item.get("label")
         if label is None or label == "":
@@ -208,6 +211,8 @@ def class_items(
             folders = Path(image if is_remote(image) else os.path.relpath(image, root)).parts[:-1]
             label = sorted(set(names) & set(folders)) or "no label"
         one: Any = label[0] if isinstance(label, list) and len(label) == 1 else label
+        if isinstance(one, bool) and str(one) in names:
+            one = str(one)
         number = numbers.get(one) if isinstance(one, kinds) else None
         found.append(item | {"label": number})
         bad += [] if number is not None else [f"{told(label)} of {item['image']}"]

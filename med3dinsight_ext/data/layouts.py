@@ -207,6 +207,10 @@ def folder_items(
     beside = [f for d in folders for f in d.iterdir() if f.name.lower().endswith(DICOM_ENDINGS)]
     if beside:
         notes.append(f"{len(beside)} DICOM files beside other volumes are left out")
+    names = {file.name for folder in folders for file in folder.iterdir()}
+    volumes_too = {name for name in names if name.lower().endswith(VOLUME_ENDINGS)}
+    if odd := sorted(name for name in volumes_too if not name.endswith(VOLUME_ENDINGS)):
+        notes.append(f"{len(odd)} files like {odd[0]} are left out: write endings in small letters")
     items = datalist(images)
     if labels and Path(os.path.abspath(images)) in (root := Path(os.path.abspath(labels))).parents:
         items = [item for item in items if root not in Path(item["image"]).parents]

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from med3dinsight_ext.io.dicom import patient_id
+from med3dinsight_ext.io.dicom import series_header
 from med3dinsight_ext.io.volume_files import VOLUME_ENDINGS
 
 log = logging.getLogger(__name__)
@@ -47,15 +47,19 @@ def joined(names: Sequence[str], contents: Sequence[str | None]) -> list[str]:
 def patient_name(item: dict[str, Any], default: str) -> str:
     """The ``patient`` of an item; tables have an empty text or NA where there is none."""
     given = item.get("patient")
-    return default if given in (None, "") or str(given).lower() in MISSING else str(given)
+    name = "" if given is None else str(given).strip()
+    return default if not name or name.lower() in MISSING else name
 
 
 def name_series(items: Sequence[dict[str, Any]]) -> None:
-    """Give DICOM series without a patient their PatientID."""
+    """Give DICOM series the patient and modality of their header, where the item has none."""
     for item in items:
-        series = not item["image"].endswith(VOLUME_ENDINGS) and not patient_name(item, "")
-        if series and (found_id := patient_id(item["image"])):
-            item["patient"] = found_id
+        known = patient_name(item, ""), item.get("modality") != "auto"
+        if all(known) or item["image"].endswith(VOLUME_ENDINGS):
+            continue
+        patient, modality = series_header(item["image"])
+        item |= {"patient": patient} if patient and not known[0] else {}
+        item |= {"modality": modality} if modality and not known[1] else {}
 
 
 def patients_of(items: Sequence[dict[str, Any]]) -> list[str]:

@@ -70,17 +70,19 @@ def open_series(folder: str) -> tuple[tuple[int, ...], np.dtype, np.ndarray, Any
     return shape, np.dtype(np.float32), affine, read
 
 
-def patient_id(folder: str) -> str | None:
-    """PatientID in the first file of a series; None if there is none, or none that can be read."""
+def series_header(folder: str) -> tuple[str | None, str | None]:
+    """PatientID, and CT, MR or PET, of a series' first file; None for what it does not say."""
     if not os.path.isdir(folder):
-        return None
+        return None, None
     try:
         file = next(iterate_series(folder), None)
         pydicom = package("pydicom", folder)
-        header = pydicom.dcmread(file, specific_tags=["PatientID"], stop_before_pixels=True)
-        return str(header.get("PatientID") or "").strip() or None
+        tags = ["PatientID", "Modality"]
+        header = pydicom.dcmread(file, specific_tags=tags, stop_before_pixels=True)
+        patient, kind = (str(header.get(tag) or "").strip() for tag in tags)
     except Exception:  # pydicom has its own for each field; whoever reads the volume names them
-        return None
+        return None, None
+    return patient or None, {"CT": "CT", "MR": "MR", "PT": "PET"}.get(kind)
 
 
 def _check_series(folder: str, files: Sequence[str], headers: Sequence[Any]) -> None:

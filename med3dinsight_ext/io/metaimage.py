@@ -39,13 +39,16 @@ def open_metaimage(path: str) -> tuple[tuple[int, ...], np.dtype, np.ndarray, An
             raise _fault(path, f"have {names[0]}", "none")
         return np.array([float(word) for word in text.split()])
 
+    def yes(name: str, default: str = "") -> bool:
+        return fields.get(name, default)[:1] in ("t", "T", "1")  # as ITK reads it
+
     shape = tuple(int(n) for n in numbers("DimSize"))
     if fields.get("NDims") != "3" or len(shape) != 3:
         raise _fault(path, "be 3D", f"{fields.get('NDims')} dimensions of {shape}")
     kind, channels = fields.get("ElementType", ""), fields.get("ElementNumberOfChannels", "1")
-    if kind not in TYPES or channels != "1" or fields.get("BinaryData", "True") != "True":
+    if kind not in TYPES or channels != "1" or not yes("BinaryData", "True"):
         raise _fault(path, "hold one binary number a voxel", f"{channels} of {kind or 'no type'}")
-    big = "True" in (fields.get("BinaryDataByteOrderMSB"), fields.get("ElementByteOrderMSB"))
+    big = yes("BinaryDataByteOrderMSB") or yes("ElementByteOrderMSB")
     dtype = np.dtype(TYPES[kind]).newbyteorder(">" if big else "<")
 
     data = fields["ElementDataFile"]
@@ -54,7 +57,7 @@ def open_metaimage(path: str) -> tuple[tuple[int, ...], np.dtype, np.ndarray, An
         raise _fault(path, "have its voxels in one file beside it", repr(data[:80]))
     offset = start if data == "LOCAL" else 0
     skipped = int(fields.get("HeaderSize", 0))
-    packed = fields.get("CompressedData") == "True"
+    packed = yes("CompressedData")
     size = math.prod(shape) * dtype.itemsize
     if skipped == -1 and not packed:  # voxels are the end of the file
         offset = max(0, os.path.getsize(file) - size)

@@ -35,6 +35,7 @@ def open_nrrd(path: str) -> tuple[tuple[int, ...], np.dtype, np.ndarray, Any]:
     space = str(header.get("space", "none")).lower()
     encoding = str(header["encoding"]).lower()
     skips = encoding != "raw" and any(header.get(f"{kind} skip") for kind in ("line", "byte"))
+    units = {str(unit).strip().lower() for unit in header.get("space units", ())}
     directions = np.asarray(header.get("space directions", np.nan), float)
     for ok, rule, value in (
         (not header.keys() & set(DETACHED), "hold its voxels itself", "another data file"),
@@ -43,6 +44,7 @@ def open_nrrd(path: str) -> tuple[tuple[int, ...], np.dtype, np.ndarray, Any]:
         (space in SPACES, "have a space (left-posterior-superior, …)", space),
         (directions.shape == (3, 3), "have three space directions", directions.tolist()),
         ("space origin" in header, "have a space origin", "none"),
+        (units <= {"", "mm", "millimeter", "millimeters"}, "be in mm", sorted(units)),
     ):
         if not ok:
             fix = "write it again with Slicer or ITK"

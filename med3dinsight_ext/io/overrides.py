@@ -17,6 +17,7 @@ RUN_ARGUMENTS = (  # of ``monai.bundle run`` itself
     "run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking",
     "args_file", "workflow_name", "workflow_type",
 )  # fmt: skip
+LITERALS = {"true": "True", "false": "False", "null": "None", "none": "None"}
 FOLDERS = ("bundle_root", "ckpt_dir", "output_dir", "store_dir", "prepared")  # written to
 TRACKING = {"mlflow": "shared/mlflow.json", "wandb": "shared/wandb.json"}  # in bundles/
 
@@ -60,8 +61,8 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
     for name, value in given.items():
         if name in RUN_ARGUMENTS:
             continue
-        if value in ("true", "false", "null", "none"):  # arrives as text, which is true
-            word = {"true": "True", "false": "False"}.get(value, "None")
+        word = LITERALS.get(str(value).lower())
+        if word and word != str(value):  # arrives as text, which is true
             raise SystemExit(f"override must be written as in Python, got --{name} {value}; {word}")
         parts = name.replace("#", "::").split("::")
         node: Any = config
@@ -77,6 +78,8 @@ def check_overrides(arguments: Sequence[str] | None = None) -> None:
                 hint = advice(part, known, "see the config's first lines")
                 raise SystemExit(f"override must name a key of the config, got --{name}; {hint}")
         else:
+            if isinstance(node, bool) and str(value).lower() in ("yes", "no", "on", "off"):
+                raise SystemExit(f"override must be True or False, got --{name} {value}")
             given_text, value = value, DefaultParseValue(value) if isinstance(value, str) else value
             texts = value if isinstance(value, (list, tuple)) else [given_text]
             if not isinstance(value, dict) and any(map(_changes, texts)):

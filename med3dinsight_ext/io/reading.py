@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from med3dinsight_ext.io.errors import first_line, told
 from med3dinsight_ext.io.packages import NotHere
 
+COLUMNS = ("image", "label", "patient", "modality")  # of a list of volumes
 LONGEST_LINE = 10_000_000  # characters; no row of an image or a caption is as long
 
 
@@ -86,6 +87,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     with readable("source", path), open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             table = csv.DictReader(_lines(file, path))
+            table.fieldnames = _columns(table.fieldnames or (), path)
             for row in table:
                 where = f"{path} line {table.line_num}"
                 if None in row:
@@ -105,6 +107,23 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
                 raise ValueError(f"{where} must be a JSON object, got {told(row)}; correct it")
             if row:
                 yield where, row
+
+
+def _columns(written: Sequence[str], path: Path) -> list[str]:
+    """Names of a table's columns without blanks around them.
+
+    Raises:
+        ValueError: one occurs twice, or is one of ``COLUMNS`` in capitals.
+    """
+    names = [name.strip() for name in written]
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f"columns must have different names, got {twice} twice in {path}; rename")
+    for name in names:
+        if name.lower() in COLUMNS and name not in COLUMNS:
+            raise ValueError(
+                f"columns must be written {', '.join(COLUMNS)}, got {name} in {path}; rename it"
+            )
+    return names
 
 
 def pyarrow_of(path: Path) -> Any:

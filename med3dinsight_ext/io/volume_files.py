@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
@@ -14,6 +15,7 @@ NEVER_DICOM = (*VOLUME_ENDINGS, ".csv", ".html", ".jpg", ".json", ".jsonl", ".md
                ".png", ".py", ".raw", ".tsv", ".txt", ".xml", ".yaml", ".zip", ".zraw",
                "dicomdir")  # fmt: skip
 DATA_FILE = re.compile(rb"^ElementDataFile[ \t]*=(.*)$", re.MULTILINE)
+LOOKED_AT = 20  # files of a folder, of unknown kinds
 MHD_HEADER = 2**16  # bytes; a header has a few hundred
 
 
@@ -50,11 +52,11 @@ def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _holds_series(folder: str, names: Sequence[str]) -> bool:
-    """Whether a name ends as DICOM's do, or the first file of no other kind begins as DICOM."""
+    """Whether a name ends as DICOM's do, or one of the first files of no other kind begins so."""
     if any(name.lower().endswith(DICOM_ENDINGS) for name in names):
         return True
     other = (name for name in names if not name.lower().endswith(NEVER_DICOM))
-    return is_dicom(os.path.join(folder, next(other, "")))
+    return any(is_dicom(os.path.join(folder, name)) for name in islice(other, LOOKED_AT))
 
 
 def is_dicom(path: str) -> bool:

@@ -24,6 +24,7 @@ MOST_VALUES = 100_000  # of an overlay
 OF_OVERLAYS = ("unlabelled", "soft_weights")  # None without
 PLACES = ("bundle_root", "dataset_dir", "datalist", "split", "captions", "pretrained", "ckpt_dir",
           "output_dir", "store_dir", "prepared", *OF_OVERLAYS)  # fmt: skip
+SAME = ("spacing", "patch_size", "ct_range", "modality", "label_names", "class_names")
 MACHINE = ("device", "subset")
 RUN = ("imports", "initialize", "run", "finalize", "evaluator")  # differ between the configs
 DATA = ("train::dataset::data", "validate::dataset::data")  # lists of files by MONAI Label
@@ -131,6 +132,9 @@ def _as_trained(
     for key, value in changed.items():
         if key not in RUN and (key in inference or key not in merged["train"]):
             inference[key] = value
+    for key in SAME:  # of a bundle whose train.json was edited and its inference.json was not
+        if key in inference and key in train:
+            inference[key] = train[key]
     new = [line for line in train["imports"] if line not in plain["imports"]]
     return inference | {"imports": [*inference["imports"], *new]}
 

@@ -454,6 +454,10 @@ def test_weights_of_classes_are_inverse_to_their_cases() -> None:
     [
         (["1", "2"], 1.0, 0),
         (["2", "high"], 1, 1),
+        (["1", "2", "3", "4a"], 1, 0),
+        (["1", "2", "3", "4a"], "4a", 3),
+        (["True", "False"], True, 0),
+        (["negative", "positive"], True, 1),
         (["2", "high"], "2", 0),
         (["2", "high"], 2.0, None),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from volume_writers import write_dicom
 
 from med3dinsight_ext.data.layouts import check_trainable, class_numbers, read_dataset
 
@@ -238,6 +239,27 @@ def test_dicom_beside_nifti_is_left_out_with_a_note(tmp_path: Path) -> None:
     found = read_dataset(tmp_path)
     assert found.notes == ["1 DICOM files beside other volumes are left out"]
     assert [Path(item["image"]).name for item in found.items] == ["a.nii.gz"]
+
+
+def test_endings_in_capitals_are_left_out_with_a_note(tmp_path: Path) -> None:
+    put(tmp_path, "a.nii.gz", "C.NII.GZ")
+    found = read_dataset(tmp_path)
+    assert len(found.items) == 1
+    assert "1 files like C.NII.GZ are left out: write endings in small letters" in found.notes
+
+
+@pytest.mark.parametrize("name", ["a.seg", "a-seg", "a-label", "a-mask"])
+def test_what_slicer_and_others_call_a_label_is_one(name: str, tmp_path: Path) -> None:
+    put(tmp_path, "a.nii.gz", f"{name}.nii.gz")
+    (item,) = read_dataset(tmp_path).items
+    assert Path(item["label"]).name == f"{name}.nii.gz"
+
+
+def test_a_stray_file_hides_no_series(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    write_dicom(tmp_path / "p1", names="I{0:04d}")
+    (tmp_path / "p1" / "CHECKSUMS").write_text("x" * 200)
+    assert [Path(i["image"]).name for i in read_dataset(tmp_path).items] == ["p1"]
 
 
 def test_one_file_a_missing_folder_and_labels_of_others_are_errors(tmp_path: Path) -> None:

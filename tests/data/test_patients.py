@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from volume_writers import write_dicom
 
+from med3dinsight_ext.data.datalists import datalist
 from med3dinsight_ext.data.patients import name_series, patients_of, place
+from med3dinsight_ext.io.dicom import series_header
 
 
 def test_a_patient_keeps_its_place_in_every_version() -> None:
@@ -28,10 +30,18 @@ def test_a_series_without_a_patient_has_its_patient_id(tmp_path: Path) -> None:
             image = pydicom.dcmread(path)
             image.PatientID = "P7"
             image.save_as(path)
+    header = pydicom.dcmread(tmp_path / "named" / "0000.dcm")
     items = [{"image": str(tmp_path / name)} for name in ("named", "given", "v.nii.gz")]
     items[1]["patient"] = "own"
+    for item, modality in zip(items, ("auto", "MR", "auto"), strict=True):
+        item["modality"] = modality
     name_series(items)
     assert [item.get("patient") for item in items] == ["P7", "own", None]
+    assert [item["modality"] for item in items] == ["CT", "MR", "auto"]
+    assert series_header(str(tmp_path / "named")) == ("P7", "CT")
+    header.Modality = "PT"
+    header.save_as(tmp_path / "named" / "0000.dcm")
+    assert series_header(str(tmp_path / "named"))[1] == "PET"
 
 
 def test_copies_are_one_patients(caplog: pytest.LogCaptureFixture) -> None:
@@ -47,6 +57,27 @@ def test_copies_are_one_patients(caplog: pytest.LogCaptureFixture) -> None:
     assert "1 of 5 volumes are copies of others" in caplog.text
     caplog.clear()
     assert patients_of(items[2:]) == ["3", "d.nii", "e.nii"] and not caplog.text
+
+
+def test_blanks_around_a_patient_are_not_its_name() -> None:
+    items = [{"image": f"{n}.nii", "patient": name} for n, name in enumerate(("P1", "P1 ", 0))]
+    assert patients_of(items) == ["P1", "P1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [("image,Patient", "a.nii,P1"), ("Image,patient", "a.nii,P1"), ("image,label,label", "a,1,2")],
+)
+def test_columns_that_would_be_overlooked_are_named(header: str, row: str, tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text(f"{header}\n{row}\n")
+    with pytest.raises(ValueError, match="columns must .*l.csv; rename"):
+        datalist(tmp_path / "l.csv")
+
+
+def test_blanks_around_a_column_are_not_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.nii").touch()
+    (tmp_path / "l.csv").write_text("image, patient \na.nii,P1\n")
+    assert datalist(tmp_path / "l.csv")[0]["patient"] == "P1"
 
 
 @pytest.mark.parametrize("missing", ["NA", "n/a", "nan", "", None, float("nan")])

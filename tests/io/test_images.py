@@ -194,6 +194,7 @@ def edit(old: bytes, new: bytes) -> Callable[[Path], None]:
         ("a.nrrd", edit(b"encoding: raw", b"encoding: raw\ndata file: a"), "another data file"),
         ("a.nrrd", edit(b"type: float", b"type: block"), "volume must be readable"),
         ("a.nrrd", edit(b"NRRD", b"NEED"), "volume must be readable"),
+        ("a.nrrd", edit(b"encoding: raw", b'encoding: raw\nspace units: "um" "um" ""'), "be in mm"),
     ],
 )  # fmt: skip
 def test_a_broken_header_is_named(
@@ -204,6 +205,18 @@ def test_a_broken_header_is_named(
     with pytest.raises(ValueError, match=message) as error:
         read_volume(str(tmp_path / name))
     assert str(tmp_path / name) in str(error.value)
+
+
+def test_booleans_of_a_metaimage_are_written_in_many_ways(tmp_path: Path) -> None:
+    write_mha(tmp_path / "a.mha")
+    whole = open_volume(tmp_path / "a.mha").get_fdata()
+    head, _, voxels = (tmp_path / "a.mha").read_bytes().partition(b"ElementDataFile = LOCAL\n")
+    for word in (b"true", b"T", b"1"):
+        swapped = np.frombuffer(voxels, "<f4").astype(">f4").tobytes()
+        lines = [line for line in head.splitlines(True) if b"MSB" not in line]
+        lines += [b"BinaryDataByteOrderMSB = " + word + b"\n", b"ElementDataFile = LOCAL\n"]
+        (tmp_path / "a.mha").write_bytes(b"".join(lines) + swapped)
+        assert np.array_equal(open_volume(tmp_path / "a.mha").get_fdata(), whole)
 
 
 def test_a_cut_archive_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ def config(tmp_path: Path) -> str:
         "label_names": ["background", "foreground"],
         "prompts": [],
         "bundle_root": ".",
+        "skip_bad": False,
         "train": {"trainer": {"_target_": "X", "max_epochs": 1}, "channels": [16, 32]},
     }
     path = tmp_path / "train.json"
@@ -64,11 +65,18 @@ def test_an_address_is_no_folder_to_write_to() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "word"), [("false", "False"), ("true", "True"), ("null", "None")]
+    ("value", "word"), [("false", "False"), ("TRUE", "True"), ("null", "None"), ("NONE", "None")]
 )
 def test_a_word_that_would_arrive_as_text_stops_the_run(config: str, value: str, word: str) -> None:
     with pytest.raises(SystemExit, match=f"as in Python, got --learning_rate {value}; {word}"):
         check_overrides(["run", "--config_file", config, "--learning_rate", value])
+    check_overrides(["run", "--config_file", config, "--learning_rate", word])
+
+
+@pytest.mark.parametrize("word", ["no", "off", "YES"])
+def test_a_word_for_yes_or_no_is_no_boolean(config: str, word: str) -> None:
+    with pytest.raises(SystemExit, match=f"must be True or False, got --skip_bad {word}"):
+        check_overrides(["run", "--config_file", config, "--skip_bad", word])
 
 
 @pytest.mark.parametrize(

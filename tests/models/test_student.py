@@ -146,7 +146,7 @@ def test_the_output_is_the_first_of_several() -> None:
 
 
 def test_a_network_that_stacks_its_levels_is_asked_to_reconstruct() -> None:
-    network = DynUNet(
+    network = nets.DynUNet(
         3, 1, 1, [3] * 3, [1, 2, 2], [2, 2], filters=[4, 4, 8], deep_supervision=True,
         deep_supr_num=1,
     )  # fmt: skip
