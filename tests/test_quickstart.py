@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from fakes import write_volumes
 
 from med3dinsight_ext.data.datalists import datalist
-from med3dinsight_ext.quickstart import fitting_spacing, score_prompts
+from med3dinsight_ext.quickstart import fitting_spacing, quickstart, score_prompts
 
 
 def test_the_median_volume_fits_a_patch(tmp_path: Path) -> None:
@@ -25,3 +26,11 @@ def test_prompts_are_scored_in_one_volume(tmp_path: Path, monkeypatch: pytest.Mo
     assert words == ("pretrain", ["inference.json", "quickstart.yaml"])
     assert more["bundle_root"] == "r" and "split" not in more and len(more["prompts"]) == 3
     assert Path(more["datalist"]).read_text() == '{"image": "v.nii", "modality": "MR"}\n'
+
+
+def test_a_quickstart_on_other_data_is_not_gone_on_with(tmp_path: Path) -> None:
+    models = tmp_path / "out" / "pretrain" / "models"
+    models.mkdir(parents=True)
+    (models / "run.json").write_text(json.dumps({"config": {"dataset_dir": "/first"}}))
+    with pytest.raises(ValueError, match="a quickstart on .*second, got .*out on /first; name ano"):
+        quickstart(str(tmp_path / "second"), str(tmp_path / "out"))

@@ -78,6 +78,12 @@ def test_three_commands_lead_from_a_folder_to_predictions_and_a_page(
         ours, theirs = nib.load(path), open_volume(image)
         assert ours.shape == theirs.shape and np.allclose(ours.affine, theirs.affine)
     page = written[-1].read_text("utf-8")
+    more = med3dinsight_ext.predict(
+        "runs/scans/finetune", "scans/v4.nii.gz", device=SMALL["device"]
+    )
+    assert [path.name for path in more] == ["v4_seg.nii.gz", "predictions.html"]
+    both = more[-1].read_text("utf-8")
+    assert both.count("<svg") == 4 and "v3.nii.gz" in both and "v4.nii.gz" in both
     assert "v3.nii.gz" in page and page.count("<svg") == 3 and "class_1" in page
     with pytest.raises(
         ValueError, match="without these predictions, got .* with 1.2.840_seg.nii.gz and 2 more"

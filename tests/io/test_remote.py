@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import socket
@@ -32,7 +33,7 @@ from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.embeddings.grids import GridStore
 from med3dinsight_ext.embeddings.store import Store
 from med3dinsight_ext.io.files import HashMemo
-from med3dinsight_ext.io.remote import fetched, local_path
+from med3dinsight_ext.io.remote import fetched, local_path, version
 from med3dinsight_ext.models.teacher_classifier import TeacherFeatures
 from med3dinsight_ext.training.soft_labels import SoftLabels
 from med3dinsight_ext.training.volume_targets import VolumeTargets
@@ -161,6 +162,10 @@ def test_a_web_server_is_read(item: dict[str, Any], tmp_path: Path) -> None:
         same(item, {**item, "image": f"{root}/a.nii.gz", "label": f"{root}/a_seg.nii.gz"})
         with pytest.raises(ValueError, match="reachable, got FileNotFoundError.*/b.nii.gz; check"):
             read_volume(f"{root}/b.nii.gz")
+        before, path = version(f"{root}/a.nii.gz"), tmp_path / "data" / "a.nii.gz"
+        os.utime(path, (path.stat().st_mtime + 100,) * 2)  # replaced by one of the same size
+        fsspec.core.url_to_fs(root)[0].invalidate_cache()
+        assert version(f"{root}/a.nii.gz") != before  # by its date: this server has no ETag
     finally:
         server.shutdown()
         server.server_close()

@@ -87,6 +87,25 @@ def test_the_card_has_the_epochs_that_ran(folder: Path, training: Path) -> None:
     assert "200 epochs" not in (folder / "docs" / "README.md").read_text()
 
 
+def test_inference_of_an_edited_copy_reads_volumes_as_its_training_did(
+    training: Path, tmp_path: Path
+) -> None:
+    """As after ``init``: the shared settings of training are edited, those of inference not."""
+    shutil.copytree(ROOT / "bundles", tmp_path / "bundles")
+    record = json.loads((training / "models" / "run.json").read_text())["config"]
+    shared = tmp_path / "bundles" / "shared" / "train.json"
+    edited = json.loads(shared.read_text()) | {"spacing": record["spacing"], "ct_range": [-99, 99]}
+    shared.write_text(json.dumps(edited))
+    copied = shutil.copytree(training, tmp_path / "run")
+    run_file = copied / "models" / "run.json"
+    content = json.loads(run_file.read_text())
+    content["config"]["ct_range"] = [-99, 99]
+    run_file.write_text(json.dumps(content))
+    out = published(copied, tmp_path, bundle=str(tmp_path / "bundles" / "seg-finetune"))
+    inference = json.loads((out / "configs" / "inference.json").read_text())
+    assert (inference["spacing"], inference["ct_range"]) == (record["spacing"], [-99, 99])
+
+
 def test_inference_mirrors_as_training_decided_from_the_labels(
     folder: Path, training: Path
 ) -> None:
