@@ -283,8 +283,13 @@ class SoftLabeld(MapTransform):
 def balance(
     labelled: Sequence[dict[str, Any]], unlabelled: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Both lists, the labelled one repeated so that half of all items are labelled."""
+    """Both lists, the labelled one repeated so that half of all items are labelled.
+
+    Of their fields those that all have, as a batch needs: one list may name patients.
+    """
     if not unlabelled:
         return list(labelled)
     count = max(len(unlabelled), len(labelled))
-    return [labelled[n % len(labelled)] for n in range(count)] + list(unlabelled)
+    items = [labelled[n % len(labelled)] for n in range(count)] + list(unlabelled)
+    common = set(items[0]).intersection(*items)
+    return [{key: value for key, value in item.items() if key in common} for item in items]

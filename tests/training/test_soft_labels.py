@@ -237,6 +237,8 @@ def test_half_of_the_items_are_labelled() -> None:
     names = [item["image"] for item in balance(few, many)]
     assert len(names) == 10 and names[:5] == ["a", "b", "a", "b", "a"]
     assert balance(few, []) == few
+    named = [item | {"patient": "p"} for item in few]
+    assert balance(named, many) == balance(few, many)  # a batch needs the same fields
 
 
 def test_labels_of_other_classes_are_refused(tmp_path: Path) -> None:
