@@ -168,7 +168,7 @@ def finetune(
             "their folder or list with --labels"
         )
     dataset.check_split()
-    others = [item for item in dataset.training().items if item not in labelled]
+    others = [i for i in dataset.training().items if i.get("label") in (None, "")]
     dataset = dataset._replace(items=labelled)
     check_trainable(dataset)
     name = "self-training" if self_training else "finetune"
