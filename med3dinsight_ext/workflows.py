@@ -182,12 +182,13 @@ def finetune(
         plan = plan or home
     bundle = "seg-finetune" if dataset.segments() else "cls-finetune"
     if self_training:
-        more |= _soft_labels(self_training, dataset, others, folder)
+        _check_self_training(self_training, dataset, others)
         overlays.append("unlabelled.yaml")
         plan = plan or self_training
     with only_training(folder / "models"):
         settings = prepare(folder, dataset, plan, ["label"], quiet) | more
         check_start(folder, weights or read_plan(folder / PLAN).get("pretrained"))
+        settings |= _soft_labels(self_training, others, folder) if self_training else {}
         launch(bundle, [*overlays, overlay(folder)], settings | overrides, quiet, verbose)
     if not quiet:
         shown = quote(str(folder))
@@ -197,17 +198,8 @@ def finetune(
     return folder
 
 
-def _soft_labels(
-    model: str, dataset: Dataset, others: Sequence[Mapping[str, Any]], folder: Path
-) -> dict[str, Any]:
-    """Settings of unlabelled.yaml, whose list of images is written.
-
-    Args:
-        model: folder of the training whose network labels them.
-        dataset: with the labelled cases alone.
-        others: images without labels; none is kept for testing.
-        folder: of the training that learns from them.
-    """
+def _check_self_training(model: str, dataset: Dataset, others: Sequence[Mapping[str, Any]]) -> None:
+    """Stop if a network cannot label images for a training on these cases."""
     if not dataset.segments():
         raise ValueError("self_training must have label maps, got classes; leave it out")
     if not others:
@@ -220,6 +212,16 @@ def _soft_labels(
             f"self_training must be the folder of a training on these {len(cases)} cases, got "
             f"{model}; run {PROGRAM} finetune without it first"
         )
+
+
+def _soft_labels(model: str, others: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    """Settings of unlabelled.yaml, whose list of images is written.
+
+    Args:
+        model: folder of the training whose network labels them.
+        others: images without labels; none is kept for testing.
+        folder: of the training that learns from them.
+    """
     rows = [{key: str(item[key]) for key in ("image", "modality")} for item in others]
     text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
     write_atomic(folder / UNLABELLED, lambda draft: draft.write_text(text, "utf-8"))
