@@ -187,7 +187,9 @@ def gains(rows: Rows) -> Figure:
         axes.set_yticks(range(len(shown)), [FINE_TUNED[arm].split(", 0.")[0] for arm in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         draws = sum(draw in arms["scratch"] for draw in PATIENTS[title])
-        axes.set_title(f"{title}, {draws} draw{'s' * (draws > 1)} of them at most", loc="left")
+        axes.set_title(
+            f"{title}, {f'up to {draws} draws' if draws > 1 else 'one draw'}", loc="left"
+        )
     all_axes[-1].set_xlabel("points of Dice, 95 % intervals")
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2)
@@ -213,6 +215,12 @@ def finetuning(rows: Rows) -> str:
         if lines:
             parts.append(table(f"{title} | {head}", lines))
     return "\n\n".join(parts)
+
+
+def with_one_patient(rows: Rows, arm: str, other: str = "scratch") -> str:
+    """``above`` of two arms with one labelled patient."""
+    arms = fine_tuned(rows)
+    return above(by_draw(arms[arm]), by_draw(arms[other]), ONE)
 
 
 def scratch_mean(rows: Rows, names: Sequence[str], steps: int) -> tuple[float, int] | None:
@@ -340,6 +348,10 @@ def readme() -> str:
         room_gain=room_gain(rows),
         seen_scratch=smallest_seen(rows, "dense", "scratch"),
         seen_reconstruction=smallest_seen(rows, "dense", "recon"),
+        one_self=with_one_patient(rows, "soft_network"),
+        one_dense=with_one_patient(rows, "dense_1e-3"),
+        one_recon=with_one_patient(rows, "recon_1e-3"),
+        one_taught=with_one_patient(rows, "dense_1e-3", "recon_1e-3"),
         speed=speed(cost),
         devices="; ".join(devices),
     )
