@@ -90,7 +90,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
             table.fieldnames = _columns(table.fieldnames or (), path)
             for row in table:
                 where = f"{path} line {table.line_num}"
-                if None in row:
+                if any(row.pop(None, ())):  # empty cells at the end are Excel's
                     raise ValueError(
                         f"{where} must have {len(table.fieldnames or ())} cells, got more; put "
                         "texts with commas into double quotes"

@@ -96,6 +96,9 @@ def test_a_comma_outside_quotes_cuts_no_caption(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("image,plane,index,text\na.nii,2,1,Normal, but a cyst\n")
     with pytest.raises(ValueError, match=r"c.csv line 2 must have 4 cells, got more; put texts"):
         FileCaptions(tmp_path / "c.csv")
+    item = image(tmp_path / "a.nii")
+    (tmp_path / "c.csv").write_text("image,plane,index,text\na.nii,2,1,Normal,,\n")
+    assert FileCaptions(tmp_path / "c.csv").caption(item, [2], [0.3]) == ["Normal"]
 
 
 def test_images_are_found_below_another_root(tmp_path: Path) -> None:
