@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from med3dinsight_ext.data.datalists import datalist
-from med3dinsight_ext.data.layouts import bids_subject, folder_items
+from med3dinsight_ext.data.layouts import bids_subject, read_dataset
 from med3dinsight_ext.data.patients import joined, patient_name, place
 from med3dinsight_ext.data.splits import FEW
 from med3dinsight_ext.io.console import Bar
@@ -74,7 +74,7 @@ def split(
 
 
 def _add_labels_and_subjects(items: list[dict[str, Any]], folder: Path) -> None:
-    """The labels that a folder has for its images, and its BIDS subjects.
+    """What a folder has for its images: labels, modality of dataset.json, BIDS subjects.
 
     Other folders may become patients, or cease to be, with new volumes.
     """
@@ -82,12 +82,18 @@ def _add_labels_and_subjects(items: list[dict[str, Any]], folder: Path) -> None:
         subject = bids_subject(Path(os.path.relpath(item["image"], folder)).parts)
         item |= {"patient": patient_name(item, subject)} if subject else {}
     try:
-        labels = {i["image"]: i["label"] for i in folder_items(folder, None, []) if "label" in i}
+        dataset = read_dataset(folder)
     except ValueError as error:
         log.warning(f"the lists have no labels: {error}")
         return
+    for note in dataset.notes:
+        log.info(note)
+    if dataset.names:
+        log.warning(f'the lists do not name the classes: give --label_names "{dataset.names}"')
+    found = {item["image"]: item for item in dataset.items}
     for item in items:
-        item |= {"label": labels[item["image"]]} if item["image"] in labels else {}
+        known = found.get(item["image"], {})
+        item |= {key: known[key] for key in ("label", "modality") if key in known}
 
 
 def hashed(items: Sequence[dict], memo: HashMemo) -> tuple[dict[str, str], dict[str, str]]:

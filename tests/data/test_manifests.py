@@ -230,3 +230,16 @@ def test_sessions_of_a_subject_stay_together(tmp_path: Path) -> None:
     subjects = [{item["patient"] for item in part} for part in (development, test)]
     assert subjects[0].isdisjoint(subjects[1]) and len(subjects[0] | subjects[1]) == 12
     assert report["without_patient"] == 0
+
+
+def test_the_modality_of_a_folder_is_listed_and_its_class_names_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in" / "imagesTr").mkdir(parents=True)
+    for n in range(12):
+        fakes.volume(tmp_path / "in" / "imagesTr" / f"v{n}_0000.nii.gz", n)
+    about = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "tumour": 1}}
+    (tmp_path / "in" / "dataset.json").write_text(json.dumps(about))
+    development, test, _ = split(tmp_path / "in", tmp_path / "out", test_share=0.4)
+    assert {item["modality"] for item in development + test} == {"CT"}
+    assert "give --label_names \"['background', 'tumour']\"" in caplog.text
