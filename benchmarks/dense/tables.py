@@ -209,7 +209,7 @@ def finetuning(rows: Rows) -> str:
             draws = by_draw(arms[arm])
             if any(draw in draws for draw in names):
                 gain = "" if arm == "scratch" else above(draws, scratch, names)
-                taught = arm.startswith(("both", "dense"))
+                taught = arm.startswith(("both", "dense", "soft"))
                 more = above(draws, reconstruction, names) if taught else ""
                 lines.append([name, *cells(draws, names), gain, more])
         if lines:
