@@ -204,10 +204,9 @@ def folder_items(
             f"{count or 'no files'} in {images}; pictures (2D) are not volumes"
         )
     folders = {path.parent for path in volumes if path.is_file()}
-    beside = [f for d in folders for f in d.iterdir() if f.name.lower().endswith(DICOM_ENDINGS)]
-    if beside:
-        notes.append(f"{len(beside)} DICOM files beside other volumes are left out")
-    names = {file.name for folder in folders for file in folder.iterdir()}
+    names = [file.name for folder in folders for file in folder.iterdir()]
+    if beside := sum(name.lower().endswith(DICOM_ENDINGS) for name in names):
+        notes.append(f"{beside} DICOM files beside other volumes are left out")
     volumes_too = {name for name in names if name.lower().endswith(VOLUME_ENDINGS)}
     if odd := sorted(name for name in volumes_too if not name.endswith(VOLUME_ENDINGS)):
         notes.append(f"{len(odd)} files like {odd[0]} are left out: write endings in small letters")

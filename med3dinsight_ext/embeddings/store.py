@@ -297,7 +297,7 @@ class Store:
             f"{found['volumes']:,} volumes, {found['missing']:,} of them not in {self.root}: "
             f"at most {found['slices']:,} slices, {found['calls']:,} model calls"
             + (f" ({found['logged']:,} answers are logged)" if logged else "")
-            + f", "
+            + ", "
             f"{found['gigabytes']:.3g} GB; {found['hours']:.2g} hours beside the model's with "
             f"{self.readers} readers of {found['memory']:.2g} GB, as {reading.volumes} volumes "
             f"took {reading.seconds:.2g} s to read and {embedding.seconds:.2g} s to embed; nothing "
