@@ -448,6 +448,7 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 )  # fmt: skip
     for labelled in (f"{count}{draw}" for count in ("one", "two") for draw in range(3)):
         add(f"scratch_{labelled}", "finetune", labelled=labelled, steps=600)
+        add(f"longer_{labelled}", "finetune", labelled=labelled, steps=1200)
         for arm in ("recon", "dense"):
             add(
                 f"{arm}_p0_{labelled}", "finetune", [f"{arm}_p0"], init=f"{arm}_p0",
