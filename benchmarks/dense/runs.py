@@ -1,11 +1,12 @@
-"""Head and neck with few labels: what the three bundles give, run many at a time.
+"""Segmentation with few labels: what the three bundles give, run many at a time.
 
-Development cases only: 21 of the 105 are scored, the other 84 are the pool of labelled cases, and
-those 84 with the 24 unlabelled ones are pre-trained on. Every job is one bundle run in a process of
-its own; a result appears as soon as there is one, and a job with a result is not run again.
+Development cases only: a fifth of them is scored, the others are the pool of labelled cases, and
+that pool with the cases without labels is pre-trained on. Every job is one bundle run in a process
+of its own; a result appears as soon as there is one, and a job with a result is not run again.
 
-python benchmarks/dense/headneck.py table NAME DATA WORK [--slots 8]  # make a table of the page
-python benchmarks/dense/headneck.py run DATA WORK [--slots 8] [--seconds 500] [--only NAME]
+python benchmarks/dense/runs.py table NAME DATA WORK [--slots 8]  # make a table of the page
+python benchmarks/dense/runs.py run DATA WORK [--slots 8] [--seconds 500] [--only NAME]
+python benchmarks/dense/runs.py run DATA WORK --task hippocampus
 """
 
 from __future__ import annotations
@@ -36,9 +37,31 @@ from med3dinsight_ext.teachers.teacher import Teacher, pair  # noqa: E402
 from med3dinsight_ext.teachers.towers import TextTower  # noqa: E402
 from med3dinsight_ext.training.launch import bundle_run  # noqa: E402
 
-CLASSES = ["background", "Brainstem", "SpinalCord", "RightParotid", "LeftParotid"]
-SPACING, PATCH = [3.0, 3.0, 2.5], [64, 64, 48]
-SCORED, LABELLED = 21, 5
+
+class Task(NamedTuple):
+    """A data set, the grid of its trainings, and their length beside that of the plan."""
+
+    name: str
+    modality: str
+    classes: list[str]
+    spacing: list[float]  # mm
+    patch: list[int]
+    scored: int
+    labelled: int  # cases of a draw
+    scale: float = 1.0
+
+
+TASKS = {
+    "headneck": Task(
+        "headneck", "CT", ["background", "Brainstem", "SpinalCord", "RightParotid", "LeftParotid"],
+        [3.0, 3.0, 2.5], [64, 64, 48], scored=21, labelled=5,
+    ),
+    "hippocampus": Task(
+        "hippocampus", "MR", ["background", "Anterior", "Posterior"],
+        [1.0, 1.0, 1.0], [32, 48, 32], scored=28, labelled=3, scale=0.5,
+    ),
+}  # fmt: skip
+TASK = TASKS["headneck"]  # ``main`` sets it
 LEARNING_RATE = 3e-3  # of fine-tuning: the best of three from scratch
 BACKBONES: dict[str, dict[str, Any]] = {
     "unet": {
@@ -87,8 +110,10 @@ def split(root: Path) -> dict[str, list[str]]:
     """Names of the cases: scored, pool (labelled), pretrain (pool and unlabelled)."""
     names = sorted(json.loads((root / "split.json").read_text())["development"])
     order = np.random.RandomState(20261126).permutation(len(names))
-    scored, pool = [[names[i] for i in part] for part in (order[:SCORED], order[SCORED:])]
-    extra = sorted(path.name.split(".")[0] for path in (root / "imagesTs").iterdir())
+    scored, pool = [
+        [names[i] for i in part] for part in (order[: TASK.scored], order[TASK.scored :])
+    ]
+    extra = sorted(path.name.split(".")[0] for path in (root / "imagesTs").glob("*.nii.gz"))
     return {"scored": scored, "pool": pool, "pretrain": [*pool, *extra]}
 
 
@@ -98,13 +123,13 @@ def write_lists(root: Path, work: Path, draws: int, volumes: int | None) -> None
 
     def item(name: str, labelled: bool) -> dict[str, str]:
         folder = "imagesTr" if (root / "imagesTr" / f"{name}.nii.gz").exists() else "imagesTs"
-        found = {"image": str(root / folder / f"{name}.nii.gz"), "modality": "CT"}
+        found = {"image": str(root / folder / f"{name}.nii.gz"), "modality": TASK.modality}
         return found | ({"label": str(root / f"labelsTr/{name}.nii.gz")} if labelled else {})
 
     lists = {"pretrain": [item(name, False) for name in parts["pretrain"]]}
     lists["all"] = [item(name, True) for name in parts["pool"]]
     for draw in range(draws):
-        picked = np.random.RandomState(draw).permutation(len(parts["pool"]))[:LABELLED]
+        picked = np.random.RandomState(draw).permutation(len(parts["pool"]))[: TASK.labelled]
         lists[f"draw{draw}"] = [item(parts["pool"][i], True) for i in picked]
         names = {Path(i["image"]).name for i in lists[f"draw{draw}"]}
         for name, count in (("one", 1), ("two", 2)):
@@ -128,13 +153,13 @@ def load_cases(root: Path, names: Sequence[str]) -> list[Case]:
             LoadImaged(["image", "label"], reader="NibabelReader", ensure_channel_first=True),
             Orientationd(["image", "label"], "RAS", labels=None),
             ScaleByModalityd("image"),
-            Spacingd(["image", "label"], SPACING, mode=["bilinear", "nearest"]),
+            Spacingd(["image", "label"], TASK.spacing, mode=["bilinear", "nearest"]),
         ]
     )
     found = []
     for name in names:
         paths = {k: str(root / f"{k}sTr" / f"{name}.nii.gz") for k in ("image", "label")}
-        data = load({**paths, "modality": "CT"})
+        data = load({**paths, "modality": TASK.modality})
         image, label = (data[k].as_tensor() for k in ("image", "label"))
         found.append((name, image, label[0].to(torch.uint8)))
     return found
@@ -143,7 +168,7 @@ def load_cases(root: Path, names: Sequence[str]) -> list[Case]:
 def dice(guess: Tensor, label: Tensor) -> list[float]:
     """Of each organ."""
     found = []
-    for k in range(1, len(CLASSES)):
+    for k in range(1, len(TASK.classes)):
         a, b = guess == k, label == k
         found.append(round(float(2 * (a & b).sum() / (a.sum() + b.sum()).clamp(min=1)), 4))
     return found
@@ -153,7 +178,7 @@ def dice(guess: Tensor, label: Tensor) -> list[float]:
 def score(network: nn.Module, device: torch.device) -> dict[str, Any]:
     """Dice of each organ and scored case."""
     network.eval()
-    inferer = SlidingWindowInferer(PATCH, 8, overlap=0.5, mode="gaussian")
+    inferer = SlidingWindowInferer(TASK.patch, 8, overlap=0.5, mode="gaussian")
     cases = {}
     for name, image, label in SCORED_CASES:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -200,7 +225,7 @@ def teacher_settings(work: Path, tag: str) -> dict[str, Any]:
 
 
 def overlay_teacher(work: Path, tag: str) -> dict[str, Any]:
-    return {"_target_": "headneck.images_only", **teacher_settings(work, tag)}
+    return {"_target_": "runs.images_only", **teacher_settings(work, tag)}
 
 
 def adapt(work: Path, name: str, steps: int = 200, seed: int = 0, **_: Any) -> dict[str, Any]:
@@ -227,8 +252,8 @@ def pretrain(
     bundle_run(
         "pretrain", ["train.json", "dense.yaml"],
         bundle_root=str(work / "runs" / name), datalist=str(work / "lists/pretrain.json"),
-        store_dir=str(work / "store"), teacher=overlay_teacher(work, tag), spacing=SPACING,
-        patch_size=PATCH, backbone=BACKBONES[backbone], num_workers=workers, seed=seed,
+        store_dir=str(work / "store"), teacher=overlay_teacher(work, tag), spacing=TASK.spacing,
+        patch_size=TASK.patch, backbone=BACKBONES[backbone], num_workers=workers, seed=seed,
         val_fraction=0.0, warmup_epochs=1, learning_rate=lr,
         **{
             **length(steps),
@@ -279,8 +304,9 @@ def finetune(
         more["pretrained"] = str(work / "runs" / init / "models/model.pt")
     root = work / "runs" / name
     flow = bundle_run(
-        "seg-finetune", overlays, bundle_root=str(root), label_names=CLASSES,
-        datalist=str(work / "lists" / f"{labelled}.json"), spacing=SPACING, patch_size=PATCH,
+        "seg-finetune", overlays, bundle_root=str(root), label_names=TASK.classes,
+        datalist=str(work / "lists" / f"{labelled}.json"), spacing=TASK.spacing,
+        patch_size=TASK.patch,
         backbone=BACKBONES[backbone], num_workers=2, seed=seed, val_fraction=0.0,
         warmup_epochs=1, learning_rate=lr or LEARNING_RATE, **length(steps), **more,
     )  # fmt: skip
@@ -315,9 +341,9 @@ def pack(work: str, out: str) -> None:
         torch.save(states, Path(out) / f"weights_{n // 5}.pt")
 
 
-def collect(work: str) -> None:
-    """Add the results in WORK to results/headneck.jsonl, in place of earlier ones of that name."""
-    target = Path(__file__).parent / "results" / "headneck.jsonl"
+def collect(work: str, task: str = "headneck") -> None:
+    """Add the results in WORK to those of TASK on record, in place of earlier ones of that name."""
+    target = Path(__file__).parent / "results" / f"{task}.jsonl"
     paths = sorted((Path(work) / "results").glob("*.json"))
     lines = target.read_text().splitlines() if target.exists() else []
     lines += [path.read_text() for path in paths if not path.name.startswith("fill")]
@@ -514,18 +540,21 @@ def reproduce(table: str, data: str, work: str, slots: int = 8, **settings: Any)
 
     Args:
         table: one of ``tables.TABLES``.
-        data: folder of the head and neck cases.
+        data: folder of the cases.
         work: folder of all runs; what is done there is not done again.
         slots: jobs at a time, a core each.
         settings: see ``main``.
     """
     from dense import tables
 
+    task = settings.get("task", "headneck")
     if table not in tables.TABLES:
         raise SystemExit(f"No table {table!r}; there are {', '.join(tables.TABLES)}.")
-    rows = tables.read()
+    rows = tables.read(task)
     recorded = [row for row in rows if tables.TABLES[table].uses(row)]
-    jobs = with_needs(plan(settings.get("scale", 1.0)), [row["name"] for row in recorded])
+    jobs = with_needs(
+        plan(settings.get("scale", 1.0) * TASKS[task].scale), [row["name"] for row in recorded]
+    )
     names = {job.name for job in jobs}
     hours = sum(row.get("wall_s", 0.0) for row in rows if row["name"] in names) / 3600
     print(f"{len(jobs)} runs; those on record took {hours:.1f} hours in all", flush=True)
@@ -539,9 +568,11 @@ def reproduce(table: str, data: str, work: str, slots: int = 8, **settings: Any)
 
 def main(
     data: str, work: str, slots: int = 8, seconds: float = 500.0, scale: float = 1.0,
-    only: str = "", scored: int = SCORED, volumes: int | None = None,
+    only: str = "", scored: int | None = None, volumes: int | None = None, task: str = "headneck",
 ) -> None:  # fmt: skip
     """Run the jobs whose name matches ``only`` until all are done or the time is over."""
+    global TASK  # children are forked with it
+    TASK = TASKS[task]
     begin, root, folder = time.time(), Path(data).resolve(), Path(work).resolve()
     for part in ("logs", "results", "runs"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -552,7 +583,7 @@ def main(
     context = multiprocessing.get_context(
         "fork"
     )  # shares imports and cases; only children use CUDA
-    waiting = [job for job in plan(scale) if re.search(only, job.name)]
+    waiting = [job for job in plan(scale * TASK.scale) if re.search(only, job.name)]
     running: dict[str, tuple[Any, float]] = {}
     failed: set[str] = set()
 
@@ -593,5 +624,5 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.modules["headneck"] = sys.modules["dense.headneck"] = sys.modules["__main__"]
+    sys.modules["runs"] = sys.modules["dense.runs"] = sys.modules["__main__"]
     fire.Fire({"table": reproduce, "run": main, "pack": pack, "collect": collect})
