@@ -368,7 +368,7 @@ def child(job: Job, work: Path) -> None:
             log.flush()
             os._exit(1)
         line = {
-            "name": job.name, "kind": job.run, **job.settings, **found,
+            "task": TASK.name, "name": job.name, "kind": job.run, **job.settings, **found,
             "wall_s": round(time.time() - begin, 1), "cpu_s": round(time.process_time() - cpu, 1),
             **machine(),
         }  # fmt: skip
@@ -493,7 +493,7 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
             labelled=f"draw{draw}", steps=600,
         )  # fmt: skip
     add("scratch_all_600", "finetune", labelled="all", steps=600)  # what more labels give
-    for arm in ("scratch", "recon", "both"):
+    for arm in ("scratch", "recon", "both", "dense"):
         for seed in range(2):
             init = "" if arm == "scratch" else f"{arm}_p{seed}"
             add(

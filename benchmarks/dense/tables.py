@@ -20,14 +20,20 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+from dense import runs  # noqa: E402
 from med3dinsight_ext.metrics.bootstrap import percentiles, resamples  # noqa: E402
 from med3dinsight_ext.reports.figures import BLUE, STYLE, VERMILION  # noqa: E402
 
 DRAWS = ("draw0", "draw1", "draw2")
 ONE = ("one0", "one1", "one2")
 TWO = ("two0", "two1", "two2")
-PATIENTS = {"five patients": DRAWS, "two patients": TWO, "one patient": ONE}
+PATIENTS = {  # names of the lists of labelled cases of each task
+    "headneck": {
+        "five patients": DRAWS, "two patients": TWO, "one patient": ONE, "84 patients": ("all",)
+    },
+    "hippocampus": {"three volumes": DRAWS, "one volume": ONE, "112 volumes": ("all",)},
+}  # fmt: skip
 LENGTHS = (150, 300)
 ORGANS = "Brainstem | SpinalCord | RightParotid | LeftParotid"
 Rows = list[dict[str, Any]]
@@ -35,6 +41,7 @@ FINE_TUNED = {
     "scratch_3e-4": "from scratch, learning rate 0.0003",
     "scratch_1e-3": "from scratch, 0.001",
     "scratch": "from scratch, 0.003",
+    "longer": "from scratch, twice the steps",
     "recon": "masked reconstruction",
     "recon_1e-3": "masked reconstruction, 0.001",
     "both": "dense teaching and reconstruction",
@@ -70,7 +77,14 @@ def arm_of(row: dict[str, Any]) -> str:
     if row.get("soft"):
         again = row.get("soft_weights", "").startswith("soft_")
         return "soft_again" if again else f"soft_{row['soft']}"
-    return row.get("init", "").split("_p")[0] + rate if row.get("init") else f"scratch{rate}"
+    if row.get("init"):
+        return row["init"].split("_p")[0] + rate
+    return "longer" if row["steps"] == 2 * usual_steps(row) else f"scratch{rate}"
+
+
+def usual_steps(row: dict[str, Any]) -> int:
+    """Of fine-tuning on the labelled cases of a run."""
+    return round((1200 if row["labelled"] == "all" else 600) * runs.TASKS[row["task"]].scale)
 
 
 def by_draw(rows: Rows) -> dict[str, Rows]:
@@ -134,14 +148,16 @@ def table(head: str, lines: list[list[str]]) -> str:
     return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def few(row: dict[str, Any]) -> bool:
-    """Whether it is a run of fine-tuning on a few patients, of the usual length."""
-    return row["kind"] == "finetune" and row["steps"] == 600 and row["labelled"] != "all"
+def usual(row: dict[str, Any]) -> bool:
+    """Whether it is a run of fine-tuning of the usual length, or of twice that from scratch."""
+    return row["kind"] == "finetune" and (
+        row["steps"] == usual_steps(row) or arm_of(row) == "longer"
+    )
 
 
 def from_scratch(row: dict[str, Any]) -> bool:
     """Whether it is a run from scratch at the usual rate."""
-    return row["kind"] == "finetune" and arm_of(row) == "scratch"
+    return row["kind"] == "finetune" and arm_of(row) in ("scratch", "longer")
 
 
 def short(row: dict[str, Any]) -> bool:
@@ -151,43 +167,60 @@ def short(row: dict[str, Any]) -> bool:
 
 
 def fine_tuned(rows: Rows) -> dict[str, Rows]:
-    """Runs of 600 steps on a few patients, by arm."""
+    """Runs of ``usual`` length, by arm."""
     arms: dict[str, Rows] = defaultdict(list)
     for row in rows:
-        if few(row):
+        if usual(row):
             arms[arm_of(row)].append(row)
     return arms
 
 
-def gains(rows: Rows) -> Figure:
-    """Points above scratch and above reconstruction, with intervals, by number of patients."""
-    runs = fine_tuned(rows)
-    arms = {arm: by_draw(part) for arm, part in runs.items()}
-    reconstruction = by_draw([*runs["recon"], *runs["recon_1e-3"]])
-    panels = {}
-    for title, names in PATIENTS.items():
-        found = [arm for arm in FINE_TUNED if any(draw in arms.get(arm, ()) for draw in names)]
+class Panel(NamedTuple):
+    """A part of the figure: a task and a number of labelled cases."""
+
+    title: str
+    draws: Sequence[str]
+    arms: dict[str, dict[str, Rows]]  # of all arms, by draw
+    shown: list[str]
+
+
+def panels_of(task: str) -> list[Panel]:
+    """Panels of a task that have more than training from scratch."""
+    parts = fine_tuned(read(task))
+    parts["reconstruction"] = [*parts["recon"], *parts["recon_1e-3"]]
+    arms = {arm: by_draw(part) for arm, part in parts.items()}
+    found = []
+    for title, draws in PATIENTS[task].items():
+        made = [arm for arm in FINE_TUNED if any(draw in arms.get(arm, ()) for draw in draws)]
         # with few patients a lower rate was used after all pre-trainings
-        panels[title] = [a for a in found if a != "scratch" and (names != DRAWS or "e-" not in a)]
-    counts = [len(shown) for shown in panels.values()]
+        shown = [a for a in made if a != "scratch" and (draws != DRAWS or "e-" not in a)]
+        if shown:
+            found.append(Panel(f"{task}, {title}", draws, arms, shown))
+    return found
+
+
+def gains() -> Figure:
+    """Points above scratch and above reconstruction, with intervals, by task and labelled cases."""
+    panels = [panel for task in PATIENTS for panel in panels_of(task)]
+    counts = [len(panel.shown) for panel in panels]
     figure = Figure((8.4, 0.34 * sum(counts) + 0.6 * len(counts) + 0.6), layout="constrained")
     all_axes = figure.subplots(len(panels), sharex=True, height_ratios=counts)
-    for axes, (title, shown) in zip(all_axes, panels.items(), strict=True):
+    for axes, (title, names, arms, shown) in zip(all_axes, panels, strict=True):
         for others, name, color, shift in (
             (arms["scratch"], "above training from scratch", BLUE, -0.12),
-            (reconstruction, "above masked reconstruction", VERMILION, 0.12),
+            (arms["reconstruction"], "above masked reconstruction", VERMILION, 0.12),
         ):
             for n, arm in enumerate(shown):
                 if color == VERMILION and not arm.startswith(("both", "dense")):
                     continue
-                if gain := difference(arms[arm], others, PATIENTS[title]):
+                if gain := difference(arms[arm], others, names):
                     axes.plot(gain[1:], [n + shift] * 2, color=color)
                     axes.plot(gain[0], n + shift, "o", color=color, label=name)
                     name = ""
         axes.axvline(0, color="gray", linewidth=0.8)
         axes.set_yticks(range(len(shown)), [FINE_TUNED[arm].split(", 0.")[0] for arm in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
-        draws = sum(draw in arms["scratch"] for draw in PATIENTS[title])
+        draws = sum(draw in arms["scratch"] for draw in names)
         axes.set_title(
             f"{title}, {f'up to {draws} draws' if draws > 1 else 'one draw'}", loc="left"
         )
@@ -202,9 +235,12 @@ def finetuning(rows: Rows) -> str:
     arms = fine_tuned(rows)
     scratch = by_draw(arms["scratch"])
     reconstruction = by_draw([*arms["recon"], *arms["recon_1e-3"]])
-    head = "draw 0 | draw 1 | draw 2 | points above scratch, 0.003 | above reconstruction"
+    longer = by_draw(arms["longer"])
+    start, columns = "points above scratch, 0.003", ("reconstruction", "twice the steps")
+    gains = f"{start} | {' | '.join(f'above {column}' for column in columns)}"
     parts = []
-    for title, names in PATIENTS.items():
+    for title, names in PATIENTS[rows[0]["task"]].items() if rows else ():
+        head = " | ".join((*(f"draw {n}" for n in range(len(names))), gains))
         lines = []
         for arm, name in FINE_TUNED.items():
             draws = by_draw(arms[arm])
@@ -212,8 +248,9 @@ def finetuning(rows: Rows) -> str:
                 gain = "" if arm == "scratch" else above(draws, scratch, names)
                 taught = arm.startswith(("both", "dense", "soft"))
                 more = above(draws, reconstruction, names) if taught else ""
-                lines.append([name, *cells(draws, names), gain, more])
-        if lines:
+                control = above(draws, longer, names) if arm.startswith("soft") else ""
+                lines.append([name, *cells(draws, names), gain, more, control])
+        if len(lines) > 1:
             parts.append(table(f"{title} | {head}", lines))
     return "\n\n".join(parts)
 
@@ -326,7 +363,7 @@ class Table(NamedTuple):
 
 TABLES = {
     "readouts": Table(lambda row: row["kind"] == "readout", readouts),
-    "finetuning": Table(few, finetuning),
+    "finetuning": Table(usual, finetuning),
     "room": Table(lambda row: from_scratch(row) and row["steps"] >= 600, room),
     "steps": Table(short, steps),
     "pretraining": Table(lambda row: row["kind"] == "pretrain", pretraining),
@@ -336,7 +373,7 @@ TABLES = {
 def read(task: str = "headneck") -> Rows:
     """All results of a task."""
     text = (HERE / "results" / f"{task}.jsonl").read_text("utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return [{"task": task} | json.loads(line) for line in text.splitlines()]
 
 
 def readme() -> str:
@@ -360,4 +397,4 @@ if __name__ == "__main__":
     (HERE / "README.md").write_text(readme(), "utf-8")
     (HERE / "figures").mkdir(exist_ok=True)
     with rc_context(STYLE):
-        gains(read()).savefig(HERE / "figures" / "gains.png", dpi=120)
+        gains().savefig(HERE / "figures" / "gains.png", dpi=120)

@@ -32,7 +32,7 @@ from med3dinsight_ext.publishing.bundle import (
     weights_file,
 )
 from med3dinsight_ext.publishing.card import METADATA, front_matter, read_card, readme
-from med3dinsight_ext.publishing.scores import read_scores
+from med3dinsight_ext.publishing.scores import INFERENCE, read_scores
 from med3dinsight_ext.publishing.vendoring import pins, reached_modules, requirements, vendored
 from med3dinsight_ext.publishing.zoo import LARGE, NAME, PACKAGE, TASKS, VERSION, teacher_pins
 from med3dinsight_ext.training.origin import without_images
@@ -157,8 +157,10 @@ def contents(
     names = channel_names(kind, inference)
     classes = {"segmentation": names[1:], "classification": names}
     measured = weights_hash(weights) if metrics else None
-    scores = read_scores(metrics, kind, classes.get(kind, ()), measured)
-    network = ConfigParser(dict(inference)).get_parsed_content("network_def")
+    parser = ConfigParser(dict(inference))
+    used = {key: parser.get_parsed_content(key) for key in INFERENCE if key in inference}
+    scores = read_scores(metrics, kind, classes.get(kind, ()), measured, used)
+    network = parser.get_parsed_content("network_def")
     state = filled_state(network, weights)
     files = {"models/model.pt": weights_file(state)}
     if kind == "pretraining":

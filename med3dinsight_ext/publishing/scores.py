@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from med3dinsight_ext.reports.formatting import short
 from med3dinsight_ext.training.origin import HELD, TRAINED, origin_text
 
+INFERENCE = ("spacing", "patch_size", "ct_range", "overlap", "tta_axes")  # predictions depend on it
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,7 +35,11 @@ class Scores(NamedTuple):
 
 
 def read_scores(
-    path: str | Path | None, kind: str, classes: Sequence[str] = (), weights: str | None = None
+    path: str | Path | None,
+    kind: str,
+    classes: Sequence[str] = (),
+    weights: str | None = None,
+    inference: Mapping[str, Any] | None = None,
 ) -> Scores:
     """Scores that a bundle's ``evaluate`` wrote.
 
@@ -42,10 +48,12 @@ def read_scores(
         kind: of ``TASKS``.
         classes: that the model has, without a background; none in pre-training.
         weights: ``state_hash`` of the model's weights; None compares nothing.
+        inference: values of the published inference.json; those that the scores depend on must be
+            the same.
 
     Raises:
-        ValueError: it is another file, of a model with other classes or weights, or of cases that
-            the network was trained on.
+        ValueError: it is another file, of a model with other classes or weights, of another
+            inference, or of cases that the network was trained on.
     """
     if path is None:
         return Scores({}, "")
@@ -75,6 +83,14 @@ def read_scores(
             f"metrics must be of the weights that are published, got those of others in {path}; "
             "evaluate these"
         )
+    used = found.get("inference") or {}
+    for key, value in sorted((inference or {}).items()):
+        if key in used and used[key] != (published := json.loads(json.dumps(value))):
+            raise ValueError(
+                f"metrics must be of the inference that is published, got {key} {used[key]} "
+                f"where the bundle has {published}, in {path}; evaluate without --{key}, or train "
+                "with it"
+            )
     if trained:
         raise ValueError(
             f"metrics must be of cases that the network was not trained on, got {trained} of its "

@@ -54,6 +54,7 @@ class ClassificationReport:
             MONAI's ``GradCAM`` inverts its map unless ``postprocessing`` is identity.
         cam_cases: to show with ``cam``: half of them right, half wrong, the most confident first.
         weights: file of the network; the page shows the training that wrote it.
+        inference: as for ``SegmentationReport``.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class ClassificationReport:
         cam: Callable[[Tensor, int], Tensor] | None = None,
         cam_cases: int = 6,
         weights: str | Path | None = None,
+        inference: Mapping[str, Any] | None = None,
     ) -> None:
         self.output_dir, self.title = Path(output_dir), title
         self.class_names = list(map(str, class_names))
         self.cam, self.cam_cases, self.weights = cam, cam_cases, weights
+        self.inference = dict(inference or {})
         self.start()
 
     def attach(self, engine: Engine) -> None:
@@ -141,7 +144,7 @@ class ClassificationReport:
             device = getattr(engine.state, "device", "cpu")
             chosen = self.candidates({name: rows[name] for name in images})
             about = scored(known, self.weights)
-            told = json.dumps({**result, **about})
+            told = json.dumps({**result, **about, "inference": self.inference})
             strict = json.loads(told, parse_constant=lambda _: None)  # NaN to null
             write_text(self.output_dir / "metrics.json", json.dumps(strict, indent=1))
             maps = [self.show(name, rows[name], images[name], device) for name in chosen]

@@ -54,6 +54,8 @@ class SegmentationReport:
         tolerance: mm that a surface may be off and still be right for NSD.
         title: of the page.
         weights: file of the network; the page shows the training that wrote it.
+        inference: settings of the bundle's configs that the predictions depend on, by their keys;
+            they go into ``metrics.json``, and ``publish`` compares them.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class SegmentationReport:
         tolerance: float = 1.0,
         title: str = "Segmentation",
         weights: str | Path | None = None,
+        inference: Mapping[str, Any] | None = None,
     ) -> None:
         if len(label_names) < 2 or len(set(label_names)) < len(label_names):
             raise ValueError(
@@ -73,6 +76,7 @@ class SegmentationReport:
         self.label_names = list(label_names)
         self.tolerance = tolerance
         self.title, self.weights = title, weights
+        self.inference = dict(inference or {})
         self.cases: list[Case] = []
         self.viewers: dict[str, tuple[float, str]] = {}  # mean Dice and page by image
 
@@ -142,6 +146,7 @@ class SegmentationReport:
         result = {
             "cases": len(cases),
             **about,
+            "inference": self.inference,
             "tolerance_mm": self.tolerance,
             **found,
             "confusion": mixed,

@@ -65,7 +65,7 @@ def test_a_table_is_made_by_one_command(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [f"readout_{init}_d0" for init in ("untrained", "codes", "dense_p0")]
-    monkeypatch.setattr(tables, "read", lambda: [{"kind": "readout", "name": n} for n in names])
+    monkeypatch.setattr(tables, "read", lambda _: [{"kind": "readout", "name": n} for n in names])
     runs.reproduce("readouts", str(data), str(tmp_path), slots=2, scale=0.001, scored=1)
     printed = capsys.readouterr().out
     done = {path.stem for path in (tmp_path / "results").iterdir()}

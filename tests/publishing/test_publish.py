@@ -462,6 +462,19 @@ def test_the_card_says_where_the_scored_cases_come_from(
     assert sentence in page and dataset.get("split") == split
 
 
+def test_scores_of_another_inference_are_not_published(
+    ball: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.json"
+    own = {"overlap": 0.5, "tta_axes": []}
+    for key, value in {"overlap": 0.75, "tta_axes": [0], "spacing": [9.0, 9.0, 9.0]}.items():
+        path.write_text(json.dumps({**SEGMENTATION, "inference": {**own, key: value}}))
+        with pytest.raises(ValueError, match=rf"inference that is published, got {key} "):
+            publish(**ball, metrics=str(path))
+    path.write_text(json.dumps({**SEGMENTATION, "inference": own}))
+    publish(**ball, metrics=str(path))
+
+
 def test_scores_of_other_weights_are_not_published(
     ball: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
