@@ -230,6 +230,10 @@ def test_evaluation_scores_held_out_cases_or_all_on_the_labels_own_grid(
     assert len(rows) == cases and all(0.5 < float(row["dice"]) < 1 for row in rows)
     names = {"cases.csv", "metrics.json", "report.html", "overlays.png", "boxes.png"}
     assert names <= {p.name for p in results.iterdir()}
+    used = json.loads((results / "metrics.json").read_text())["inference"]
+    assert used == {"ct_range": [-200, 300], "overlap": 0.5, "tta_axes": []} | {
+        key: changes[key] for key in ("spacing", "patch_size")
+    }
     assert "none of these weights beside" in (results / "report.html").read_text("utf-8")
 
 
@@ -310,6 +314,9 @@ def test_probing_modes_write_a_model_that_evaluates(
     run("cls-finetune", ["train.json", "evaluate.json"], **given)
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert metrics["n"] == 2
+    assert metrics["inference"] == {"ct_range": [-200, 300]} | {
+        key: given[key] for key in ("spacing", "patch_size")
+    }
     page = (tmp_path / "eval" / "report.html").read_text("utf-8")
     assert "Training run</h2>" in page and "none, the head was fitted" in page
 
