@@ -10,6 +10,7 @@ from shlex import quote
 from typing import Any
 
 from med3dinsight_ext.data.datalists import datalist
+from med3dinsight_ext.data.labels import check_order
 from med3dinsight_ext.data.layouts import Dataset, check_trainable, read_dataset
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.files import volume_stem, write_atomic
@@ -288,10 +289,9 @@ def predict(
         if not path.match(INPUTS.format("*")) and before.get(path) != path.stat().st_mtime_ns
     )
     if kind_of(bundle) == "segmentation":
-        config = home / PLAN if overlays else bundle / "configs" / "inference.json"
-        names = (read_plan(config) | used)["label_names"]  # JSON is YAML
+        names = class_names(home, bundle, overlays, used)
         found = {image: folder / name for image, name in due.items()}
-        write_predictions(folder / PAGE, _earlier(folder, due) | found, names)
+        write_predictions(folder / PAGE, _earlier(folder, home, due) | found, names)
         own = {*found.values()}  # beside what another process writes
         written = [*(path for path in written if path in own), folder / PAGE]
     if not quiet:
@@ -299,15 +299,25 @@ def predict(
     return written
 
 
-def _earlier(folder: Path, due: Mapping[str, str]) -> dict[str, Path]:
-    """Segmentations that earlier calls wrote into a folder, by image; the page shows them too."""
-    found = {}
-    for listed in sorted(folder.glob(INPUTS.format("*"))):
+def class_names(
+    home: Path, bundle: Path, overlays: Sequence[str], settings: Mapping[str, Any]
+) -> list[str]:
+    """Names of a segmentation network's classes by number; see ``infer`` for the arguments."""
+    config = home / PLAN if overlays else bundle / "configs" / "inference.json"
+    names: list[str] = (read_plan(config) | dict(settings))["label_names"]  # JSON is YAML
+    return names
+
+
+def _earlier(folder: Path, home: Path, due: Mapping[str, str]) -> dict[str, Path]:
+    """Segmentations that earlier calls of a network wrote into a folder, by image, for the page."""
+    images: dict[Path, str] = {}  # of two calls for one file, it was moved away after the first
+    for listed in sorted(folder.glob(INPUTS.format("*")), key=lambda path: path.stat().st_mtime):
         for row in read_json(listed, "list of inputs"):
             path = folder / PREDICTED["segmentation"].format(volume_stem(row["image"]))
-            if row["image"] not in due and path.is_file() and Path(row["image"]).exists():
-                found[row["image"]] = path
-    return found
+            if row.get("network") == str(home.absolute()) and Path(row["image"]).exists():
+                images[path] = row["image"]
+    others = {path: image for path, image in images.items() if path.name not in {*due.values()}}
+    return {image: path for path, image in others.items() if path.is_file()}
 
 
 def infer(
@@ -337,7 +347,11 @@ def infer(
     Returns:
         The overrides of the config.
     """
-    rows = [{"image": i["image"], "modality": i.get("modality", "auto")} for i in items]
+    network = str(home.absolute())
+    rows = [
+        {"image": i["image"], "modality": i.get("modality", "auto"), "network": network}
+        for i in items
+    ]
     text = json.dumps(rows, indent=1)
     listed = folder / INPUTS.format(hashlib.sha256(text.encode()).hexdigest()[:12])
     write_atomic(listed, lambda draft: draft.write_text(text))
@@ -400,6 +414,8 @@ def evaluate(
             f"its {len(trained_on)} and {len(images - trained_on)} others in {data}; name "
             f"{home / DATALIST}, or a list of the others"
         )
+    if scored and dataset.names and kind_of(bundle) == "segmentation":
+        check_order(class_names(home, bundle, overlays, overrides), dataset.names, data)
     settings: dict[str, Any] = {"bundle_root": str(home), "output_dir": str(folder)}
     settings |= as_trained(home, bundle, overlays, "train.json")
     settings |= write_items(dataset, folder, ["label"] if scored else [], home)

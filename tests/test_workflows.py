@@ -97,6 +97,55 @@ def test_three_commands_lead_from_a_folder_to_predictions_and_a_page(
         med3dinsight_ext.evaluate("runs/scans/finetune", "scans")
 
 
+def test_the_page_has_earlier_predictions_of_the_same_network_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    homes = [tmp_path / name for name in ("liver", "kidney")]
+    images = [tmp_path / place / "scan.nii.gz" for place in ("a", "b")]
+    images.append(tmp_path / "other.nii.gz")
+    for n, (image, home) in enumerate(zip(images, (homes[0], homes[0], homes[1]), strict=True)):
+        image.parent.mkdir(exist_ok=True)
+        image.touch()
+        rows = [{"image": str(image), "network": str(home)}]
+        listed = out / f"inputs-{9 - n}.json"
+        listed.write_text(json.dumps(rows))
+        os.utime(listed, (n, n))
+    scan, other = out / "scan_seg.nii.gz", out / "other_seg.nii.gz"
+    scan.touch()
+    other.touch()
+    assert workflows._earlier(out, homes[0], {}) == {str(images[1]): scan}  # a's was moved away
+    assert workflows._earlier(out, homes[1], {}) == {str(images[2]): other}
+    assert not workflows._earlier(out, homes[0], {str(images[0]): scan.name})
+
+
+def test_labels_with_other_numbers_than_the_networks_are_not_scored(
+    scans: Path, lines: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    settings = {"label_names": ["background", "big", "small"]}
+    plan.write_text(json.dumps(settings))
+    (tmp_path / "run" / "models").mkdir(parents=True)
+    (tmp_path / "run" / "models" / "model.pt").touch()
+    shutil.copy(plan, tmp_path / "run")
+    for names, ok in (
+        ({"background": 0, "small": 1, "big": 2}, False),
+        ({"background": 0, "Big": 1, "small": 2}, True),
+        ({"background": 0, "tumour": 1}, True),
+    ):
+        (scans / "dataset.json").write_text(json.dumps({"labels": names}))
+        out = str(tmp_path / str(len(names)) / str(ok))
+        if ok:
+            med3dinsight_ext.evaluate(str(tmp_path / "run"), "scans", out=out)
+            continue
+        for command in (
+            lambda: med3dinsight_ext.evaluate(str(tmp_path / "run"), "scans", out=out),  # noqa: B023
+            lambda: med3dinsight_ext.finetune("scans", plan=str(plan), out=out),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=r"mean the classes of the training, .*'small', "):
+                command()
+    assert len(lines) == 2
+
+
 @pytest.mark.slow
 def test_images_without_labels_are_trained_on_with_labels_by_the_first_network(
     scans: Path, capsys: pytest.CaptureFixture[str]

@@ -34,6 +34,23 @@ def check_names(names: Sequence[str]) -> None:
         )
 
 
+def check_order(names: Sequence[str], told: Sequence[str], source: str | Path) -> None:
+    """Raise an error if a class of a network has another number in the data.
+
+    Args:
+        names: of the network's classes by number.
+        told: names that the data give their label values, by value.
+        source: of the data, for the message.
+    """
+    ours, theirs = ([name.strip().lower() for name in part] for part in (names, told))
+    moved = [name for n, name in enumerate(ours) if name in theirs and theirs.index(name) != n]
+    if moved:
+        raise ValueError(
+            f"label values must mean the classes of the training, {list(names)}, got "
+            f"{list(told)} in {source}; renumber its labels, or correct its dataset.json"
+        )
+
+
 def check_label(
     image: Grid,
     label: Grid,

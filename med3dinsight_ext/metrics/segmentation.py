@@ -54,6 +54,7 @@ def case_scores(
     diagonal = math.hypot(*(n * mm for n, mm in zip(label.shape[1:], spacing, strict=True)))
     prediction, label = _crop(prediction, label)
     scores = {}
+    limit = tolerance * (1 + 1e-5)  # headers hold spacings like 1.0000001
     for number, name in enumerate(names[1:], 1):
         pair = [(x == number)[None] for x in (prediction, label)]
         there = [bool(x.any()) for x in pair]
@@ -66,7 +67,7 @@ def case_scores(
                 warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
                 scores[name] = {
                     "dice": compute_dice(*pair).item(),
-                    "nsd": compute_surface_dice(*pair, [tolerance], True, spacing=spacing).item(),
+                    "nsd": compute_surface_dice(*pair, [limit], True, spacing=spacing).item(),
                     "hd95": distance(*pair, True, percentile=95, spacing=spacing).item(),
                 }
     return scores

@@ -9,6 +9,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
+from med3dinsight_ext.data.labels import check_order
 from med3dinsight_ext.data.layouts import Dataset
 from med3dinsight_ext.data.splits import item_ids, split_lists
 from med3dinsight_ext.io.bundles import bundles_dir
@@ -51,6 +52,7 @@ def settle(
         kept = read_nnunet(nnunet, [str(item["image"]) for item in dataset.items])
     if base:
         kept = _kept(Path(base))
+        check_order(kept.get("label_names", ()), dataset.names or (), dataset.root)
     made = make_plan(dataset, kept, str(base or nnunet and Path(nnunet).name))
     write_plan(made, path, f"Plan for {dataset.root}. Edit it, and pass it on with --plan {path}")
     if not quiet:

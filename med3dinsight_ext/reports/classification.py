@@ -103,6 +103,10 @@ class ClassificationReport:
                     f"class_names must name the network's {len(probability)} outputs, got "
                     f"{self.class_names}; correct the names or the network"
                 )
+            if not probability.isfinite().all():
+                raise ValueError(
+                    f"probability must be finite, got NaN of {name}; run with --amp false"
+                )
             number = -1 if label is None else int(torch.as_tensor(label))
             if number >= len(self.class_names):
                 raise ValueError(

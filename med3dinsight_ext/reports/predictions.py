@@ -44,7 +44,7 @@ def write_predictions(
         label = load_volume(path)
         ml = float(label.pixdim.prod()) / 1000
         counts = torch.bincount(label.long().flatten(), minlength=len(label_names))[1:]
-        rows[Path(image).name] = [f"{n * ml:.1f}" for n in counts.tolist()]
+        rows[Path(image).name] = [volume_text(n * ml) for n in counts.tolist()]
         if len(figures) < SHOWN:
             figures.append(picture(image, label, label_names[1:]))
             viewer = f"viewer/{volume_stem(path)}.html"
@@ -62,6 +62,16 @@ def write_predictions(
         hidden=max(0, len(rows) - SHOWN),
         viewers=viewers,
     )
+
+
+def volume_text(ml: float) -> str:
+    """A volume; what is there is never 0.
+
+    Examples:
+        >>> [volume_text(ml) for ml in (0, 0.0001, 0.04375, 1234.56)]
+        ['0', '< 0.001', '0.044', '1234.6']
+    """
+    return "0" if not ml else "< 0.001" if ml < 0.001 else f"{ml:.{1 if ml >= 1 else 3}f}"
 
 
 @rc_context(STYLE)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from med3dinsight_ext.data.slicing import PLANES, cut
 from med3dinsight_ext.metrics.retrieval import depth_group
 from med3dinsight_ext.reports.figures import GREEN, INK, STYLE, draw_image
-from med3dinsight_ext.reports.formatting import short
+from med3dinsight_ext.reports.formatting import case_names, short
 
 TASKS = {
     "image_within": "slice → image, same modality, plane and depth",
@@ -31,7 +31,7 @@ TASKS = {
 
 
 class Slice(NamedTuple):
-    """A slice to show: image (h, w) in [0, 1], plane 0 to 2, position in [0, 1], volume's name."""
+    """A slice to show: image (h, w) in [0, 1], plane 0 to 2, position in [0, 1], volume's path."""
 
     image: np.ndarray
     plane: int
@@ -143,7 +143,7 @@ def slices_of(item: Mapping[str, Any]) -> list[Slice]:
     """The slices of a validation item, with the captions of its entry in the store."""
     image: MetaTensor = item["image"]
     entry = json.loads(Path(item["targets"]).with_suffix(".json").read_text())
-    name = Path(entry["image"]).name.split(".")[0]
+    name = str(entry["image"])
     captions = [known["caption"] or "" for known in entry["slices"]]
     if len(captions) != len(item["plane"]):
         captions = [""] * len(item["plane"])
@@ -165,6 +165,8 @@ def gallery(rows: Sequence[tuple[Slice, Sequence[Hit]]]) -> Figure:
         rows: a query and its hits, for instance five.
     """
     columns = max(len(hits) for _, hits in rows)
+    shown = {part.volume for query, hits in rows for part in (query, *(hit.slice for hit in hits))}
+    names = dict(zip(sorted(shown), case_names(sorted(shown)), strict=True))
     size = (1.25 * (columns + 1.15), 2.05 * len(rows))
     figure = Figure(size, layout=ConstrainedLayoutEngine(h_pad=0.08))
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
@@ -176,10 +178,12 @@ def gallery(rows: Sequence[tuple[Slice, Sequence[Hit]]]) -> Figure:
         for ax in axes[1:]:
             ax.set_axis_off()
         place = f"{PLANES[query.plane]} {query.position:.2f}"
-        draw_image(axes[0], query.image, f"{place}\n{short(query.volume, 16)}\nquery", INK, 2)
+        draw_image(
+            axes[0], query.image, f"{place}\n{short(names[query.volume], 16)}\nquery", INK, 2
+        )
         for ax, (hit, similarity, correct) in zip(axes[2:], hits, strict=False):
             ax.set_axis_on()
-            title = f"{PLANES[hit.plane]} {hit.position:.2f}\n{short(hit.volume, 16)}\n"
+            title = f"{PLANES[hit.plane]} {hit.position:.2f}\n{short(names[hit.volume], 16)}\n"
             title += f"{'✓ ' if correct else ''}{similarity:.2f}"
             color, width = (GREEN, 3) if correct else ("#8a94a0", 0.6)
             draw_image(ax, hit.image, title, color, width)

@@ -107,6 +107,8 @@ class SegmentationReport:
 
     def view(self, image: str, dice: float, prediction: MetaTensor, label: MetaTensor) -> None:
         """Write the viewer of a case with one of the lowest Dice; the highest of them makes way."""
+        if image in self.viewers:
+            return
         page, highest = f"viewer/case-{len(self.viewers) + 1:02d}.html", None
         if len(self.viewers) == LOWEST:
             highest = max(self.viewers, key=self.viewers.__getitem__)

@@ -74,10 +74,10 @@ def write_viewer(
         stills: figures for browsers without WebGL, below.
 
     Returns:
-        Whether it was written: not without NiiVue.
+        Whether it was written: not without NiiVue, and not for more than 255 classes.
     """
     script = niivue()
-    if script is None:
+    if script is None or len(classes) > 255:
         return False
     volume = read_volume(str(image))
     step = 1

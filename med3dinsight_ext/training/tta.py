@@ -48,4 +48,10 @@ class FlipInferer(Inferer):
             output = self.inferer(mirrored, network, *args, **kwargs)
             output = output.flip(flip) if output.ndim == inputs.ndim else output
             outputs.append(output[:, swap(pairs, output.shape[1])] if pairs else output)
-        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(0)
+        found = outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(0)
+        if not found.isfinite().all():  # its class would be the first
+            names = getattr(inputs, "meta", {}).get("filename_or_obj", "this batch")
+            raise ValueError(
+                f"prediction must be finite, got NaN or infinity of {names}; run with --amp false"
+            )
+        return found

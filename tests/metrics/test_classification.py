@@ -425,3 +425,12 @@ def test_ranks_with_different_numbers_of_cases_get_the_score_of_all(tmp_path: Pa
     mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found == pytest.approx([expected, expected], abs=1e-6)
+
+
+def test_a_probability_of_nan_stops_before_a_class_is_written(tmp_path: Path) -> None:
+    report = ClassificationReport(tmp_path, NAMES)
+    image = MetaTensor(torch.rand(1, *SHAPE), meta={"filename_or_obj": "a.nii.gz"})
+    engine = Engine(lambda *_: None)
+    engine.state.output = [{"image": image, "pred": torch.tensor([torch.nan] * 3)}]
+    with pytest.raises(ValueError, match=r"must be finite, got NaN of a.nii.gz; run with --amp"):
+        report.collect(engine)

@@ -422,3 +422,11 @@ def test_a_run_without_cases_is_an_error(tmp_path: Path) -> None:
     report = SegmentationReport(tmp_path, NAMES)
     with pytest.raises(ValueError, match="cases must be at least one, got none"):
         report.write(Engine(lambda *_: None))
+
+
+@pytest.mark.parametrize("mm", [1.0, 1.0000001])
+def test_a_spacing_rounded_up_in_the_header_changes_no_score(mm: float) -> None:
+    label = torch.zeros(1, 12, 12, 12)
+    label[:, 3:8, 3:8, 3:8] = 1
+    scores = case_scores(label.roll(1, 1), label, (mm, mm, mm), ["background", "liver"])
+    assert scores["liver"]["nsd"] == 1

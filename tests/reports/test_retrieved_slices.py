@@ -95,3 +95,15 @@ def test_queries_are_ranked_by_the_similarity_of_their_tokens(tmp_path: Path) ->
         assert first.correct and first.slice is query and first.similarity == pytest.approx(1)
         assert all(hit.slice.plane == query.plane and not hit.correct for hit in others)
         assert len(others) == 4
+
+
+def test_the_gallery_tells_volumes_of_one_name_apart() -> None:
+    [(query, hits)] = retrieved(rows=1)
+    paths = ["site/1.2.840.11", "site/1.2.840.22", "a/scan.nii.gz", "b/scan.nii.gz"]
+    hits = [
+        hit._replace(slice=hit.slice._replace(volume=path))
+        for hit, path in zip(hits, paths, strict=False)
+    ]
+    figure = gallery([(query._replace(volume=paths[3]), hits)])
+    names = [ax.get_title().splitlines()[1] for ax in figure.axes if ax.get_title()]
+    assert names == ["b/scan", "1.2.840.11", "1.2.840.22", "a/scan"], names

@@ -117,6 +117,15 @@ def test_names_with_dots_have_viewers_of_their_own(tmp_path: Path) -> None:
     assert found == {"1.2_seg.html", "1.3_seg.html"}
 
 
+def test_more_classes_than_a_byte_has_are_not_shown(tmp_path: Path) -> None:
+    image, label = case(tmp_path)
+    names = [f"class {n}" for n in range(256)]
+    page = tmp_path / "viewer.html"
+    assert not viewer.write_viewer(page, image, {"Label": label}, names) and not page.exists()
+    if viewer.niivue():
+        assert viewer.write_viewer(page, image, {"Label": label}, names[:255])
+
+
 def test_without_niivue_there_is_no_viewer_and_no_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

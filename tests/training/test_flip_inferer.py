@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch import nn
 
 from med3dinsight_ext.training.tta import FlipInferer
@@ -63,3 +64,10 @@ def test_clicks_on_a_pair_of_classes_swap_in_the_mirror_image() -> None:
     found = FlipInferer(plain, (0,), ((1, 2),))(volume, guided)
     assert torch.equal(found, volume[:, 1:])
     assert seen[1].nonzero().tolist() == [[0, 3, 4, 1, 1]]  # class 2, right
+
+
+@pytest.mark.parametrize("axes", [(), (0,)])
+def test_a_prediction_of_nan_is_an_error_that_names_the_file(axes: tuple[int, ...]) -> None:
+    volume = MetaTensor(torch.rand(1, 1, 3, 4, 5), meta={"filename_or_obj": ["a.nii.gz"]})
+    with pytest.raises(ValueError, match=r"must be finite, .* of \['a.nii.gz'\]; run with --amp"):
+        FlipInferer(plain, axes)(volume, lambda x: x / 0)
