@@ -102,7 +102,21 @@ def find_bundles(bundles: str | Sequence[str]) -> list[Path]:
             f"bundles of one server must have the same classes, got {classes}; they share the "
             "labels, so start a server for each, with a folder of images of its own"
         )
+    for folder in folders:
+        check_configs(folder, classes[folder.name])
     return folders
+
+
+def check_configs(bundle: Path, names: Sequence[str]) -> None:
+    """Check that a bundle trains and predicts the classes of its metadata, which labels have."""
+    for stem in ("inference", "train"):
+        path = bundle / "configs" / f"{stem}.json"
+        found = read_json(path, "config").get("label_names")
+        if isinstance(found, list) and found != list(names):
+            raise ValueError(
+                f"label_names of {path} must be the classes of its metadata.json, {list(names)}, "
+                f"got {found}; make the bundle again"
+            )
 
 
 def class_names(bundle: Path) -> list[str]:

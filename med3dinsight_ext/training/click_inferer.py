@@ -15,7 +15,8 @@ from torch import Tensor
 from med3dinsight_ext.data.clicks import META, click_input, draw_click
 
 MOST_CLICKS = 100
-HELD = 1.0  # voxels around a click that keep its class
+HELD = 1.0  # voxels around a click that keep its class, where no click of another is nearer
+SAME = 0.5  # voxels between clicks of two classes that leave the place to the network
 MARGIN = 4.0  # by which the score of that class is the largest: 98 % after a softmax
 RISE = 3.5  # standard deviation, in voxels, of the rise of its score around it
 MOST_STEPS = 300  # of a history, in all its branches
@@ -181,12 +182,12 @@ def _squares(scores: Tensor, centre: Sequence[float]) -> Tensor:
 
 
 def _contested(click: Click, clicks: Sequence[Click]) -> bool:
-    """Whether a click of another class lies beside it, so that neither counts more.
+    """Whether a click of another class has the same place, so that neither counts more.
 
     Viewers send the clicks of each class in a list of their own: the last one is not known.
     """
     number, *centre = click
-    return any(n != number and math.dist(centre, c) < 2 * HELD for n, *c in clicks)
+    return any(n != number and math.dist(centre, c) < SAME for n, *c in clicks)
 
 
 def _lift(scores: Tensor, number: int, place: Sequence[float]) -> None:
@@ -212,16 +213,22 @@ def _lift(scores: Tensor, number: int, place: Sequence[float]) -> None:
 def _hold(scores: Tensor, clicks: Sequence[Click], starts: Sequence[int]) -> None:
     """Give the voxels of each click its class, so that it is never ignored or undone by another.
 
-    Contested clicks hold nothing.
+    A voxel near clicks of several classes follows the nearest; contested clicks hold nothing.
 
     Args:
         scores: (classes, x, y, z) of a part of the volume, is changed.
         clicks: of the volume.
         starts: first voxel of the part.
     """
-    for number, *centre in [click for click in clicks if not _contested(click, clicks)]:
-        place = [c - start for c, start in zip(centre, starts, strict=True)]
-        own = _squares(scores, place) <= HELD**2
+    far = {
+        (number, *centre): _squares(scores, [c - s for c, s in zip(centre, starts, strict=True)])
+        for number, *centre in clicks
+    }
+    for click in [click for click in clicks if not _contested(click, clicks)]:
+        number, own = click[0], far[click] <= HELD**2
+        for other in clicks:
+            if other[0] != number:
+                own &= far[click] < far[other]
         others = [other for other in range(len(scores)) if other != number]
         scores[int(number), own] = scores[others][:, own].amax(0) + MARGIN
 

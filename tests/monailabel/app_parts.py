@@ -179,6 +179,9 @@ class Cases:
         path = self.items[list(self.patients).index(name)]["image"]
         return {"PatientID": self.patients[name], "path": path}
 
+    def get_label_info(self, name: str, tag: str) -> dict[str, str]:
+        return {}
+
 
 def split(task: Any, cases: Cases) -> tuple[list[str], list[str]]:
     request = {"model": "m", "val_split": 0.3}
@@ -555,6 +558,85 @@ def a_label_with_another_ending_replaces_the_file(folder: Path) -> None:
     store.remove_label("T1", "final")
     store.refresh()
     assert store.get_labeled_images() == []
+
+
+@check
+def a_label_of_classes_with_other_numbers_is_not_trained_on(folder: Path) -> None:
+    from med3dinsight_ext.monailabel.app import rounds
+    from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore
+
+    label = str(volume(folder / "label.nii.gz", boxes(1)))
+    studies(folder).save_label("v0", label, "final", {})
+    (folder / "studies/labels/final/v1.nii.gz").write_bytes(Path(label).read_bytes())
+    for order, kept in (((0, 1, 2, 3), ["v0", "v1"]), ((0, 2, 1, 3), ["v1"])):  # v1 says none
+        names = [NAMES[n] for n in order]
+        store = CheckedDatastore(str(folder / "studies"), names)
+        task = training(folder / "-".join(names))
+        with mock.patch.object(rounds, "class_names", return_value=names):
+            items = task._fetch_datalist({"model": "m"}, store)
+        assert sorted(Path(item["image"]).name[:2] for item in items) == kept
+
+
+@check
+def the_encoder_is_frozen_in_the_first_training_alone(folder: Path) -> None:
+    task = training(folder)
+    for given, expected in ((20, 0), (-1, None), (0, None)):
+        task.bundle_config["freeze_epochs"] = given
+        assert task._update_overrides({}).get("freeze_epochs") == expected
+
+
+@check
+def names_with_an_ending_inside_are_images(folder: Path) -> None:
+    names = ("scan.nii_old.nii", "x.nii.gz.nii", "P3.nii.gz.nii.gz", "P1.nii", "P1.nii.gz")
+    for name in names:
+        volume(folder / "studies" / name, boxes(1))
+    with mock.patch("logging.Logger.warning") as warning:
+        store = folder_store(folder / "studies")
+    assert sorted(store.list_images()) == ["P1", "P3.nii.gz", "scan.nii_old", "x.nii.gz"]
+    for name in ("P3.nii.gz", "scan.nii_old", "x.nii.gz"):
+        assert Path(store.get_image_uri(name)).is_file()
+    assert "P1.nii, P1.nii.gz" in str(warning.call_args_list)
+
+
+@check
+def a_request_for_the_next_image_says_that_none_can_be_read(folder: Path) -> None:
+    from med3dinsight_ext.monailabel.app.main import KCenterGreedy
+
+    store, strategy = studies(folder), KCenterGreedy(folder)
+    strategy.features = mock.Mock(side_effect=RuntimeError("out of memory"))
+    found = raised(lambda: strategy({}, store))
+    assert found.status_code == 503 and "of 2 images could not be computed: out" in found.detail
+    for name in ("v0", "v1"):
+        label = volume(folder / "label.nii.gz", boxes(1))
+        store.save_label(name, str(label), "final", {})
+    assert strategy({}, store) is None
+
+
+@check
+def a_series_is_fetched_whole_or_not_at_all(folder: Path) -> None:
+    client, series = remote(folder)
+    store, whole = dicom_store(client, folder / "one"), client.retrieve_series
+    listed = client.retrieve_series_metadata("", series[0])
+    client.retrieve_series_metadata = lambda *_: listed
+    client.retrieve_series = lambda *words: whole(*words)[:3]
+    found = raised(lambda: store.get_image_uri(series[0]))
+    assert found.status_code == 502 and "got 3 of its 8 images" in found.detail
+    client.retrieve_series = whole
+    left = Path(store._datastore.image_path()) / series[0]
+    left.mkdir()
+    whole("", series[0])[0].save_as(left / "1.dcm")  # of a process that was killed
+    assert stored(store.get_image_uri(series[0])).shape == (10, 12, 8)
+
+
+@check
+def a_dicom_segmentation_of_an_answer_names_each_value(folder: Path) -> None:
+    from med3dinsight_ext.monailabel.app.dicom_store import with_names
+
+    seen: list[Any] = []
+    write = with_names(lambda *words, **_: seen.append(words[2]) or "out", NAMES)
+    given = [{"name": name, "color": [n, n, n]} for n, name in enumerate(NAMES[1:])]
+    assert write("", str(volume(folder / "a.nii.gz", boxes(2))), given, use_itk=True) == "out"
+    assert seen == [[{"name": "Spleen", "color": [1, 1, 1]}]]
 
 
 def main(out: str) -> None:

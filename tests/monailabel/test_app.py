@@ -125,6 +125,16 @@ def test_bundles_with_other_classes_are_not_served_together(bundle: Path) -> Non
         label.find_bundles([bundle, other])
 
 
+def test_a_bundle_that_predicts_other_classes_than_its_metadata_is_refused(bundle: Path) -> None:
+    for stem in ("train", "inference"):
+        path = bundle / "configs" / f"{stem}.json"
+        before = path.read_text()
+        path.write_text(json.dumps({**json.loads(before), "label_names": ["background", "liver"]}))
+        with pytest.raises(ValueError, match=f"label_names of {path} must be the classes of its"):
+            label.find_bundles(str(bundle))
+        path.write_text(before)
+
+
 def test_class_names_come_in_the_order_of_their_values(bundle: Path) -> None:
     path = bundle / "configs" / "metadata.json"
     metadata = json.loads(path.read_text())

@@ -164,7 +164,8 @@ def test_what_cannot_be_refined_is_named() -> None:
 
 
 def test_a_clicked_voxel_has_its_class_whatever_the_network_says() -> None:
-    clicks = (2, 6, 6, 6), (2, 30, 12, 10.4), (1, 20, 6, 6), (0, 20.4, 6, 6)
+    clicks = (2, 6, 6, 6), (2, 30, 12, 10.4), (1, 20, 6, 6), (0, 20.4, 6, 6), (2, 30, 6, 6)
+    clicks = *clicks, (1, 31, 6, 6)
 
     def stubborn(x: Tensor) -> Tensor:
         return torch.nn.functional.pad(5 + 0 * x[:, :1], (0,) * 6 + (0, 2))
@@ -172,7 +173,8 @@ def test_a_clicked_voxel_has_its_class_whatever_the_network_says() -> None:
     scores = inferer(refine_radius=8.0)(volume(*clicks), stubborn)
     found = scores[0].argmax(0)
     assert found[6, 6, 6] == 2 and found[30, 12, 10] == 2
-    assert found[20, 6, 6] == 0  # clicks of two classes side by side leave it to the network
+    assert found[20, 6, 6] == 0  # clicks of two classes on one voxel leave it to the network
+    assert found[30, 6, 6] == 2 and found[31, 6, 6] == 1  # side by side, each has its own
     assert scores.softmax(1)[0, 2, 6, 6, 6] > 0.95
 
 

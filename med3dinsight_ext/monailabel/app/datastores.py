@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import filecmp
 import json
+import logging
 import shutil
 import tempfile
 import threading
@@ -27,6 +28,8 @@ from med3dinsight_ext.monailabel.app.answers import NAME, AnswerLog
 from med3dinsight_ext.monailabel.app.requests import STORED, check_extension, check_name
 from med3dinsight_ext.monailabel.app.segments import described, renumber
 
+logger = logging.getLogger(__name__)
+CLASSES = "classes"  # of a label, in its information: the value is the index
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -89,7 +92,7 @@ class LabelChecks:
                         label_filename = str(draft)
                 values = read_label({"image": image, "label": label_filename}, self.names)
                 segments = described(self.segments(values, label_tag), given)
-                info = label_info | {"label_info": segments}
+                info = label_info | {"label_info": segments, CLASSES: self.names}
             with refused(), self.changes:
                 self._init_from_datastore_file()  # type: ignore[attr-defined]
                 found: str = store.save_label(image_id, label_filename, label_tag, info)
@@ -137,6 +140,18 @@ class CheckedDatastore(LabelChecks, LocalDatastore):
             read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         )
         self.watch()
+        images: dict[str, list[str]] = {}
+        for file in sorted(self._list_files(self._datastore.image_path(), self._extensions)):
+            images.setdefault(self._to_id(file)[0], []).append(file)
+        for name, files in images.items():
+            if len(files) > 1:
+                logger.warning("of %s one is image %s; rename others", ", ".join(files), name)
+
+    def _to_id(self, file: str) -> tuple[str, str]:
+        """Name of an image and its ending, which MONAI Label would cut out of the middle, too."""
+        found = [e[1:] for e in self._extensions if file.endswith(e[1:])]
+        ending = max(found, key=len) if found else ""
+        return (file.removesuffix(ending), ending) if ending else super()._to_id(file)
 
     def _update_datastore_file(self, lock: bool = True) -> None:
         text = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)

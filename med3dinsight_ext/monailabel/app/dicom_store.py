@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nibabel as nib
+import numpy as np
 import SimpleITK as sitk
 from dicomweb_client import DICOMwebClient
+from fastapi import HTTPException
+from filelock import FileLock
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
@@ -18,8 +24,8 @@ from monailabel.datastore.utils.dicom import dicom_web_download_series
 from monailabel.interfaces.datastore import DefaultLabelTag
 from pydicom import Dataset
 
-from med3dinsight_ext.monailabel.app.datastores import LabelChecks
-from med3dinsight_ext.monailabel.app.segments import class_value
+from med3dinsight_ext.monailabel.app.datastores import CLASSES, LabelChecks
+from med3dinsight_ext.monailabel.app.segments import class_value, described
 
 logger = logging.getLogger(__name__)
 MODALITIES = ("CT", "MR", "PT")
@@ -64,7 +70,34 @@ class DicomStore(LabelChecks, DICOMWebDatastore):
         return sorted(self.segmentations())
 
     def get_image_uri(self, image_id: str) -> str:
-        return super().get_image_uri(image_id) if image_id in self.list_images() else ""
+        """File of an image, whose series is fetched whole, by one process at a time."""
+        if image_id not in self.list_images():
+            return ""
+        folder = Path(self._datastore.image_path()) / image_id
+        with FileLock(f"{folder}.lock"):
+            if not folder.with_name(f"{image_id}.nii.gz").exists():
+                self._fetch_image(image_id, folder)
+            return super().get_image_uri(image_id)
+
+    def _fetch_image(self, series: str, folder: Path) -> None:
+        """Replace the folder of a series by what the store has; MONAI Label takes any part of it.
+
+        Raises:
+            HTTPException: 502, fewer images came than the store lists.
+        """
+        [row] = self._client.search_for_series(search_filters={"SeriesInstanceUID": series})
+        study = str(Dataset.from_json(row).StudyInstanceUID)
+        listed = len(self._client.retrieve_series_metadata(study, series))
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as place:
+            draft = Path(place) / series
+            dicom_web_download_series(study, series, str(draft), self._client, self._fetch_by_frame)
+            came = len(list(draft.glob("*.dcm")))
+            if came < listed:
+                raise HTTPException(
+                    502, f"series must come whole, got {came} of its {listed} images; try again"
+                )
+            shutil.rmtree(folder, ignore_errors=True)
+            draft.rename(folder)
 
     def segments(self, values: set[int], tag: str) -> list[dict[str, str]]:
         """Names of the values in a label, as MONAI Label needs them for a DICOM segmentation."""
@@ -97,7 +130,8 @@ class DicomStore(LabelChecks, DICOMWebDatastore):
         """Whether the cache has its voxels, as values of the classes."""
         label = self._datastore.label(own.image, FINAL)
         is_read = label is not None and label.ext == ".nii.gz"
-        return is_read and label.info.get("SeriesInstanceUID") == own.series
+        known: bool = is_read and label.info.get("SeriesInstanceUID") == own.series
+        return known and label.info.get(CLASSES, self.names) == self.names
 
     def _segmentation(self, study: str, uid: str) -> Segmentation:
         instances = self._client.retrieve_series_metadata(study, uid)
@@ -144,7 +178,27 @@ class DicomStore(LabelChecks, DICOMWebDatastore):
             on_grid(read, self.get_image_uri(image), {k: v or 0 for k, v in values.items()}, path)
             Path(read).unlink()
             with self.changes:
-                LocalDatastore.save_label(self, image, path, FINAL, {"SeriesInstanceUID": series})
+                LocalDatastore.save_label(
+                    self, image, path, FINAL, {"SeriesInstanceUID": series, CLASSES: self.names}
+                )
+
+
+def with_names(write: Callable[..., str], names: Sequence[str]) -> Callable[..., str]:
+    """``write``, MONAI Label's writer of DICOM segmentations, but with names by value.
+
+    Args:
+        write: folder of the image, label and segments to the file that it writes; it takes the
+            first segment's name for the first value in the label, whichever that is.
+        names: of the classes; the label value is the index.
+    """
+
+    def named(image: str, label: str, segments: Any, *args: Any, **kwargs: Any) -> str:
+        stored: Any = nib.load(label)
+        values = np.unique(np.asarray(stored.dataobj)).astype(int).tolist()
+        own = described([{"name": names[value]} for value in values if value], segments)
+        return write(image, label, own, *args, **kwargs)
+
+    return named
 
 
 def on_grid(label: str, image: str, values: dict[int, int], path: str) -> None:

@@ -35,7 +35,7 @@ from med3dinsight_ext import __version__
 from med3dinsight_ext.io.errors import root_cause
 from med3dinsight_ext.monailabel.app.answers import clicks_of
 from med3dinsight_ext.monailabel.app.datastores import CheckedDatastore, refused
-from med3dinsight_ext.monailabel.app.dicom_store import DicomStore
+from med3dinsight_ext.monailabel.app.dicom_store import DicomStore, with_names
 from med3dinsight_ext.monailabel.app.kcenter_greedy import Features, kcenter_greedy
 from med3dinsight_ext.monailabel.app.requests import (
     RESULTS,
@@ -105,10 +105,13 @@ class LabelApp(MONAILabelApp):
     def on_init_complete(self) -> None:
         """Add the page of rounds; called in the server only."""
         from monailabel.app import app as server
+        from monailabel.endpoints import infer
 
         from med3dinsight_ext.monailabel.app.rounds_page import router
 
         super().on_init_complete()
+        names = class_names(next(iter(self.bundles.values())))
+        infer.nifti_to_dicom_seg = with_names(infer.nifti_to_dicom_seg, names)
         server.include_router(router(self, self._trainers, self.datastore().log))
 
     def init_trainers(self) -> dict[str, TrainTask]:
@@ -251,13 +254,17 @@ class KCenterGreedy(Strategy):
         self.features = self.features or Features(self.bundle)
         labelled = set(datastore.get_labeled_images(request.get("label_tag")))
         names, rows = [], []
+        left, fault = 0, ""
         for name in sorted(datastore.list_images()):
             try:
                 rows.append(self.features(datastore.get_image_uri(name)))
             except (RuntimeError, ValueError, OSError) as error:  # what transforms raise
                 logger.warning("left out: %s (%s)", name, error)
+                left, fault = left + (name not in labelled), str(error)
             else:
                 names.append(name)
+        if left and not set(names) - labelled:
+            raise HTTPException(503, f"features of {left} images could not be computed: {fault}")
         there = [i for i, name in enumerate(names) if name in labelled]
         if len(there) == len(names):
             return None

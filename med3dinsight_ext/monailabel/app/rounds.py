@@ -15,12 +15,13 @@ from typing import Any, NoReturn
 
 import psutil
 from filelock import FileLock, Timeout
-from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.tasks.train.bundle import BundleTrainTask
 from monailabel.utils.async_tasks.utils import tasks
 
-from med3dinsight_ext.data.labels import read_label
+from med3dinsight_ext.data.labels import check_order, read_label
 from med3dinsight_ext.io.memory import total_memory
+from med3dinsight_ext.monailabel.app.datastores import CLASSES
 from med3dinsight_ext.monailabel.app.requests import check_training
 from med3dinsight_ext.monailabel.app.validation import validation_split
 from med3dinsight_ext.monailabel.app.versions import BUSY, EARLIER, ROUND, Versions, adopt_round
@@ -142,6 +143,9 @@ class Training(BundleTrainTask):
 
     def _update_overrides(self, overrides: dict[str, Any]) -> dict[str, Any]:
         overrides["ckpt_dir"] = str(self.models / ROUND)
+        frozen = self.bundle_config.get("freeze_epochs")
+        if isinstance(frozen, int) and frozen > 0:  # the first training's, for transferred weights
+            overrides["freeze_epochs"] = 0
         return overrides
 
     def _run_command(self, cmd: list[str], env: dict[str, str]) -> None:
@@ -157,11 +161,12 @@ class Training(BundleTrainTask):
     def _fetch_datalist(self, request: dict[str, Any], datastore: Datastore) -> Any:
         """Labelled cases that are good, with their patient and the values of the label."""
         names = class_names(Path(self.bundle_path))
-        patients = patients_of(datastore)
+        patients, classes = patients_of(datastore), classes_of(datastore)
         items = []
         for item in super()._fetch_datalist(request, datastore):
             try:
                 values = read_label(item, names)
+                check_order(names, classes[item["image"]], item["label"])
             except ValueError as error:
                 logger.warning("left out: %s", error)
             else:
@@ -182,6 +187,15 @@ class Training(BundleTrainTask):
 def paths(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a training reads of the cases."""
     return [{"image": item["image"], "label": item["label"]} for item in items]
+
+
+def classes_of(datastore: Datastore) -> dict[str, list[str]]:
+    """Of each image file, with links resolved: the classes of its label when that was saved."""
+    found = {}
+    for name in datastore._datastore.objects:
+        path = datastore.get_image_info(name)["path"]
+        found[path] = datastore.get_label_info(name, DefaultLabelTag.FINAL.value).get(CLASSES, [])
+    return found
 
 
 def patients_of(datastore: Datastore) -> dict[str, str]:
