@@ -559,8 +559,12 @@ def reproduce(table: str, data: str, work: str, slots: int = 8, **settings: Any)
     hours = sum(row.get("wall_s", 0.0) for row in rows if row["name"] in names) / 3600
     print(f"{len(jobs)} runs; those on record took {hours:.1f} hours in all", flush=True)
     main(data, work, slots, float("inf"), only=f"^({'|'.join(names)})$", **settings)
-    paths = [Path(work) / "results" / f"{row['name']}.json" for row in recorded]
-    made = [json.loads(path.read_text()) for path in paths if path.exists()]
+    made = []
+    for row in recorded:
+        path = Path(work) / "results" / f"{row['name']}.json"
+        if path.exists():  # its place in the table is that of the run at scale 1
+            steps = {"steps": row["steps"]} if "steps" in row else {}
+            made.append(json.loads(path.read_text()) | steps)
     print(f"\n{tables.TABLES[table].write(made)}")
     if len(made) < len(recorded):
         raise SystemExit(f"{len(recorded) - len(made)} runs failed, see {Path(work) / 'logs'}.")
