@@ -255,10 +255,10 @@ def finetuning(rows: Rows) -> str:
     return "\n\n".join(parts)
 
 
-def with_one_patient(rows: Rows, arm: str) -> str:
-    """``above`` training from scratch with one labelled patient."""
+def gain_of(rows: Rows, arm: str, names: Sequence[str] = ONE, other: str = "scratch") -> str:
+    """``above`` of two arms; default: training from scratch with one labelled case."""
     arms = fine_tuned(rows)
-    return above(by_draw(arms[arm]), by_draw(arms["scratch"]), ONE)
+    return above(by_draw(arms[arm]), by_draw(arms[other]), names)
 
 
 def scratch_mean(rows: Rows, names: Sequence[str], steps: int) -> tuple[float, int] | None:
@@ -378,16 +378,24 @@ def read(task: str = "headneck") -> Rows:
 
 def readme() -> str:
     """The page with its tables."""
-    rows = read()
+    rows, others = read(), read("hippocampus")
     cost = json.loads((HERE / "results" / "speed.json").read_text("utf-8"))
-    devices = sorted({f"{row['device']} (commit {row['commit']})" for row in rows})
+    devices = sorted({f"{row['device']} (commit {row['commit']})" for row in rows + others})
     return Template((HERE / "page.md").read_text("utf-8")).substitute(
         {name: table.write(rows) for name, table in TABLES.items()},
         room_gain=room_gain(rows),
         seen_scratch=smallest_seen(rows, "dense", "scratch"),
         seen_reconstruction=smallest_seen(rows, "dense", "recon"),
-        one_self=with_one_patient(rows, "soft_network"),
-        one_dense=with_one_patient(rows, "dense_1e-3"),
+        one_self=gain_of(rows, "soft_network"),
+        one_control=gain_of(rows, "soft_network", other="longer"),
+        one_longer=gain_of(rows, "longer"),
+        one_dense=gain_of(rows, "dense_1e-3"),
+        hippocampus=finetuning(others),
+        hippocampus_pretraining=pretraining(others),
+        hippocampus_self=gain_of(others, "soft_network"),
+        hippocampus_self_three=gain_of(others, "soft_network", DRAWS),
+        hippocampus_dense=gain_of(others, "dense", DRAWS),
+        hippocampus_dense_recon=gain_of(others, "dense", DRAWS, "recon"),
         speed=speed(cost),
         devices="; ".join(devices),
     )

@@ -600,12 +600,19 @@ def names_with_an_ending_inside_are_images(folder: Path) -> None:
 
 @check
 def a_request_for_the_next_image_says_that_none_can_be_read(folder: Path) -> None:
+    import torch
+    from fastapi import HTTPException
+
     from med3dinsight_ext.monailabel.app.main import KCenterGreedy
 
     store, strategy = studies(folder), KCenterGreedy(folder)
     strategy.features = mock.Mock(side_effect=RuntimeError("out of memory"))
     found = raised(lambda: strategy({}, store))
     assert found.status_code == 503 and "of 2 images could not be computed: out" in found.detail
+    broken = HTTPException(502, "series must come whole")
+    strategy.features = mock.Mock(side_effect=[torch.zeros(3), broken])
+    assert strategy({}, store) == {"id": "v0"}
+    strategy.features = mock.Mock(side_effect=broken)
     for name in ("v0", "v1"):
         label = volume(folder / "label.nii.gz", boxes(1))
         store.save_label(name, str(label), "final", {})

@@ -258,7 +258,7 @@ class KCenterGreedy(Strategy):
         for name in sorted(datastore.list_images()):
             try:
                 rows.append(self.features(datastore.get_image_uri(name)))
-            except (RuntimeError, ValueError, OSError) as error:  # what transforms raise
+            except (RuntimeError, ValueError, OSError, HTTPException) as error:
                 logger.warning("left out: %s (%s)", name, error)
                 left, fault = left + (name not in labelled), str(error)
             else:
