@@ -394,6 +394,7 @@ def readme() -> str:
         hippocampus_pretraining=pretraining(others),
         hippocampus_self=gain_of(others, "soft_network"),
         hippocampus_self_three=gain_of(others, "soft_network", DRAWS),
+        hippocampus_control=gain_of(others, "soft_network", other="longer"),
         hippocampus_dense=gain_of(others, "dense", DRAWS),
         hippocampus_dense_recon=gain_of(others, "dense", DRAWS, "recon"),
         speed=speed(cost),
