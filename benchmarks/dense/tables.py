@@ -237,10 +237,10 @@ def finetuning(rows: Rows) -> str:
     reconstruction = by_draw([*arms["recon"], *arms["recon_1e-3"]])
     longer = by_draw(arms["longer"])
     start, columns = "points above scratch, 0.003", ("reconstruction", "twice the steps")
-    gains = f"{start} | {' | '.join(f'above {column}' for column in columns)}"
+    ends = f"{start} | {' | '.join(f'above {column}' for column in columns)}"
     parts = []
     for title, names in PATIENTS[rows[0]["task"]].items() if rows else ():
-        head = " | ".join((*(f"draw {n}" for n in range(len(names))), gains))
+        head = " | ".join((*(f"draw {n}" for n in range(len(names))), ends))
         lines = []
         for arm, name in FINE_TUNED.items():
             draws = by_draw(arms[arm])
