@@ -497,6 +497,11 @@ def test_the_first_screen_quotes_the_write_up() -> None:
     figures = re.findall(r"[+−]?\d+\.\d \([^)]+\)", said)
     page = (EVIDENCE / "README.md").read_text().split("## Findings")[0]
     assert len(figures) == 5 and all(figure in page for figure in figures)
+    dense = (EVIDENCE.parent / "dense" / "README.md").read_text()
+    points = re.findall(r"([+−]\d+\.\d) points[^(]*\(([^);]+)", said)
+    assert len(points) == 3
+    for mean, ends in points:
+        assert f"{mean} ({ends})".replace("−", "-") in dense
 
 
 def test_questions_and_descriptions_name_arms_of_the_plan_or_of_none() -> None:
