@@ -48,10 +48,11 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_headneck(tmp_path / "data")
 
 
+@pytest.mark.parametrize("task", runs.TASKS)
 @pytest.mark.parametrize("table", tables.TABLES)
-def test_each_row_of_a_table_is_made_by_the_plan_with_its_settings(table: str) -> None:
-    jobs = {job.name: job for job in runs.plan()}
-    rows = [row for row in tables.read() if tables.TABLES[table].uses(row)]
+def test_each_row_of_a_table_is_made_by_the_plan_with_its_settings(table: str, task: str) -> None:
+    jobs = {job.name: job for job in runs.plan(runs.TASKS[task].scale)}
+    rows = [row for row in tables.read(task) if tables.TABLES[table].uses(row)]
     for row in rows:
         assert jobs[row["name"]].run == row["kind"]
         given = {key: row.get(key) for key in jobs[row["name"]].settings}
