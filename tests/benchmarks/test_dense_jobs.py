@@ -62,11 +62,11 @@ def test_each_row_of_a_table_is_made_by_the_plan_with_its_settings(table: str, t
 
 
 ROWS = {
-    "readouts": [{"name": f"readout_{init}_d0"} for init in ("untrained", "codes", "dense_p0")],
-    "finetuning": [{"name": "scratch_one0"}, {"name": "soft_scratch_one0"}],
-    "room": [{"name": "scratch_all_600", "labelled": "all"}],
-    "steps": [{"name": "scratch_150_d0"}],
-    "pretraining": [{"name": "recon_p0"}],
+    "readouts": [f"readout_{init}_d0" for init in ("untrained", "codes", "dense_p0")],
+    "finetuning": ["scratch_one0", "soft_scratch_one0"],
+    "room": ["scratch_all_600"],
+    "steps": ["scratch_150_d0"],
+    "pretraining": ["recon_p0"],
 }  # a few of those on record
 
 
@@ -79,7 +79,7 @@ def test_a_table_is_made_by_one_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    names = [row["name"] for row in ROWS[table]]
+    names = ROWS[table]
     recorded = [row for row in tables.read() if row["name"] in names]
     assert len(recorded) == len(names)
     monkeypatch.setattr(tables, "read", lambda _: recorded)

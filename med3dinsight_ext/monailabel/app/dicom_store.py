@@ -101,7 +101,7 @@ class DicomStore(LabelChecks, DICOMWebDatastore):
 
     def segments(self, values: set[int], tag: str) -> list[dict[str, str]]:
         """Names of the values in a label, as MONAI Label needs them for a DICOM segmentation."""
-        found = [{"name": self.names[value]} for value in sorted(values - {0})]
+        found = named(values, self.names)
         if tag == FINAL and not found:
             raise ValueError(
                 "label must hold a class, got only background; a DICOM segmentation cannot be empty"
@@ -183,6 +183,11 @@ class DicomStore(LabelChecks, DICOMWebDatastore):
                 )
 
 
+def named(values: set[int], names: Sequence[str]) -> list[dict[str, str]]:
+    """Segments of the values in a label, in their order, with the names of the classes."""
+    return [{"name": names[value]} for value in sorted(values - {0})]
+
+
 def with_names(write: Callable[..., str], names: Sequence[str]) -> Callable[..., str]:
     """``write``, MONAI Label's writer of DICOM segmentations, but with names by value.
 
@@ -192,13 +197,13 @@ def with_names(write: Callable[..., str], names: Sequence[str]) -> Callable[...,
         names: of the classes; the label value is the index.
     """
 
-    def named(image: str, label: str, segments: Any, *args: Any, **kwargs: Any) -> str:
+    def by_value(image: str, label: str, segments: Any, *args: Any, **kwargs: Any) -> str:
         stored: Any = nib.load(label)
-        values = np.unique(np.asarray(stored.dataobj)).astype(int).tolist()
-        own = described([{"name": names[value]} for value in values if value], segments)
+        values = set(np.unique(np.asarray(stored.dataobj)).astype(int).tolist())
+        own = described(named(values, names), segments)
         return write(image, label, own, *args, **kwargs)
 
-    return named
+    return by_value
 
 
 def on_grid(label: str, image: str, values: dict[int, int], path: str) -> None:

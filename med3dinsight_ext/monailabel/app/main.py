@@ -110,8 +110,7 @@ class LabelApp(MONAILabelApp):
         from med3dinsight_ext.monailabel.app.rounds_page import router
 
         super().on_init_complete()
-        names = class_names(next(iter(self.bundles.values())))
-        infer.nifti_to_dicom_seg = with_names(infer.nifti_to_dicom_seg, names)
+        infer.nifti_to_dicom_seg = with_names(infer.nifti_to_dicom_seg, self.datastore().names)
         server.include_router(router(self, self._trainers, self.datastore().log))
 
     def init_trainers(self) -> dict[str, TrainTask]:
