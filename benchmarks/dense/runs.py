@@ -62,7 +62,7 @@ TASKS = {
     ),
 }  # fmt: skip
 TASK = TASKS["headneck"]  # ``main`` sets it
-LEARNING_RATE = 3e-3  # of fine-tuning: the best of three from scratch
+LEARNING_RATE = 3e-3  # of fine-tuning the U-Net: the best of three from scratch
 BACKBONES: dict[str, dict[str, Any]] = {
     "unet": {
         "_target_": "UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": "@out_channels",
@@ -76,6 +76,11 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "conv_op": "$torch.nn.Conv3d", "conv_bias": True, "norm_op": "$torch.nn.InstanceNorm3d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "nonlin": "$torch.nn.LeakyReLU",
         "nonlin_kwargs": {"inplace": True},
+    },
+    "unetr": {
+        "_target_": "UNETR", "in_channels": 1, "out_channels": "@out_channels",
+        "img_size": "@patch_size", "feature_size": 16, "hidden_size": 384, "mlp_dim": 1536,
+        "num_heads": 6,
     },
 }  # fmt: skip
 
@@ -267,6 +272,13 @@ def pretrain(
     return {"last": json.loads(history[-1])}
 
 
+def best_rate(work: Path, backbone: str) -> float:
+    """The learning rate of the best run ``BACKBONE_rate_*``."""
+    paths = (work / "results").glob(f"{backbone}_rate_*.json")
+    found = max((json.loads(path.read_text()) for path in paths), key=lambda row: row["dice"])
+    return float(found["lr"])
+
+
 def finetune(
     work: Path, name: str, init: str = "", labelled: str = "draw0", steps: int = 600, seed: int = 0,
     backbone: str = "unet", lr: float | None = None, soft: str = "", soft_weights: str = "",
@@ -282,12 +294,13 @@ def finetune(
         steps: of the optimiser.
         seed: of the run.
         backbone: one of ``BACKBONES``.
-        lr: learning rate.
+        lr: learning rate; default: the best from scratch of those that were tried.
         soft: "head", "network" or "both" make soft labels; or "mean_teacher".
         soft_weights: run whose network makes them.
     """
     overlays = ["train.json"]
     more: dict[str, Any] = {}
+    rate = lr or (LEARNING_RATE if backbone == "unet" else best_rate(work, backbone))
     if soft:
         more["unlabelled"] = str(work / "lists" / f"others{labelled[-1]}.json")  # of the same draw
     if soft == "mean_teacher":
@@ -308,11 +321,11 @@ def finetune(
         datalist=str(work / "lists" / f"{labelled}.json"), spacing=TASK.spacing,
         patch_size=TASK.patch,
         backbone=BACKBONES[backbone], num_workers=2, seed=seed, val_fraction=0.0,
-        warmup_epochs=1, learning_rate=lr or LEARNING_RATE, **length(steps), **more,
+        warmup_epochs=1, learning_rate=rate, **length(steps), **more,
     )  # fmt: skip
     network = flow.parser.get_parsed_content("network_def")
     device = flow.parser.get_parsed_content("device")
-    return {"lr": lr or LEARNING_RATE, **score(network, device)}
+    return {"lr": rate, **score(network, device)}
 
 
 def readout(work: Path, name: str, init: str, labelled: str, **_: Any) -> dict[str, Any]:
@@ -500,18 +513,7 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 f"{arm}_all_{seed}", "finetune", [init] if init else [], init=init, labelled="all",
                 seed=seed, steps=1200,
             )  # fmt: skip
-    for arm in ("recon", "both"):
-        add(
-            f"resenc_{arm}_p0", "pretrain", filled["imagenet"], steps=2000, backbone="resenc",
-            **arms[arm],
-        )  # fmt: skip
-    for draw in range(3):
-        for arm in ("scratch", "recon", "both"):
-            init = "" if arm == "scratch" else f"resenc_{arm}_p0"
-            add(
-                f"resenc_{arm}_d{draw}", "finetune", [init] if init else [], init=init,
-                labelled=f"draw{draw}", steps=600, backbone="resenc",
-            )  # fmt: skip
+    add_backbones(add, filled["imagenet"])
     networks = [f"{arm}_p{seed}" for arm in arms for seed in range(3)]
     codes = {"codes": ["fill_imagenet_0"], "untrained": []}  # they fill what else they read
     codes |= {f"{tag}_codes": [f"fill_{tag}_0"] for tag in ("random", "adapted")}
@@ -522,6 +524,41 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 labelled=f"draw{draw}",
             )  # fmt: skip
     return jobs
+
+
+def add_backbones(add: Callable[..., str], filled: Sequence[str]) -> None:
+    """Jobs of the larger networks; each draw has a seed and a pre-training of its own."""
+    arms = {"recon": {"dense": 0.0}, "dense": {"reconstruction": 0.0}}
+    draws = [f"{part}{n}" for part in ("one", "draw") for n in range(3)]
+    for net, rates in {"resenc": (3e-4, 1e-3, 3e-3), "unetr": (1e-4, 3e-4, 1e-3)}.items():
+        tried = [
+            add(f"{net}_rate_{r}", "finetune", labelled="draw0", steps=600, backbone=net, lr=r)
+            for r in rates
+        ]
+        for seed in range(3):
+            for arm, weights in arms.items():
+                add(
+                    f"{net}_{arm}_p{seed}", "pretrain", filled, seed=seed, steps=1000,
+                    backbone=net, **weights,
+                )  # fmt: skip
+        for labelled in (*draws, "all"):
+            n, steps = (0, 1200) if labelled == "all" else (int(labelled[-1]), 600)
+            same: dict[str, Any] = {"labelled": labelled, "seed": n, "backbone": net}
+            scratch = add(f"{net}_scratch_{labelled}", "finetune", tried, steps=steps, **same)
+            for arm in arms:
+                init = f"{net}_{arm}_p{n}"
+                add(
+                    f"{init}_{labelled}", "finetune", [*tried, init], steps=steps, init=init, **same
+                )
+            if labelled == "all":
+                continue
+            add(f"{net}_longer_{labelled}", "finetune", tried, steps=2 * steps, **same)
+            for arm, first in (("scratch", scratch), ("dense", f"{net}_dense_p{n}_{labelled}")):
+                init = f"{net}_dense_p{n}" if arm == "dense" else ""
+                add(
+                    f"{net}_soft_{arm}_{labelled}", "finetune", [first], steps=steps, init=init,
+                    soft="network", soft_weights=first, **same,
+                )  # fmt: skip
 
 
 def with_needs(jobs: Sequence[Job], names: Iterable[str]) -> list[Job]:
