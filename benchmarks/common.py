@@ -22,11 +22,11 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def timed(call: Callable[[], Any], synchronise: bool = torch.cuda.is_available()) -> float:
+def timed(call: Callable[[], Any], synchronise: bool = True) -> float:
     """Seconds that a call takes."""
     begin = perf_counter()
     call()
-    if synchronise:
+    if synchronise and torch.cuda.is_available():
         torch.cuda.synchronize()
     return perf_counter() - begin
 

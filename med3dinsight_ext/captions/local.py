@@ -262,7 +262,8 @@ class GumbelSampler:
 def _processor(model: str, revision: str | None, config: Any) -> Any:
     """The checkpoint's processor with PIL's resizing, which is the same on every machine.
 
-    A video processor would import torchvision; it is left out where that is possible.
+    A video processor would import torchvision, or has no such choice (transformers up to 5.17 with
+    torchvision); it is left out where that is possible.
     """
     from transformers import AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -270,7 +271,7 @@ def _processor(model: str, revision: str | None, config: Any) -> Any:
     how = {"revision": revision, "trust_remote_code": False}
     try:
         return AutoProcessor.from_pretrained(model, backend="pil", **how)
-    except (ImportError, ValueError):
+    except (ImportError, ValueError, AttributeError):
         kind = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
         if kind is None or kind.get_attributes()[-1] != "video_processor":
             return AutoProcessor.from_pretrained(model, **how)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -59,6 +62,24 @@ def test_each_row_of_a_table_is_made_by_the_plan_with_its_settings(table: str, t
         assert given == jobs[row["name"]].settings | (
             {"seed": None} if "seed" in given and "seed" not in row else {}
         )
+
+
+PARENT = """
+import torch
+
+def refuse():
+    raise AssertionError("CUDA was asked for before the jobs were forked")
+
+torch._C._cuda_getDeviceCount = refuse
+from dense import runs
+"""
+
+
+@pytest.mark.slow
+def test_only_the_children_ask_for_cuda_which_could_not_be_forked() -> None:
+    benchmarks = Path(runs.__file__).parents[1]
+    paths = {"PYTHONPATH": os.pathsep.join([str(benchmarks), str(benchmarks.parent)])}
+    subprocess.run([sys.executable, "-c", PARENT], check=True, env=os.environ | paths)
 
 
 ROWS = {

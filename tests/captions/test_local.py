@@ -154,6 +154,21 @@ def test_weights_have_the_requested_dtype(folder: Path) -> None:
     assert captions(folder).network.dtype == torch.float32  # as it was saved
 
 
+def test_a_video_processor_that_refuses_pils_resizing_is_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = transformers.AutoProcessor.from_pretrained
+
+    def refuse(*names: Any, **how: Any) -> Any:  # as transformers 5.17 does with torchvision
+        if "backend" in how:
+            raise AttributeError("property 'backend' of 'Qwen2VLVideoProcessor' has no setter")
+        return load(*names, **how)
+
+    expected = texts(folder)
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", refuse)
+    assert texts(folder) == expected
+
+
 @pytest.mark.gpu
 def test_the_batch_does_not_change_greedy_answers_on_a_gpu(folder: Path) -> None:
     if not torch.cuda.is_available():
