@@ -102,27 +102,45 @@ def cells(draws: dict[str, Rows], names: Sequence[str] = DRAWS) -> list[str]:
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of (draws, cases), of which both are resampled."""
+    """95 % bootstrap interval of the mean of (draws, cases, pre-trainings), each resampled."""
     streams = zip(*(resamples(n, 2000, seed) for seed, n in enumerate(values.shape)), strict=True)
-    means = [values[draws[:, :, None], cases[:, None]].mean((1, 2)) for draws, cases in streams]
+    means = [
+        values[draws[:, :, None, None], cases[:, None, :, None], runs[:, None, None]].mean(
+            (1, 2, 3)
+        )
+        for draws, cases, runs in streams
+    ]
     return percentiles(torch.cat(means))
+
+
+def case_means(rows: Rows) -> Tensor:
+    """Dice of each case and run: (cases, runs)."""
+    names = sorted(rows[0]["cases"])
+    ordered = sorted(rows, key=lambda row: row["name"])
+    means = [[fmean(row["cases"][name]) for row in ordered] for name in names]
+    return torch.tensor(means, dtype=torch.float64)
 
 
 def difference(
     rows: dict[str, Rows], others: dict[str, Rows], names: Sequence[str] = DRAWS
 ) -> tuple[float, float, float] | None:
-    """Mean difference in points over the draws that both have, and the ends of its interval."""
+    """Mean difference in points over the draws that both have, and the ends of its interval.
+
+    Runs of one draw are of several pre-trainings; those of both arms with as many are paired.
+    """
     values = []
     for draw in names:
         if draw in rows and draw in others:
-            one, other = (
-                {n: fmean(fmean(r["cases"][n]) for r in part) for n in part[0]["cases"]}
-                for part in (rows[draw], others[draw])
-            )
-            values.append([100 * (one[name] - other[name]) for name in sorted(one)])
+            one, other = case_means(rows[draw]), case_means(others[draw])
+            if one.shape != other.shape:
+                other = other.mean(1, keepdim=True)
+            values.append(100 * (one - other))
     if not values:
         return None
-    found = torch.tensor(values, dtype=torch.float64)
+    runs = {value.shape[1] for value in values}
+    if len(runs) > 1:  # not each draw has all pre-trainings
+        values = [value.mean(1, keepdim=True) for value in values]
+    found = torch.stack(values)
     return float(found.mean()), *interval(found)
 
 
@@ -148,21 +166,29 @@ def table(head: str, lines: list[list[str]]) -> str:
     return "\n".join([f"| {head} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
+def unet(row: dict[str, Any]) -> bool:
+    """Whether it is a run of fine-tuning the U-Net."""
+    return row["kind"] == "finetune" and row.get("backbone", "unet") == "unet"
+
+
 def usual(row: dict[str, Any]) -> bool:
-    """Whether it is a run of fine-tuning of the usual length, or of twice that from scratch."""
-    return row["kind"] == "finetune" and (
-        row["steps"] == usual_steps(row) or arm_of(row) == "longer"
-    )
+    """Whether the U-Net is fine-tuned for the usual length, or from scratch for twice that."""
+    return unet(row) and (row["steps"] == usual_steps(row) or arm_of(row) == "longer")
 
 
 def from_scratch(row: dict[str, Any]) -> bool:
-    """Whether it is a run from scratch at the usual rate."""
-    return row["kind"] == "finetune" and arm_of(row) in ("scratch", "longer")
+    """Whether the U-Net is trained from scratch at the usual rate."""
+    return unet(row) and arm_of(row) in ("scratch", "longer")
+
+
+def other_network(row: dict[str, Any]) -> bool:
+    """Whether another network than the U-Net is fine-tuned."""
+    return row["kind"] == "finetune" and not unet(row)
 
 
 def short(row: dict[str, Any]) -> bool:
     """Whether it tells what an arm of three gives on five patients after a number of steps."""
-    few_steps = row["kind"] == "finetune" and row["steps"] in LENGTHS and row["labelled"] in DRAWS
+    few_steps = unet(row) and row["steps"] in LENGTHS and row["labelled"] in DRAWS
     return few_steps and arm_of(row) in ("scratch", "recon", "dense")
 
 
@@ -304,6 +330,21 @@ def steps(rows: Rows) -> str:
     return table(" | ".join(["five patients", *(f"{count} steps" for count in LENGTHS)]), lines)
 
 
+def networks(rows: Rows) -> str:
+    """One line a run of another network than the U-Net."""
+    lines = [
+        [
+            f"`{row['name']}`",
+            row["labelled"],
+            str(row["steps"]),
+            f"{row['lr']:g}",
+            f"{row['dice']:.3f}",
+        ]
+        for row in filter(other_network, rows)
+    ]
+    return table("run | labelled | steps | learning rate | Dice", lines)
+
+
 def readouts(rows: Rows) -> str:
     """One line a source of frozen features."""
     found: dict[str, Rows] = defaultdict(list)
@@ -366,6 +407,7 @@ TABLES = {
     "finetuning": Table(usual, finetuning),
     "room": Table(lambda row: from_scratch(row) and row["steps"] >= 600, room),
     "steps": Table(short, steps),
+    "networks": Table(other_network, networks),
     "pretraining": Table(lambda row: row["kind"] == "pretrain", pretraining),
 }
 
@@ -397,6 +439,7 @@ def readme() -> str:
         hippocampus_control=gain_of(others, "soft_network", other="longer"),
         hippocampus_dense=gain_of(others, "dense", DRAWS),
         hippocampus_dense_recon=gain_of(others, "dense", DRAWS, "recon"),
+        hippocampus_all=gain_of(others, "dense", ("all",)),
         speed=speed(cost),
         devices="; ".join(devices),
     )

@@ -87,6 +87,7 @@ ROWS = {
     "finetuning": ["scratch_one0", "soft_scratch_one0"],
     "room": ["scratch_all_600"],
     "steps": ["scratch_150_d0"],
+    "networks": ["unetr_rate_0.001"],
     "pretraining": ["recon_p0"],
 }  # a few of those on record
 
@@ -113,7 +114,7 @@ def test_a_table_is_made_by_one_command(
     assert printed.strip().startswith("| ")
     for name in names:
         found = json.loads((tmp_path / "results" / f"{name}.json").read_text())
-        if table in ("readouts", "finetuning"):
+        if table in ("readouts", "finetuning", "networks"):
             assert 0 <= found["dice"] <= 1 and f"| {found['dice']:.3f} |" in printed
 
 
