@@ -155,8 +155,9 @@ def test_weights_have_the_requested_dtype(folder: Path) -> None:
 
 
 def test_a_video_processor_that_refuses_pils_resizing_is_left_out(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = folders["qwen"]
     load = transformers.AutoProcessor.from_pretrained
 
     def refuse(*names: Any, **how: Any) -> Any:  # as transformers 5.17 does with torchvision
