@@ -513,7 +513,7 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
                 f"{arm}_all_{seed}", "finetune", [init] if init else [], init=init, labelled="all",
                 seed=seed, steps=1200,
             )  # fmt: skip
-    add_backbones(add, filled["imagenet"])
+    add_backbones(add, filled["imagenet"], {arm: arms[arm] for arm in ("recon", "dense")})
     networks = [f"{arm}_p{seed}" for arm in arms for seed in range(3)]
     codes = {"codes": ["fill_imagenet_0"], "untrained": []}  # they fill what else they read
     codes |= {f"{tag}_codes": [f"fill_{tag}_0"] for tag in ("random", "adapted")}
@@ -526,9 +526,10 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
     return jobs
 
 
-def add_backbones(add: Callable[..., str], filled: Sequence[str]) -> None:
+def add_backbones(
+    add: Callable[..., str], filled: Sequence[str], arms: dict[str, dict[str, Any]]
+) -> None:
     """Jobs of the larger networks; each draw has a seed and a pre-training of its own."""
-    arms = {"recon": {"dense": 0.0}, "dense": {"reconstruction": 0.0}}
     draws = [f"{part}{n}" for part in ("one", "draw") for n in range(3)]
     for net, rates in {"resenc": (3e-4, 1e-3, 3e-3), "unetr": (1e-4, 3e-4, 1e-3)}.items():
         tried = [

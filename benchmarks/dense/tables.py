@@ -133,7 +133,7 @@ def difference(
     for draw in names:
         if draw in rows and draw in others:
             one, other = case_means(rows[draw]), case_means(others[draw])
-            if one.shape != other.shape:
+            if one.shape != other.shape and min(one.shape[1], other.shape[1]) > 1:
                 other = other.mean(1, keepdim=True)
             values.append(100 * (one - other))
     if not values:

@@ -22,5 +22,7 @@ def test_intervals_hold_the_spread_between_pre_trainings() -> None:
     mean, low, high = tables.difference(runs_of("dense", [0.4, 0.5, 0.7]), scratch)
     assert mean == pytest.approx(100 / 30)
     assert low == pytest.approx(-10, abs=1) and high == pytest.approx(20, abs=1)
+    turned = tables.difference(scratch, runs_of("dense", [0.4, 0.5, 0.7]))
+    assert turned == pytest.approx((-mean, -high, -low), abs=1)
     paired = tables.difference(runs_of("dense", [0.4, 0.6]), runs_of("recon", [0.3, 0.5]))
     assert paired == pytest.approx((10, 10, 10))  # by pre-training
