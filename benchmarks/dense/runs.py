@@ -83,6 +83,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "num_heads": 6,
     },
 }  # fmt: skip
+BACKBONES["resenc16"] = BACKBONES["resenc"] | {"features_per_stage": [16, 32, 64, 128]}  # CPUs
 
 
 class NoTexts(TextTower):
@@ -529,14 +530,16 @@ def plan(scale: float = 1.0, shards: int = 6) -> list[Job]:
 def add_backbones(
     add: Callable[..., str], filled: Sequence[str], arms: dict[str, dict[str, Any]]
 ) -> None:
-    """Jobs of the larger networks; each draw has a seed and a pre-training of its own."""
+    """Jobs of other networks; each draw has a seed and, of the wide ones, its own pre-training."""
     draws = [f"{part}{n}" for part in ("one", "draw") for n in range(3)]
-    for net, rates in {"resenc": (3e-4, 1e-3, 3e-3), "unetr": (1e-4, 3e-4, 1e-3)}.items():
+    rates_of = {"resenc": (3e-4, 1e-3, 3e-3), "unetr": (1e-4, 3e-4, 1e-3), "resenc16": (1e-3, 3e-3)}
+    for net, rates in rates_of.items():
+        trainings = 1 if net == "resenc16" else 3
         tried = [
             add(f"{net}_rate_{r}", "finetune", labelled="draw0", steps=600, backbone=net, lr=r)
             for r in rates
         ]
-        for seed in range(3):
+        for seed in range(trainings):
             for arm, weights in arms.items():
                 add(
                     f"{net}_{arm}_p{seed}", "pretrain", filled, seed=seed, steps=1000,
@@ -547,17 +550,17 @@ def add_backbones(
             same: dict[str, Any] = {"labelled": labelled, "seed": n, "backbone": net}
             scratch = add(f"{net}_scratch_{labelled}", "finetune", tried, steps=steps, **same)
             for arm in arms:
-                init = f"{net}_{arm}_p{n}"
+                init = f"{net}_{arm}_p{n % trainings}"
                 add(
                     f"{init}_{labelled}", "finetune", [*tried, init], steps=steps, init=init, **same
                 )
             if labelled == "all":
                 continue
             add(f"{net}_longer_{labelled}", "finetune", tried, steps=2 * steps, **same)
-            for arm, first in (("scratch", scratch), ("dense", f"{net}_dense_p{n}_{labelled}")):
-                init = f"{net}_dense_p{n}" if arm == "dense" else ""
+            for arm, first in (("scratch", scratch), ("dense", f"{init}_{labelled}")):
+                start = init if arm == "dense" else ""
                 add(
-                    f"{net}_soft_{arm}_{labelled}", "finetune", [first], steps=steps, init=init,
+                    f"{net}_soft_{arm}_{labelled}", "finetune", [first], steps=steps, init=start,
                     soft="network", soft_weights=first, **same,
                 )  # fmt: skip
 
