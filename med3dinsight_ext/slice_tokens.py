@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from med3dinsight_ext.data.volumes import read_volume
 from med3dinsight_ext.io.bundles import kind_of
 from med3dinsight_ext.io.configs import EVALUATED
 from med3dinsight_ext.io.files import volume_stem
@@ -82,7 +84,8 @@ def ask(
     answered = folder / f"{volume_stem(volume)}_text.json"
     if answered.is_file():
         other = read_json(answered, "answer").get("image")
-        if other != (own := str(Path(volume).absolute())):
+        own = str(Path(volume).absolute())
+        if other is None or os.path.realpath(other) != os.path.realpath(own):
             raise ValueError(
                 f"out must hold no answer about another volume of this name, got {answered} about "
                 f"{other}, not {own}; give --out another folder"
@@ -111,5 +114,9 @@ def _inferred(
     path = Path(volume)
     if not path.exists():
         raise ValueError(f"volume must exist, got {volume}; correct the path")
-    infer(home, bundle, overlays, [{"image": str(path.absolute())}], folder, overrides, quiet)
+    try:
+        infer(home, bundle, overlays, [{"image": str(path.absolute())}], folder, overrides, quiet)
+    except RuntimeError:  # MONAI's, of a worker that could not read it as of anything else
+        read_volume(str(path))
+        raise
     return folder / volume_stem(path)

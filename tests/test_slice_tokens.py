@@ -58,7 +58,8 @@ def test_an_answer_about_a_volume_of_the_same_name_stays(
     with pytest.raises(ValueError, match="about another volume of this name, got .*v1_text.json"):
         med3dinsight_ext.ask(model, str(tmp_path / "v1.nii.gz"), "noise", out=out, device=CPU)
     assert (tmp_path / "out" / "v1_text.json").read_bytes() == before
-    med3dinsight_ext.ask(model, str(scans / "v1.nii.gz"), "a ball", out=out, device=CPU)
+    same = f"{scans}/../{scans.name}/v1.nii.gz"
+    med3dinsight_ext.ask(model, same, "a ball", out=out, device=CPU)
 
 
 def test_a_question_is_answered_by_places_and_a_page(
@@ -101,6 +102,10 @@ def test_wrong_questions_are_one_line(model: str, scans: Path, tmp_path: Path) -
         med3dinsight_ext.ask(model, volume, "$exit()")
     with pytest.raises(ValueError, match="volume must exist, got .*none.nii; correct the path"):
         med3dinsight_ext.embed(model, str(scans / "none.nii"))
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(b"no volume")
+    with pytest.raises(ValueError, match="broken.nii.gz"):
+        med3dinsight_ext.embed(model, str(broken), device=CPU)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "model.pt").touch()
     (tmp_path / "plan.yaml").write_text("label_names: [background, ball]")

@@ -57,6 +57,11 @@ FINE_TUNED = {
     "soft_head": "from scratch, with soft labels of a head on the teacher's codes",
     "soft_both": "from scratch, with soft labels of that network and that head",
 }
+NETWORKS = {
+    "resenc": "residual encoder",
+    "resenc16": "residual encoder of half that width",
+    "unetr": "UNETR",
+}
 READ_OUT = {
     "codes": "the teacher's codes",
     "adapted_codes": "codes of a teacher adapted to these volumes",
@@ -74,13 +79,18 @@ READ_OUT = {
 
 def arm_of(row: dict[str, Any]) -> str:
     """Which line of the table of fine-tuning a run belongs to."""
-    rate = {0.0003: "_3e-4", 0.001: "_1e-3"}.get(row["lr"], "")
+    arm, rate = training_of(row), {0.0003: "_3e-4", 0.001: "_1e-3"}.get(row["lr"], "")
+    return arm if arm == "longer" or arm.startswith("soft_") else arm + rate
+
+
+def training_of(row: dict[str, Any]) -> str:
+    """``arm_of`` a run at any learning rate and of any network."""
     if row.get("soft"):
         again = row.get("soft_weights", "").startswith("soft_")
         return "soft_again" if again else f"soft_{row['soft']}"
     if row.get("init"):
-        return row["init"].split("_p")[0] + rate
-    return "longer" if row["steps"] == 2 * usual_steps(row) else f"scratch{rate}"
+        return row["init"].removeprefix(f"{row.get('backbone')}_").split("_p")[0]
+    return "longer" if row["steps"] == 2 * usual_steps(row) else "scratch"
 
 
 def usual_steps(row: dict[str, Any]) -> int:
@@ -331,19 +341,40 @@ def steps(rows: Rows) -> str:
     return table(" | ".join(["five patients", *(f"{count} steps" for count in LENGTHS)]), lines)
 
 
+def network_lines(rows: Rows, start: str, names: Sequence[str]) -> list[list[str]]:
+    """Lines of ``networks`` for the runs of one network on draws of as many labelled cases."""
+    arms: dict[str, dict[float, Rows]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        arms[training_of(row)][row["lr"]].append(row)
+    by_rate = arms["scratch"]
+    counts = {r: (len(part), fmean(row["dice"] for row in part)) for r, part in by_rate.items()}
+    best = max(counts, key=lambda r: counts[r], default=0.0)  # draws are run at the best rate
+    lines = []
+    for arm, words in FINE_TUNED.items():
+        for rate, part in sorted(arms.get(arm, {}).items()):
+            draws = by_draw(part)
+            chosen = arm == "scratch" and rate == best
+            gain = "" if chosen else above(draws, by_draw(by_rate[best]), names)
+            reconstruction = by_draw(arms["recon"][rate]) if arm == "dense" else {}
+            more = above(draws, reconstruction, names) if reconstruction else ""
+            name = f"{start}, {words.split(', 0.')[0]}, {rate:g}"
+            lines.append([name, *cells(draws, names), gain, more])
+    return lines
+
+
 def networks(rows: Rows) -> str:
-    """One line a run of another network than the U-Net."""
-    lines = [
-        [
-            f"`{row['name']}`",
-            row["labelled"],
-            str(row["steps"]),
-            f"{row['lr']:g}",
-            f"{row['dice']:.3f}",
-        ]
-        for row in filter(other_network, rows)
-    ]
-    return table("run | labelled | steps | learning rate | Dice", lines)
+    """One line an arm and learning rate of each other network: gains over the best from scratch."""
+    parts = []
+    for title, names in PATIENTS[rows[0]["task"]].items() if rows else ():
+        lines = []
+        for net, start in NETWORKS.items():
+            of_net = [r for r in rows if other_network(r) and r["backbone"] == net]
+            if part := [r for r in of_net if r["labelled"] in names]:
+                lines += network_lines(part, start, names)
+        if lines:
+            head = [title, *(f"draw {n}" for n in range(len(names))), "points above scratch"]
+            parts.append(table(" | ".join([*head, "above reconstruction"]), lines))
+    return "\n\n".join(parts)
 
 
 def readouts(rows: Rows) -> str:

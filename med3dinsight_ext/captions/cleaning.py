@@ -11,6 +11,7 @@ CUT = "…"  # ends a raw answer that reached the limit of its tokens
 # The answer follows the last reasoning block; some chat templates open the first one themselves.
 REASONING_END = re.compile(r"</think(?:ing)?>|◁/think▷", re.I)
 REASONING_START = re.compile(r"<think(?:ing)?>|◁think▷", re.I)
+OPENED_REASONING = re.compile(f"(?:{REASONING_START.pattern})\\s*$", re.I)
 # <|im_end|>, </s>, <end_of_turn>, <br>, [/INST]; "<5 mm" is none of them.
 TAG = re.compile(r"<[|｜/]*[a-z][^<>\s]*>|\[/?INST\]", re.I)
 FENCE_OR_RULE = re.compile(r"```\w*|^[\s|:*_=-]{3,}$", re.M)

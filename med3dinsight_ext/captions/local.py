@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from med3dinsight_ext.captions.cleaning import CUT
+from med3dinsight_ext.captions.cleaning import CUT, OPENED_REASONING
 from med3dinsight_ext.captions.multimodal import MllmCaptions, SliceRequest, check_least
 from med3dinsight_ext.io.errors import first_line
 from med3dinsight_ext.teachers.checkpoints import model_fingerprint
@@ -177,10 +177,9 @@ class TransformersCaptions(MllmCaptions):
         while batch := list(islice(waiting, self.batch_size)):
             yield from zip(batch, self._generate(batch), strict=True)
 
-    def inputs(self, batch: Sequence[SliceRequest]) -> Any:
-        """The network's input for these requests, padded on the left."""
-        processor = self.processor
-        template = str(processor.chat_template)
+    def prompts(self, batch: Sequence[SliceRequest]) -> list[str]:
+        """The requests in the words of the model's chat template."""
+        template = str(self.processor.chat_template)
         # A hybrid model would spend the whole answer on its reasoning.
         direct = {"enable_thinking": False} if "enable_thinking" in template else {}
         texts = []
@@ -188,10 +187,15 @@ class TransformersCaptions(MllmCaptions):
             content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
             chat = [{"role": "user", "content": content}]
             texts.append(
-                processor.apply_chat_template(
+                self.processor.apply_chat_template(
                     chat, add_generation_prompt=True, tokenize=False, **direct
                 )
             )
+        return texts
+
+    def inputs(self, batch: Sequence[SliceRequest]) -> Any:
+        """The network's input for these requests, padded on the left."""
+        processor, texts = self.processor, self.prompts(batch)
         start = processor.tokenizer.bos_token
         return processor(
             text=texts,
@@ -225,6 +229,9 @@ class TransformersCaptions(MllmCaptions):
         ends = {tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
         full = new.shape[1] == self.max_tokens
         cut = [full and last not in ends for last in new[:, -1].tolist()]
+        # An answer that was cut while it reasoned shows this by the tag that the prompt ended with.
+        opened = [OPENED_REASONING.search(prompt) for prompt in self.prompts(batch)]
+        texts = [tag[0] + text if tag else text for tag, text in zip(opened, texts, strict=True)]
         return [text + CUT if c else text for text, c in zip(texts, cut, strict=True)]
 
 

@@ -73,6 +73,8 @@ class FileCaptions(Captioner):
         self.path = Path(path)
         self.root = Path(root or self.path.parent)
         self.rows: dict[str, list[Row]] = defaultdict(list)
+        if not self.path.is_file():
+            raise ValueError(f"captions must be a file, got {path}; correct the path")
         with readable("captions", path):
             for where, fields in read_rows(path):
                 self.rows[self._image(where, fields)].append(_row(where, fields))

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
-from safetensors import safe_open
 from torch import Tensor
 
 from med3dinsight_ext.embeddings.grid_targets import GEOMETRY, SampleGridsd, within
-from med3dinsight_ext.embeddings.grids import slice_voxels
+from med3dinsight_ext.embeddings.grids import open_grids, slice_voxels
 from med3dinsight_ext.embeddings.targets import map_positions, patient_index
 from med3dinsight_ext.embeddings.whitening import decode
 
@@ -41,7 +40,7 @@ class SampleCropsd(SampleGridsd):
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         plane, position, means = self.crop_means(data)
-        with safe_open(data["grids"], "pt") as file:
+        with open_grids(data["grids"]) as file:
             modality = file.get_tensor("modality").long()
         count = max(len(plane), 1) if self.count is None else self.count
         valid = torch.arange(count) < len(plane)
@@ -61,7 +60,7 @@ class SampleCropsd(SampleGridsd):
     def crop_means(self, data: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Plane (s,) and position (s,) in the crop of drawn slices, and their mean codes (s, k)."""
         image = self.image(data)
-        with safe_open(data["grids"], "pt") as file:
+        with open_grids(data["grids"]) as file:
             geometry = {key: file.get_tensor(key) for key in GEOMETRY}
             stored = [file.get_slice(f"codes.{n}") for n in range(self.layers)]
             every = torch.arange(len(geometry["plane"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.teachers.teacher import Teacher
 
+REMADE = "delete it, and the next run makes it again"  # what to do about a broken file
+
 
 def read_entry(path: str | Path) -> dict[str, Tensor]:
     """The tensors of an entry, see ``EntryMaker``.
@@ -25,7 +28,7 @@ def read_entry(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is broken, or its tensors do not fit together.
     """
-    with readable("entry", path, "delete it, and the next run makes it again"):
+    with readable("entry", path, REMADE):
         entry = load_file(path)
         slices, texts = len(entry["plane"]), len(entry["text_row"])
         shapes = {"plane": (slices,), "position": (slices,), "image": (slices, -1), "size": (3,),
@@ -48,6 +51,20 @@ class SliceChoice(NamedTuple):
     per_plane: int
     seed: int
     planes: list[int]
+
+    @classmethod
+    def of(cls, per_plane: int, seed: int, planes: str | Sequence[str]) -> SliceChoice:
+        """From the names of planes, or of one.
+
+        Raises:
+            ValueError: ``per_plane`` is no number from 1, or there is no plane.
+        """
+        if not isinstance(per_plane, int) or per_plane < 1:
+            raise ValueError(f"per_plane must be a whole number from 1, got {per_plane!r}")
+        names = [planes] if isinstance(planes, str) else planes
+        if not names:
+            raise ValueError("planes must name at least one plane, got none; leave it out for all")
+        return cls(per_plane, seed, sorted({slicing.plane_number(p) for p in names}))
 
     def counts(self) -> list[int]:
         """Number of drawn slices in each plane."""

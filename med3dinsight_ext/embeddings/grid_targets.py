@@ -9,10 +9,9 @@ import torch
 from monai.data import MetaTensor
 from monai.engines.utils import PrepareBatch
 from monai.transforms import MapTransform, Randomizable
-from safetensors import safe_open
 from torch import Tensor
 
-from med3dinsight_ext.embeddings.grids import slice_voxels
+from med3dinsight_ext.embeddings.grids import open_grids, slice_voxels
 from med3dinsight_ext.embeddings.whitening import decode
 
 GEOMETRY = ("plane", "position", "affine", "size", "spacing", "picture")
@@ -74,7 +73,7 @@ class SampleGridsd(MapTransform, Randomizable):
         image = self.image(data)
         found = dict(data)
         points = []
-        with safe_open(data["grids"], "pt") as file:
+        with open_grids(data["grids"]) as file:
             geometry = {key: file.get_tensor(key) for key in GEOMETRY}
             rows = self._slices_inside(geometry, image)
             for n in range(self.layers):

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from med3dinsight_ext.embeddings.entry import REMADE
 from med3dinsight_ext.embeddings.whitening import decode
+from med3dinsight_ext.io.reading import readable
 
 
 def codes_on_grid(path: str | Path, affine: Tensor, shape: Sequence[int]) -> Tensor:
@@ -24,7 +26,8 @@ def codes_on_grid(path: str | Path, affine: Tensor, shape: Sequence[int]) -> Ten
     Returns:
         (planes * layers * codes, x, y, z) float16; planes in order, of each its layers.
     """
-    stored = load_file(path)
+    with readable("grids", path, REMADE):
+        stored = load_file(path)
     layers = sorted(key for key in stored if key.startswith("codes."))
     size, spacing = stored["size"].tolist(), stored["spacing"].tolist()
     picture = int(stored["picture"])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from med3dinsight_ext.data import slicing
 from med3dinsight_ext.data.volumes import check_straight, modality_of, read_volume
+from med3dinsight_ext.embeddings.entry import REMADE, SliceChoice
 from med3dinsight_ext.embeddings.shards import (
     check_unchanged,
     merge_ranks,
@@ -31,6 +32,7 @@ from med3dinsight_ext.embeddings.shards import (
 from med3dinsight_ext.embeddings.whitening import Whitening, fit_whitening
 from med3dinsight_ext.io.console import Bar
 from med3dinsight_ext.io.files import HashMemo, key_of, keyed_path, sha256, write_atomic
+from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.io.remote import local_path
 from med3dinsight_ext.teachers.dense import encode_grids, find_layers
 from med3dinsight_ext.teachers.teacher import Teacher
@@ -140,6 +142,16 @@ def slice_voxels(
     return found
 
 
+def open_grids(path: str | Path) -> safe_open:
+    """A file of ``GridStore``, to be used in a ``with``.
+
+    Raises:
+        ValueError: it is missing or broken.
+    """
+    with readable("grids", path, REMADE):
+        return safe_open(path, "pt")
+
+
 class GridStore:
     """Codes of the teacher's feature grids, made once and read in training.
 
@@ -169,11 +181,14 @@ class GridStore:
     ) -> None:
         if codes < 1:
             raise ValueError(f"codes must be at least 1, got {codes}; 64 is the default")
+        choice = SliceChoice.of(per_plane, seed, planes)
         self.root = local_path(root, "store_dir")
         self.teacher = teacher.on(device)
         self.layers = find_layers(teacher.image) if layers == "auto" else list(layers)
+        if not self.layers:
+            raise ValueError("layers must name at least one layer, got none; auto finds them")
         self.codes, self.per_plane, self.seed = codes, per_plane, seed
-        self.planes = sorted({slicing.plane_number(p) for p in planes})
+        self.planes = choice.planes
         self.limit_gb = limit_gb
         self._hashes = HashMemo(self.root / "files.jsonl")
 
@@ -253,9 +268,18 @@ class GridStore:
         return read_slices(item, self.per_plane, self.seed, self.planes, size)
 
     def _cells(self, slices: Slices) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Of each layer: features (s, cells, c) and positions (s, cells, 3) as fractions."""
+        """Of each layer: features (s, cells, c) and positions (s, cells, 3) as fractions.
+
+        Raises:
+            ValueError: a feature is NaN or infinite.
+        """
         maps = encode_grids(self.teacher, slices.pictures, self.layers)
         for layer in self.layers:
+            if not maps[layer].isfinite().all():
+                raise ValueError(
+                    f"features must be finite, got NaN or infinity in {layer}; try the teacher in "
+                    "float32, or on a CPU"
+                )
             features = maps[layer].flatten(2).mT
             voxels = slices.voxels(maps[layer].shape[2])
             yield layer, features, (voxels + 0.5) / torch.tensor(slices.size)
@@ -277,14 +301,15 @@ class GridStore:
                 about = {"volumes": str(len(sample))}
                 write_atomic(path, lambda draft: save_file(tensors, draft, about))
         wait_for_ranks()
-        with safe_open(path, "pt") as file:
+        with readable("whitening", path, REMADE):
+            file, stored = safe_open(path, "pt"), load_file(path)
+        with file:
             fitted_on = int((file.metadata() or {}).get("volumes", FIT_VOLUMES))
         if fitted_on < len(sample) and rank_share(1):
             logger.warning(
                 f"the codes are whitened by {fitted_on} volumes of an earlier run, instead of "
                 f"{len(sample)} of these; remove {path} to fit it anew"
             )
-        stored = load_file(path)
         self._whitening_hash = sha256(path)
         self._whitening = {
             layer: Whitening(*(stored[f"{number}.{field}"] for field in Whitening._fields))
@@ -298,10 +323,11 @@ class GridStore:
         for item in Bar(sample, "whitening", unit="volume"):
             try:
                 slices = self._slices(item)
+                cells = list(self._cells(slices))
             except ValueError as error:  # which `fill` decides about
                 bad[item["image"]] = str(error)
                 continue
-            for layer, features, fraction in self._cells(slices):
+            for layer, features, fraction in cells:
                 inside = ((fraction >= 0) & (fraction <= 1)).all(-1)
                 row, cell = inside.nonzero(as_tuple=True)
                 pick = torch.randperm(len(row), generator=generator)[:FIT_CELLS]

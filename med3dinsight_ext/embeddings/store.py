@@ -22,9 +22,10 @@ import torch
 
 from med3dinsight_ext.captions.answer_log import AnswerLog
 from med3dinsight_ext.captions.captioner import Captioner, SlicedVolume
+from med3dinsight_ext.captions.cleaning import Reply
 from med3dinsight_ext.captions.sources import shape_of
 from med3dinsight_ext.data.costs import measure
-from med3dinsight_ext.data.slicing import PLANES, plane_number
+from med3dinsight_ext.data.slicing import PLANES
 from med3dinsight_ext.embeddings.entry import EntryMaker, SliceChoice
 from med3dinsight_ext.embeddings.shards import (
     check_unchanged,
@@ -101,10 +102,7 @@ class Store:
         self.readers = max(1, readers)
         self.teacher = teacher.on(device)
         self.captioner = captioner
-        names = [planes] if isinstance(planes, str) else planes
-        self.choice = SliceChoice(per_plane, seed, sorted({plane_number(p) for p in names}))
-        if not self.choice.planes:
-            raise ValueError("planes must name at least one plane, got none; leave it out for all")
+        self.choice = SliceChoice.of(per_plane, seed, planes)
         self.entries = EntryMaker(self.teacher, captioner, self.choice)
         self._teacher_print = teacher.fingerprint
         self._hashes = HashMemo(self.root / "files.jsonl")
@@ -224,9 +222,13 @@ class Store:
                 else:
                     yield result
 
-        self.captioner.caption_volumes(
-            volumes(), self.entries.write, len(missing), self.choice.counts()
-        )
+        def write(volume: SlicedVolume, replies: dict[int, Reply]) -> None:
+            try:
+                self.entries.write(volume, replies)
+            except ValueError as error:
+                faults[volume.path] = str(error)
+
+        self.captioner.caption_volumes(volumes(), write, len(missing), self.choice.counts())
         self.teacher.free()  # a training needs the memory
         self.captioner.free()
         return {item["image"]: why for path, why in faults.items() for item in copies[path]}

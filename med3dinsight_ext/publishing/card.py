@@ -56,6 +56,12 @@ def read_card(path: str | Path | None) -> dict[str, Any]:
         kind = list if key == "references" else str
         if not isinstance(value, kind):
             raise ValueError(f"card {key} must be a {kind.__name__}, got {value!r} in {path}")
+        for text in value if kind is list else ():
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"card references must be texts, got {text!r} in {path}; put quotation marks "
+                    "around one with a colon"
+                )
     licence = card.get("license", "other")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -10,16 +9,17 @@ from pathlib import Path
 
 from med3dinsight_ext.io.errors import first_line
 from med3dinsight_ext.publishing.checks.contents import check_paths
+from med3dinsight_ext.publishing.checks.documents import check_version
 from med3dinsight_ext.publishing.checks.folder import METADATA, PublishedFolder
 from med3dinsight_ext.publishing.zoo import PACKAGE
 from med3dinsight_ext.reports.formatting import short
 
-RECORD = "models/run.json"
+RECORD, WEIGHTS = "models/run.json", "models/model.pt"
 WRITTEN = (  # by publish and export; whatever else lies in a folder stays there
     "README.md", "LICENSE", "large_files.yml", "docs/README.md", "docs/data_license.txt",
     "configs/logging.conf", METADATA, "configs/train.json", "configs/inference.json",
     "configs/evaluate.json", "configs/multi_gpu_train.json", "configs/embed.json",
-    "models/model.pt", "models/student.pt", RECORD, "models/exports.json", "models/model.ts",
+    WEIGHTS, "models/student.pt", RECORD, "models/exports.json", "models/model.ts",
     "models/model.onnx", "models/nnunet.pth", f"{PACKAGE}/*.py", f"{PACKAGE}/*/templates/*",
 )  # fmt: skip
 
@@ -49,9 +49,12 @@ def push(folder: str, repo: str, dry_run: bool = True, update: bool = False) -> 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(repo)):
         raise ValueError(f"repo must be owner/name, got {repo}")
     root = Path(folder)
-    for name in ("README.md", METADATA):
+    for name in ("README.md", METADATA, WEIGHTS):
         if not (root / name).is_file():
             raise ValueError(f"folder must come from publish, got {folder} without {name}")
+    published = PublishedFolder(root)
+    check_version(published)
+    metadata = published.metadata()
     try:
         card = ModelCard.load(root / "README.md").data
     except Exception as error:  # YAML errors, ValueErrors and others
@@ -60,17 +63,17 @@ def push(folder: str, repo: str, dry_run: bool = True, update: bool = False) -> 
         if not value:
             raise ValueError(f"README.md must have a {key} between dashes, got none in {folder}")
     try:
-        check_paths(PublishedFolder(root))
+        check_paths(published)
     except ValueError as error:
         raise ValueError(
             f"folder must name no place on a person's machine, got {error} in {folder}; take it out"
         ) from error
-    if (root / RECORD).is_file() and "command" in PublishedFolder(root).read(RECORD):
+    if (root / RECORD).is_file() and "command" in published.read(RECORD):
         raise ValueError(
             f"{RECORD} must be as publish wrote it, got the command of a training in {folder}; "
             "publish that training's weights to a new folder"
         )
-    found = PublishedFolder(root).names()
+    found = published.names()
     paths = [path for path in found if any(fnmatchcase(path, known) for known in WRITTEN)]
     for path in paths:
         print(f"{(root / path).stat().st_size:>12,}  {path}")
@@ -84,7 +87,6 @@ def push(folder: str, repo: str, dry_run: bool = True, update: bool = False) -> 
         return
     if not get_token():
         raise ValueError("push must have a token, got none; hf auth login, or set HF_TOKEN")
-    metadata = json.loads((root / METADATA).read_text("utf-8"))
     version = metadata["version"]
     _upload(root, paths, repo, f"{version}: {metadata['changelog'][version]}", update)
     print(f"uploaded {len(paths)} files to {repo}")

@@ -26,3 +26,32 @@ def test_intervals_hold_the_spread_between_pre_trainings() -> None:
     assert turned == pytest.approx((-mean, -high, -low), abs=1)
     paired = tables.difference(runs_of("dense", [0.4, 0.6]), runs_of("recon", [0.3, 0.5]))
     assert paired == pytest.approx((10, 10, 10))  # by pre-training
+
+
+def network_run(init: str, lr: float, dice: float, labelled: str = "draw0") -> dict:
+    """A run of the residual encoder, with ``dice`` in its one case."""
+    return {
+        "task": "headneck", "kind": "finetune", "name": f"{init}_{labelled}_{lr}", "init": init,
+        "labelled": labelled, "backbone": "resenc", "lr": lr, "steps": 600, "dice": dice,
+        "cases": {"a": [dice]},
+    }  # fmt: skip
+
+
+def test_another_network_is_compared_with_its_own_best_rate_from_scratch() -> None:
+    rows = [network_run("", 0.001, 0.6), network_run("", 0.003, 0.5)]
+    rows += [network_run("resenc_dense_p0", 0.001, 0.7), network_run("resenc_recon_p0", 0.001, 0.8)]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in tables.networks(rows).splitlines()[2:]
+    ]
+    same = "(+10.0 to +10.0)"
+    assert lines == [
+        ["residual encoder, from scratch, 0.001", "0.600", "–", "–", "", ""],
+        ["residual encoder, from scratch, 0.003", "0.500", "–", "–"]
+        + [f"-10.0 {same.replace('+', '-')}", ""],
+        ["residual encoder, masked reconstruction, 0.001", "0.800", "–", "–"]
+        + ["+20.0 (+20.0 to +20.0)", ""],
+        ["residual encoder, dense teaching alone, 0.001", "0.700", "–", "–"]
+        + [f"+10.0 {same}", f"-10.0 {same.replace('+', '-')}"],
+    ]
+    assert tables.networks(rows[2:3])  # one that was made without any from scratch

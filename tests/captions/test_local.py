@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, processors
 
-from med3dinsight_ext.captions.cleaning import CUT
+from med3dinsight_ext.captions.cleaning import CUT, clean_caption
 from med3dinsight_ext.captions.local import GumbelSampler, TransformersCaptions
 from med3dinsight_ext.captions.multimodal import SliceRequest
 
@@ -224,6 +224,13 @@ def test_a_hybrid_model_generates_without_reasoning(copy: Path) -> None:
     captioner = captions(copy)
     ids = captioner.inputs([slice_request(0)])["input_ids"][0]
     assert captioner.processor.tokenizer.decode(ids).endswith("assistant\n")
+
+
+def test_an_answer_that_is_cut_while_it_reasons_is_no_caption(copy: Path) -> None:
+    path = copy / "chat_template.jinja"
+    path.write_text(path.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    for raw in texts(copy):
+        assert raw.startswith("<think>\n") and clean_caption(raw).status == "empty"
 
 
 def test_a_begin_token_is_not_written_twice(copy: Path) -> None:

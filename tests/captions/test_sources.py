@@ -245,3 +245,8 @@ def test_real_captions_belong_to_real_slices(
     assert sum(len(file.required(item)[0]) for item in items) == rows
     shapes = [(item, read_volume(item["image"]).shape[1:]) for item in items[:9]]
     assert all(None not in file.caption(i, *file.required(i, shape)) for i, shape in shapes)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="captions must be a file, got .*none.csv; correct the"):
+        FileCaptions(tmp_path / "none.csv")

@@ -52,6 +52,24 @@ def test_embeddings_that_are_not_finite_are_not_stored(
     assert not list(store.root.rglob("*.safetensors"))
 
 
+def test_one_volume_of_embeddings_that_are_not_finite_does_not_stop_the_others(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [fakes.volume(tmp_path / f"{n}.nii.gz", n) for n in range(3)]
+    calls: list[int] = []
+    embed = teacher.image.embed
+
+    def broken_first(pixels: Tensor) -> Tensor:
+        calls.append(1)
+        return embed(pixels) * (torch.nan if len(calls) == 1 else 1)
+
+    monkeypatch.setattr(teacher.image, "embed", broken_first)
+    store = Store(tmp_path / "s", teacher, TemplateCaptions(), 4)
+    with pytest.raises(ValueError, match=r"1 bad of 3(.|\n)*embeddings must be finite, got"):
+        store.fill(items)
+    assert len(list(store.root.rglob("*.safetensors"))) == 2
+
+
 def test_a_sound_entry_is_read_whole(path: Path) -> None:
     found, stored = read_entry(path), load_file(path)
     assert found["text_row"].tolist() == list(range(12)) and set(found["plane"].tolist()) == {

@@ -294,3 +294,67 @@ def test_a_whitening_of_fewer_or_of_unlike_volumes_is_named(
     caplog.clear()
     GridStore(tmp_path / "s", pooled_teacher(), ["1"], per_plane=4).fill([few, many])
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+class NotFinite(PooledPixels):
+    """Gives NaN for slices of which it is told."""
+
+    broken = False
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().embed(pixels * torch.nan if self.broken else pixels)
+
+
+@pytest.mark.parametrize("first", [True, False])  # the whitening is fitted on it, or was before
+def test_features_that_are_not_finite_are_of_a_bad_volume(first: bool, tmp_path: Path) -> None:
+    items = [ramp(tmp_path / f"{axis}.nii.gz", axis, np.eye(4)) for axis in range(3)]
+    tower = NotFinite()
+    read = GridStore._slices
+
+    def slices(store: GridStore, item: dict) -> grids_module.Slices:
+        tower.broken = item is items[1]
+        return read(store, item)
+
+    store = GridStore(tmp_path / "s", Teacher(tower, FakeTexts()), ["0", "1"], 2, per_plane=8)
+    if not first:
+        store.fill(items[:1])
+    store._slices = slices.__get__(store)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"1 bad of 3(.|\n)*1\.nii\.gz.* got NaN .* float32"):
+        store.fill(items)
+    kept = store.fill(items, skip_bad=True)
+    assert [item["image"] for item in kept] == [items[0]["image"], items[2]["image"]]
+    assert not store.path(items[1]).exists()
+
+
+def test_broken_files_of_a_store_are_named(tmp_path: Path) -> None:
+    item = ramp(tmp_path / "ct.nii.gz", 0, np.eye(4))
+    store = GridStore(tmp_path / "s", pooled_teacher(), ["0"], 2, per_plane=8)
+    (filled,) = store.fill([item])
+    path = Path(filled["grids"])
+    path.write_bytes(path.read_bytes()[:100])
+    volume = read_volume(item["image"])
+    wrong = f"grids must be readable, got {path}: .*; delete it, and the next run makes it again"
+    with pytest.raises(ValueError, match=wrong):
+        SampleGridsd("image", layers=1, points=4)({"image": volume, "grids": str(path)})
+    with pytest.raises(ValueError, match=wrong):
+        codes_on_grid(path, volume.affine, volume.shape[1:])
+    (whitening,) = (tmp_path / "s" / "grids").glob("whitening-*")
+    whitening.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"whitening must be readable, got {whitening}"):
+        store.fill([item])
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"per_plane": 0}, "per_plane must be a whole number from 1, got 0"),
+        ({"per_plane": 2.5}, "per_plane must be a whole number from 1, got 2.5"),
+        ({"planes": []}, "planes must name at least one plane"),
+        ({"layers": []}, "layers must name at least one layer"),
+    ],
+)
+def test_settings_that_give_no_slice_are_not_blamed_on_volumes(
+    settings: dict, match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        GridStore(tmp_path, pooled_teacher(), **settings)

@@ -684,6 +684,7 @@ def test_pretraining_needs_the_student_of_the_same_training(tmp_path: Path) -> N
         ("license: CC BY", "card license must be SPDX in lower case"),
         ("limits: 3", "card limits must be a str, got 3"),
         ("- x", "card must be a mapping, got list"),
+        ("references: [A: B]", "must be texts, got {'A': 'B'} in .*; put quotation marks around"),
         ("data: [x", "card must be a YAML file, got .*card.yaml: while parsing"),
         ("data: \xff", "card must be a YAML file, got .*card.yaml: 'utf-8' codec"),
     ],
@@ -782,9 +783,10 @@ def test_what_cannot_be_pushed_is_an_error(
         push(str(published / folder), repo, dry_run)
 
 
-def test_a_folder_whose_card_lost_its_licence_is_not_pushed(tmp_path: Path) -> None:
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "metadata.json").write_text("{}")
-    (tmp_path / "README.md").write_text("---\nlibrary_name: monai\n---\n")
+def test_a_folder_whose_card_lost_its_licence_is_not_pushed(
+    published: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(published / "ball_segmentation", tmp_path / "ball")
+    (folder / "README.md").write_text("---\nlibrary_name: monai\n---\n")
     with pytest.raises(ValueError, match="must have a license"):
-        push(str(tmp_path), "ann/ball")
+        push(str(folder), "ann/ball")

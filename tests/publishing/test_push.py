@@ -131,3 +131,32 @@ def test_no_token_is_an_error(ball: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(ValueError, match="push must have a token, got none; hf auth login"):
         push(ball, "ann/ball", dry_run=False)
+
+
+def test_a_folder_without_weights_does_not_delete_those_on_the_hub(ball: str, hub: Path) -> None:
+    push(ball, "ann/ball", dry_run=False)
+    (Path(ball) / "models/model.pt").unlink()
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match="must come from publish, got .* without models/model"):
+            push(ball, "ann/ball", dry_run=dry_run, update=True)
+    assert contents(hub) == FILES
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (
+            '{"version": "0.3.0", "changelog": {"0.2.0": "more"}}',
+            "0.3.0, its changelog has",
+        ),
+        ('{"changelog": {}}', "has version None, which is not"),
+        ("{", "metadata.json cannot be read"),
+        ("[]", "metadata.json"),
+    ],
+)
+def test_metadata_that_name_no_release_are_an_error_of_the_dry_run(
+    text: str, match: str, ball: str
+) -> None:
+    (Path(ball) / "configs/metadata.json").write_text(text)
+    with pytest.raises(ValueError, match=match):
+        push(ball, "ann/ball")
