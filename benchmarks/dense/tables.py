@@ -472,6 +472,7 @@ def readme() -> str:
         hippocampus_dense=gain_of(others, "dense", DRAWS),
         hippocampus_dense_recon=gain_of(others, "dense", DRAWS, "recon"),
         hippocampus_random=gain_of(others, "dense_random", DRAWS),
+        hippocampus_adapted=gain_of(others, "dense_adapted", DRAWS),
         hippocampus_all=gain_of(others, "dense", ("all",)),
         speed=speed(cost),
         devices="; ".join(devices),
