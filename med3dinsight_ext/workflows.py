@@ -75,6 +75,7 @@ def plan(
         ValueError: no usable images, labels of other images, or ``out`` exists.
     """
     dataset = read_dataset(data, labels)
+    dataset.check_split()
     path = Path(out) if out else OUT / _name(data) / PLAN
     if path.exists():
         raise ValueError(f"out must be a new file, got {path}; edit it, delete it or name another")
@@ -114,8 +115,10 @@ def pretrain(
     check_keys(overrides)
     dataset = read_dataset(data, labels)
     dataset.check_split()
-    if len(dataset.training().items) < 2:
-        raise ValueError(f"data must hold at least 2 volumes to pre-train on, got 1 in {data}")
+    if (count := len(dataset.training().items)) < 2:
+        raise ValueError(
+            f"data must hold at least 2 volumes to pre-train on, got {count} in {data}"
+        )
     folder = Path(out) if out else OUT / _name(data) / "pretrain"
     with only_training(folder / "models"):
         settings = prepare(folder, dataset, plan, [], quiet)

@@ -128,6 +128,16 @@ def test_values_are_python_literals_by_position_and_by_name() -> None:
     assert found == {"weights": "a.pt", "network": "b.json", "spacing": [1, 2, 3]}
 
 
+@pytest.mark.parametrize("words", [["--quiet", "false"], ["--quiet=false"], ["--quiet", "No"]])
+def test_a_word_for_a_switch_that_is_not_python_is_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed("plan", ["d", *words])
+    value = words[-1].rpartition("=")[2]
+    assert f"--quiet must be True or False, got {value}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("switch", ["--quiet", "--quiet=True"])
 def test_a_switch_takes_no_word_that_follows(switch: str) -> None:
     for words in (["m", switch, "a.nii", "b.nii"], [switch, "m", "a.nii", "b.nii"]):

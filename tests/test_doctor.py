@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,20 @@ def test_labels_and_split_of_a_folder_are_checked(
     out = capsys.readouterr().out
     assert "2 volumes readable, 1 faults" in out
     assert "v1.nii.gz" in out and "label must have its image's shape" in out and "v9" in out
+
+
+WITHOUT = """
+import sys
+
+sys.modules.update(dict.fromkeys(["torch", "jinja2", "monai", "nibabel"]))  # not to be imported
+from med3dinsight_ext import doctor as module
+
+module.requires = lambda _: ["never-there>=3"]
+module.doctor("data")
+"""
+
+
+def test_packages_that_are_missing_do_not_stop_the_list_of_them() -> None:
+    ran = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert "device      not known without torch" in ran.stdout and "never-there" in ran.stdout
+    assert ran.stderr == "install: pip install 'never-there>=3'\n" and ran.returncode == 1

@@ -24,6 +24,7 @@ from med3dinsight_ext.data.pairing import (
 from med3dinsight_ext.data.patients import patient_name
 from med3dinsight_ext.data.splits import split_items
 from med3dinsight_ext.data.volumes import check_each
+from med3dinsight_ext.io.errors import told
 from med3dinsight_ext.io.files import volume_stem
 from med3dinsight_ext.io.images import open_volume
 from med3dinsight_ext.io.reading import read_json, readable
@@ -79,8 +80,20 @@ class Dataset(NamedTuple):
             )
 
     def segments(self) -> bool:
-        """Whether labels are label maps, not classes."""
-        return all(str(item["label"]).endswith(VOLUME_ENDINGS) for item in self.labelled())
+        """Whether labels are label maps, not classes.
+
+        Raises:
+            ValueError: some are, others not.
+        """
+        labels = [str(item["label"]) for item in self.labelled()]
+        maps = [label for label in labels if label.endswith(VOLUME_ENDINGS)]
+        if maps and len(maps) < len(labels):
+            other = next(label for label in labels if label not in maps)
+            raise ValueError(
+                f"labels must be all label maps or all classes, got {maps[0]} and {told(other)} in "
+                f"the list below {self.root}; correct them, or make two lists"
+            )
+        return bool(maps) or not labels
 
 
 def read_dataset(source: str | Path, labels: str | Path | None = None) -> Dataset:

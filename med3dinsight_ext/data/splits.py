@@ -21,7 +21,9 @@ VAL_FRACTION, FEW = 0.2, 10  # held out by default, of at least so many cases
 
 def split_lists(split: str | Path) -> dict[str, list[str]]:
     """The lists of ids of a split file by their names."""
-    lists = dict(read_json(split, "split", "correct it"))
+    lists = read_json(split, "split", "correct it")
+    if not isinstance(lists, dict):
+        raise ValueError(f"split must name lists of ids, got {told(lists)} in {split}; correct it")
     return {name: ids for name, ids in lists.items() if isinstance(ids, list)}
 
 

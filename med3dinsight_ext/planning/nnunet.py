@@ -53,7 +53,8 @@ def read_nnunet(path: str | Path, images: Sequence[str]) -> dict[str, Any]:
         found = content["configurations"][CONFIGURATION]
         forward = [int(axis) for axis in content["transpose_forward"]]
         turned = content["image_reader_writer"] == "NibabelIOWithReorient"
-        stored = [0, 1, 2] if turned else _stored_axes(images)
+    stored = [0, 1, 2] if turned else _stored_axes(images)
+    with readable("nnunet", path, FIX):
         axes = [stored[2 - axis] for axis in forward]
         if sorted(axes) != [0, 1, 2]:
             raise ValueError(f"transpose_forward must order 3 axes, got {forward}")
@@ -71,7 +72,10 @@ def _stored_axes(images: Sequence[str]) -> tuple[int, ...]:
     A warning names images that are stored mirrored. Their kernels are not mirrored by the export:
     of strided convolutions that would be another network, as padding is not symmetric.
     """
-    affines = [open_volume(image).affine for image in images]
+    affines = []
+    for image in images:
+        with readable("volume", image):
+            affines.append(open_volume(image).affine)
     turns = [nib.io_orientation(affine) for affine in affines]
     if mirrored := [i for i, turn in enumerate(turns) if (turn[:, 1] < 0).any()]:
         codes = "".join(nib.aff2axcodes(affines[mirrored[0]]))

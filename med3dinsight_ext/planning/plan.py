@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from med3dinsight_ext.data.labels import check_names
 from med3dinsight_ext.data.laterality import mirror
 from med3dinsight_ext.data.layouts import Dataset, class_numbers
 from med3dinsight_ext.io.configs import check_plain
+from med3dinsight_ext.io.errors import summary
 from med3dinsight_ext.io.files import write_atomic
 from med3dinsight_ext.io.reading import readable
 from med3dinsight_ext.planning.dry_step import build, step_cost, usable_memory
@@ -103,7 +104,14 @@ def make_plan(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = dataset.training()
+    if not dataset.items:
+        raise ValueError(
+            f"development must have an image, got none in the split.json of {dataset.root}; add one"
+        )
     labelled = dataset.labelled()
+    if kept:
+        check_settings(kept, source)
+        kept = _with_sides(kept, dataset)
     found = survey(dataset.items)
     plan = Plan({}, {}, _seen(dataset, found))
 
@@ -113,7 +121,7 @@ def make_plan(
         plan.reasons[key] = f"as in {source}" if given else reason
 
     if labelled:
-        _put_classes(put, dataset)
+        _put_classes(put, plan, dataset)
     reason = "told by the datalist or the intensities"
     if found.modality == "auto":
         reason = "each volume's own: told by the datalist or its intensities"
@@ -155,7 +163,57 @@ def _times(values: Sequence[float] | np.ndarray) -> str:
     return " × ".join(f"{value:.3g}" for value in values)
 
 
-def _put_classes(put: Any, dataset: Dataset) -> None:
+def check_settings(kept: Mapping[str, Any], source: str) -> None:
+    """Stop if a given setting is not what the plan computes with.
+
+    Args:
+        kept: settings of ``make_plan``.
+        source: of them, for the message.
+
+    Raises:
+        ValueError: naming the key.
+    """
+
+    def above_zero(values: Any, kind: Any, count: int = 3) -> bool:
+        right = isinstance(values, list) and len(values) == count
+        return right and all(isinstance(v, kind) and v is not True and v > 0 for v in values)
+
+    def names(value: Any) -> bool:
+        return isinstance(value, list) and len(value) > 1 and all(isinstance(v, str) for v in value)
+
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "patch_size": (lambda v: above_zero(v, int), "three whole numbers from 1"),
+        "spacing": (lambda v: above_zero(v, (int, float)), "three numbers of mm above 0"),
+        "batch_size": (lambda v: above_zero([v], int, 1), "a whole number from 1"),
+        "steps": (lambda v: isinstance(v, str) or above_zero([v], int, 1), "a whole number from 1"),
+        "label_names": (names, "a list of at least two texts"),
+        "backbone": (lambda v: isinstance(v, dict) and "_target_" in v, "an object of a _target_"),
+    }
+    for key, (fits, wanted) in rules.items():
+        if key in kept and not fits(kept[key]):
+            raise ValueError(f"{key} must be {wanted}, got {kept[key]!r} in {source}; correct it")
+
+
+def _made_up(labelled: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the classes of label maps that come without any."""
+    return ["background", *(f"class_{i}" for i in range(1, len(class_numbers(labelled))))]
+
+
+def _with_sides(kept: Mapping[str, Any], dataset: Dataset) -> Mapping[str, Any]:
+    """Given settings without the mirroring that was measured for classes before they had names."""
+    labelled, names = dataset.labelled(), kept.get("label_names")
+    if not labelled or not dataset.segments() or dataset.names or names is None:
+        return kept
+    if names == (before := _made_up(labelled)):
+        return kept
+    flips = mirror(before, labelled)
+    measured = {"mirror_axes": list(flips.axes), "mirror_pairs": [list(p) for p in flips.pairs]}
+    if any(kept.get(key, value) != value for key, value in measured.items()):
+        return kept  # which somebody chose
+    return {key: value for key, value in kept.items() if key not in measured}
+
+
+def _put_classes(put: Any, plan: Plan, dataset: Dataset) -> None:
     """Class names and mirroring.
 
     Raises:
@@ -171,13 +229,12 @@ def _put_classes(put: Any, dataset: Dataset) -> None:
     names = dataset.names
     reason = "from dataset.json"
     if names is None:
-        count = len(class_numbers(labelled))
-        names = ["background", *(f"class_{i}" for i in range(1, count))]
+        names = _made_up(labelled)
         reason = "label values; edit the names: left and right pair up"
     check_plain("labels", names, f"rename this class in the dataset.json of {dataset.root}")
     check_names(names)
     put("label_names", names, reason)
-    flips = mirror(names, labelled)
+    flips = mirror(plan.settings["label_names"], labelled)
     put("mirror_axes", list(flips.axes), flips.reason)
     put("mirror_pairs", [list(pair) for pair in flips.pairs], "classes that swap when mirrored")
     put("patches_per_volume", 1, "so that batch_size counts the patches of a step")
@@ -226,6 +283,11 @@ def _put_grid(put: Any, plan: Plan, found: Survey, device: torch.device, whole: 
             used, seconds = step_cost(network, patch, batch)
         except torch.OutOfMemoryError:
             used, seconds = free + 1, 0.0
+        except Exception as error:  # of any network, whose settings were given
+            raise ValueError(
+                f"backbone must take patches of {_times(patch)} voxels, but failed with "
+                f"{summary(error)}; correct patch_size or backbone, or leave them out"
+            ) from error
         if used <= SHARE * free:
             break
         if batch > 2:

@@ -20,7 +20,14 @@ from med3dinsight_ext.io.hub import hub_id, local_folder
 from med3dinsight_ext.io.reading import read_json
 from med3dinsight_ext.io.volume_files import real_path
 from med3dinsight_ext.planning.nnunet import AXES, read_nnunet
-from med3dinsight_ext.planning.plan import TASK, make_plan, read_plan, shown, write_plan
+from med3dinsight_ext.planning.plan import (
+    TASK,
+    check_settings,
+    make_plan,
+    read_plan,
+    shown,
+    write_plan,
+)
 from med3dinsight_ext.training.record import FILE, config_trained_with
 
 PROGRAM = "python -m med3dinsight_ext"
@@ -52,6 +59,7 @@ def settle(
         kept = read_nnunet(nnunet, [str(item["image"]) for item in dataset.items])
     if base:
         kept = _kept(Path(base))
+        check_settings(kept, base)
         check_order(kept.get("label_names", ()), dataset.names or (), dataset.root)
     made = make_plan(dataset, kept, str(base or nnunet and Path(nnunet).name))
     write_plan(made, path, f"Plan for {dataset.root}. Edit it, and pass it on with --plan {path}")

@@ -64,7 +64,8 @@ def survey(items: Sequence[dict[str, Any]]) -> Survey:
     ct_range = None
     if kinds == {"CT"} and any(len(values) for values in inside):
         low, high = np.percentile(np.concatenate(inside), [0.5, 99.5])
-        ct_range = (float(np.floor(low / 50) * 50), float(np.ceil(high / 50) * 50))
+        low, high = np.floor(low / 50) * 50, np.ceil(high / 50) * 50
+        ct_range = (float(low), float(high)) if low < high else None  # labels of one value
     shown = tuple(sorted(kinds))
     return Survey(found[:, 0], found[:, 1], modality, shown, ct_range, len(sample))
 
@@ -90,15 +91,19 @@ def _voxels(item: dict[str, Any]) -> tuple[str, np.ndarray | None]:
     volume = read_volume(item["image"])
     array = volume[0].numpy()
     kinds = np.unique(array[::2, ::2, ::2])
-    if len(kinds) <= LABEL_LIKE and kinds[0] == 0 and (kinds == kinds.round()).all():
+    drawn = str(item.get("label")).endswith(VOLUME_ENDINGS)
+    classified = item.get("label") not in (None, "") and not drawn
+    told = "::" in item["image"] or classified  # shapes may be told apart, as those of glands
+    if not told and len(kinds) <= LABEL_LIKE and kinds[0] == 0 and (kinds == kinds.round()).all():
         raise ValueError(
             f"images must not be label maps, got only {len(kinds)} values in {item['image']}; name "
             "labels like NAME_seg.nii.gz, or put them into a folder labelsTr"
         )
     guess = guess_modality(volume)
-    if not str(item.get("label")).endswith(VOLUME_ENDINGS):
+    if not drawn:
         return guess, None
-    mask = ras_array(open_volume(item["label"])) > 0
+    with readable("label", item["label"]):
+        mask = ras_array(open_volume(item["label"])) > 0
     if mask.shape != array.shape:
         raise ValueError(
             f"label must have its image's shape {array.shape}, got {mask.shape} in "

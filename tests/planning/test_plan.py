@@ -18,6 +18,7 @@ from med3dinsight_ext.planning import plan as planning
 from med3dinsight_ext.planning.plan import make_plan, read_plan, shown, write_plan
 from med3dinsight_ext.planning.run_folder import settle
 from med3dinsight_ext.planning.survey import survey
+from med3dinsight_ext.workflows import plan
 
 CPU = torch.device("cpu")
 
@@ -186,3 +187,104 @@ def test_the_modality_of_a_pre_training_is_not_that_of_other_volumes(
     (tmp_path / "plan.yaml").write_text("modality: CT\nspacing: [2, 2, 2]\n")
     settings = settle(read_dataset(folder), tmp_path / "new.yaml", str(tmp_path), quiet=True)
     assert (settings["modality"], settings["spacing"]) == ("MR", [2, 2, 2])
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("patch_size: 64", "patch_size must be three whole numbers from 1, got 64 in .*p.yaml"),
+        ("patch_size: [64, 64]", "patch_size must be three"),
+        ("patch_size: [0, 16, 16]", "patch_size must be three"),
+        ("spacing: [0, 1, 1]", "spacing must be three numbers of mm above 0"),
+        ("batch_size: 0", "batch_size must be a whole number from 1, got 0"),
+        ("batch_size: '4'", "batch_size must be a whole number from 1, got '4'"),
+        ("steps: 0", "steps must be a whole number from 1"),
+        ("label_names: 3", "label_names must be a list of at least two texts"),
+        ("label_names: [background, 1]", "label_names must be a list"),
+        ("backbone: unet", "backbone must be an object of a _target_, got 'unet'"),
+        ("patch_size: [50, 50, 50]", "backbone must take patches of 50 × 50 × 50 voxels, but fail"),
+        ("backbone: {_target_: torch.nn.Nope}", "backbone must take patches of .*; correct patch_"),
+    ],
+)
+def test_settings_that_no_step_can_have_are_named(
+    given: str, wanted: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.yaml").write_text(given)
+    with pytest.raises(ValueError, match=wanted):
+        settle(read_dataset(folder), tmp_path / "new.yaml", str(tmp_path / "p.yaml"), quiet=True)
+
+
+def sided(folder: Path) -> Path:
+    """Six volumes with labels 1 and 2 on either side, without names of classes."""
+    rng = np.random.default_rng(0)
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    for n in range(6):
+        label = np.zeros((24, 20, 16), np.uint8)
+        label[4:8, 8:12, 6:10], label[16:20, 8:12, 6:10] = 1, 2
+        save(folder / "imagesTr" / f"c{n}.nii.gz", rng.random(label.shape, np.float32) + 1)
+        save(folder / "labelsTr" / f"c{n}.nii.gz", label)
+    return folder
+
+
+@pytest.mark.usefixtures("small")
+def test_classes_that_get_sides_in_a_plan_are_paired(tmp_path: Path) -> None:
+    dataset, path = read_dataset(sided(tmp_path / "d")), tmp_path / "plan.yaml"
+    first = settle(dataset, path, None, quiet=True)
+    assert (first["mirror_axes"], first["mirror_pairs"]) == ([], [])
+    named = path.read_text().replace("class_1", "left cord").replace("class_2", "right cord")
+    path.write_text(named)
+    found = settle(dataset, tmp_path / "new.yaml", str(path), quiet=True)
+    assert (found["mirror_axes"], found["mirror_pairs"]) == ([0], [[1, 2]])
+    path.write_text(named.replace("mirror_axes: []", "mirror_axes: [2]"))  # a choice
+    found = settle(dataset, tmp_path / "third.yaml", str(path), quiet=True)
+    assert (found["mirror_axes"], found["mirror_pairs"]) == ([2], [])
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("content", ["half", "empty", "garbage"])
+def test_a_broken_label_is_named_beside_all_others(content: str, tmp_path: Path) -> None:
+    folder = sided(tmp_path / "d")
+    for n in (1, 3):
+        path = folder / "labelsTr" / f"c{n}.nii.gz"
+        whole = path.read_bytes()
+        path.write_bytes({"half": whole[:60], "empty": b"", "garbage": b"hello"}[content])
+    with pytest.raises(ValueError) as stop:
+        make_plan(read_dataset(folder), device=CPU)
+    assert all(f"labelsTr/c{n}.nii.gz" in str(stop.value) for n in (1, 3))
+
+
+def test_a_split_that_leaves_nothing_is_an_error_of_the_plan(tmp_path: Path) -> None:
+    folder = sided(tmp_path / "d")
+    (folder / "split.json").write_text('{"development": [], "test": ["c0", "c1"]}')
+    with pytest.raises(ValueError, match="development must have an image, got none"):
+        make_plan(read_dataset(folder), device=CPU)
+    (folder / "split.json").write_text("[1]")
+    with pytest.raises(
+        ValueError, match=r"split must name lists of ids, got \[1\] in .*split.json"
+    ):
+        read_dataset(folder).check_split()
+    (folder / "split.json").write_text('{"development": ["c0", "c1x"], "test": ["c2"]}')
+    with pytest.raises(ValueError, match="c1x"):
+        plan(str(folder), out=str(tmp_path / "p.yaml"))
+
+
+def test_shapes_of_a_list_of_classes_are_images(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii.gz", (np.eye(9)[..., None] * np.ones(9)).astype(np.float32))
+    assert survey([{"image": path, "modality": "auto", "label": "sick"}]).sampled == 1
+
+
+def test_labels_of_one_value_give_no_range(tmp_path: Path) -> None:
+    array = np.full((8, 8, 8), -1000, np.int16)
+    array[2:6] = 40
+    item = {"image": save(tmp_path / "a.nii", array), "modality": "CT"}
+    item["label"] = save(tmp_path / "l.nii", (array < 0).astype(np.uint8))
+    assert survey([item]).ct_range is None
+
+
+def test_label_maps_and_classes_in_one_list_are_an_error(tmp_path: Path) -> None:
+    dataset = read_dataset(sided(tmp_path / "d"))
+    mixed = dataset._replace(items=[dataset.items[0], dataset.items[1] | {"label": "sick"}])
+    with pytest.raises(ValueError, match=r"all label maps or all classes, got .*c0.* and 'sick'"):
+        mixed.segments()
