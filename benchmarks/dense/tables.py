@@ -59,7 +59,7 @@ FINE_TUNED = {
 }
 NETWORKS = {
     "resenc": "residual encoder",
-    "resenc16": "residual encoder of half that width",
+    "resenc16": "residual encoder, 16 to 128 channels",
     "unetr": "UNETR",
 }
 READ_OUT = {
@@ -298,6 +298,16 @@ def gain_of(rows: Rows, arm: str, names: Sequence[str] = ONE, other: str = "scra
     return above(by_draw(arms[arm]), by_draw(arms[other]), names)
 
 
+def resenc_gain(rows: Rows, arm: str, other: str) -> str:
+    """``above`` of two arms of the residual encoder at its rate, or of the U-Net from scratch."""
+    arms: dict[str, Rows] = defaultdict(list)
+    for row in rows:
+        if other_network(row) and row["backbone"] == "resenc16" and row["lr"] == 0.003:
+            arms[training_of(row)].append(row)
+    arms["unet"] = fine_tuned(rows)["scratch"]
+    return above(by_draw(arms[arm]), by_draw(arms[other]))
+
+
 def scratch_mean(rows: Rows, names: Sequence[str], steps: int) -> tuple[float, int] | None:
     """Mean Dice from scratch over draws of labelled cases, and their number."""
     chosen = [r for r in rows if from_scratch(r) and r["steps"] == steps and r["labelled"] in names]
@@ -465,6 +475,10 @@ def readme() -> str:
         one_longer=gain_of(rows, "longer"),
         one_dense=gain_of(rows, "dense_1e-3"),
         hippocampus=finetuning(others),
+        hippocampus_networks=networks(others),
+        hippocampus_resenc=resenc_gain(others, "scratch", "unet"),
+        hippocampus_resenc_dense=resenc_gain(others, "dense", "scratch"),
+        hippocampus_resenc_recon=resenc_gain(others, "dense", "recon"),
         hippocampus_pretraining=pretraining(others),
         hippocampus_self=gain_of(others, "soft_network"),
         hippocampus_self_three=gain_of(others, "soft_network", DRAWS),
