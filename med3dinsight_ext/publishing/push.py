@@ -37,9 +37,9 @@ def push(folder: str, repo: str, dry_run: bool = True, update: bool = False) -> 
             release that this one lacks are deleted.
 
     Raises:
-        ValueError: it is no published folder, its card is broken, a file names a place on a
-            person's machine, a training has run in it, there is no token, the repository exists, or
-            the hub does not answer or refuses.
+        ValueError: it is no published folder with weights, its card or version is broken, a file
+            names a place on a person's machine, a training has run in it, there is no token, the
+            repository exists, or the hub does not answer or refuses.
     """
     from huggingface_hub import ModelCard, get_token
 
