@@ -111,11 +111,11 @@ def parsed(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     for n, word in enumerate(words):
         flag, _, value = word.partition("=")
         value = value or "".join(words[n + 1 : n + 2])
-        if flag in switches and value.lower() in ("true", "false", "yes", "no"):
-            if value not in ("True", "False"):
-                stop(2, f"{flag} must be True or False, got {value}", see)
-    for n, word in enumerate(words):  # Fire takes the next word, as a file's name, for their value
-        if word in switches and words[n + 1 : n + 2] not in (["True"], ["False"]):
+        if flag not in switches or value in ("True", "False"):
+            continue
+        if value.lower() in ("true", "false", "yes", "no"):
+            stop(2, f"{flag} must be True or False, got {value}", see)
+        if word == flag:  # Fire takes the next word, as a file's name, for its value
             words[n] = f"{word}=True"
     given: list[dict[str, Any]] = []
     scope: dict[str, Any] = {"given": given}

@@ -549,18 +549,19 @@ def add_backbones(
             n, steps = (0, 1200) if labelled == "all" else (int(labelled[-1]), 600)
             same: dict[str, Any] = {"labelled": labelled, "seed": n, "backbone": net}
             scratch = add(f"{net}_scratch_{labelled}", "finetune", tried, steps=steps, **same)
-            for arm in arms:
-                init = f"{net}_{arm}_p{n % trainings}"
+            trained = {arm: f"{net}_{arm}_p{n % trainings}" for arm in arms}
+            for init in trained.values():
                 add(
                     f"{init}_{labelled}", "finetune", [*tried, init], steps=steps, init=init, **same
                 )
             if labelled == "all":
                 continue
             add(f"{net}_longer_{labelled}", "finetune", tried, steps=2 * steps, **same)
-            for arm, first in (("scratch", scratch), ("dense", f"{init}_{labelled}")):
-                start = init if arm == "dense" else ""
+            after_dense = f"{trained['dense']}_{labelled}"
+            for arm, first in (("scratch", scratch), ("dense", after_dense)):
+                init = "" if arm == "scratch" else trained[arm]
                 add(
-                    f"{net}_soft_{arm}_{labelled}", "finetune", [first], steps=steps, init=start,
+                    f"{net}_soft_{arm}_{labelled}", "finetune", [first], steps=steps, init=init,
                     soft="network", soft_weights=first, **same,
                 )  # fmt: skip
 

@@ -230,8 +230,8 @@ class TransformersCaptions(MllmCaptions):
         full = new.shape[1] == self.max_tokens
         cut = [full and last not in ends for last in new[:, -1].tolist()]
         # An answer that was cut while it reasoned shows this by the tag that the prompt ended with.
-        opened = [OPENED_REASONING.search(prompt) for prompt in self.prompts(batch)]
-        texts = [tag[0] + text if tag else text for tag, text in zip(opened, texts, strict=True)]
+        if tag := OPENED_REASONING.search(self.prompts(batch[:1])[0]):  # one template for all
+            texts = [tag[0] + text for text in texts]
         return [text + CUT if c else text for text, c in zip(texts, cut, strict=True)]
 
 

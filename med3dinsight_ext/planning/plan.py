@@ -108,20 +108,16 @@ def make_plan(
         raise ValueError(
             f"development must have an image, got none in the split.json of {dataset.root}; add one"
         )
-    labelled = dataset.labelled()
-    if kept:
-        check_settings(kept, source)
-        kept = _with_sides(kept, dataset)
+    labelled, kept = dataset.labelled(), dict(kept or {})
     found = survey(dataset.items)
     plan = Plan({}, {}, _seen(dataset, found))
 
     def put(key: str, value: Any, reason: str) -> None:
-        given = kept is not None and key in kept
-        plan.settings[key] = kept[key] if given and kept is not None else value
-        plan.reasons[key] = f"as in {source}" if given else reason
+        plan.settings[key] = kept.get(key, value)
+        plan.reasons[key] = f"as in {source}" if key in kept else reason
 
     if labelled:
-        _put_classes(put, plan, dataset)
+        _put_classes(put, kept, dataset)
     reason = "told by the datalist or the intensities"
     if found.modality == "auto":
         reason = "each volume's own: told by the datalist or its intensities"
@@ -137,7 +133,7 @@ def make_plan(
             plan.seen.append(f"{cut} volumes are larger than the patch, which shows their centre")
     cores = torch.get_num_threads()
     put("num_workers", 0 if device.type == "cpu" else min(8, cores), f"{cores} threads")
-    for key, value in (kept or {}).items():
+    for key, value in kept.items():
         if key not in plan.settings:
             put(key, value, "")
     return plan
@@ -194,27 +190,13 @@ def check_settings(kept: Mapping[str, Any], source: str) -> None:
             raise ValueError(f"{key} must be {wanted}, got {kept[key]!r} in {source}; correct it")
 
 
-def _made_up(labelled: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the classes of label maps that come without any."""
-    return ["background", *(f"class_{i}" for i in range(1, len(class_numbers(labelled))))]
-
-
-def _with_sides(kept: Mapping[str, Any], dataset: Dataset) -> Mapping[str, Any]:
-    """Given settings without the mirroring that was measured for classes before they had names."""
-    labelled, names = dataset.labelled(), kept.get("label_names")
-    if not labelled or not dataset.segments() or dataset.names or names is None:
-        return kept
-    if names == (before := _made_up(labelled)):
-        return kept
-    flips = mirror(before, labelled)
-    measured = {"mirror_axes": list(flips.axes), "mirror_pairs": [list(p) for p in flips.pairs]}
-    if any(kept.get(key, value) != value for key, value in measured.items()):
-        return kept  # which somebody chose
-    return {key: value for key, value in kept.items() if key not in measured}
-
-
-def _put_classes(put: Any, plan: Plan, dataset: Dataset) -> None:
+def _put_classes(put: Any, kept: dict[str, Any], dataset: Dataset) -> None:
     """Class names and mirroring.
+
+    Args:
+        put: adds a setting.
+        kept: settings that are given; loses a mirroring of classes before they were named.
+        dataset: with labels.
 
     Raises:
         ValueError: a class name would run as code in a config.
@@ -229,12 +211,22 @@ def _put_classes(put: Any, plan: Plan, dataset: Dataset) -> None:
     names = dataset.names
     reason = "from dataset.json"
     if names is None:
-        names = _made_up(labelled)
+        count = len(class_numbers(labelled))
+        names = ["background", *(f"class_{i}" for i in range(1, count))]
         reason = "label values; edit the names: left and right pair up"
     check_plain("labels", names, f"rename this class in the dataset.json of {dataset.root}")
     check_names(names)
     put("label_names", names, reason)
-    flips = mirror(plan.settings["label_names"], labelled)
+    flips = mirror(names, labelled)
+    if (given := kept.get("label_names", names)) != names:
+        measured = {
+            "mirror_axes": list(flips.axes),
+            "mirror_pairs": [list(pair) for pair in flips.pairs],
+        }
+        if dataset.names is None and all(kept.get(k, v) == v for k, v in measured.items()):
+            for key in measured:  # which nobody chose
+                kept.pop(key, None)
+        flips = mirror(given, labelled)
     put("mirror_axes", list(flips.axes), flips.reason)
     put("mirror_pairs", [list(pair) for pair in flips.pairs], "classes that swap when mirrored")
     put("patches_per_volume", 1, "so that batch_size counts the patches of a step")
